@@ -1,0 +1,1 @@
+"""Triton kernels, their workspaces, dispatch and references."""

@@ -1,0 +1,1 @@
+"""tpfuse: fused all-reduce + residual + norm for tensor-parallel models under torch.compile."""

@@ -1,0 +1,31 @@
+"""Every error tpfuse raises on purpose. Each names the value, what was allowed, and where the value came from."""
+
+from __future__ import annotations
+
+
+class TPFuseError(Exception):
+    """Base of all errors raised by tpfuse."""
+
+
+class OptionError(TPFuseError, ValueError):
+    """An option of the backend has an unknown name or a value that is not allowed."""
+
+
+class PolicyError(TPFuseError, ValueError):
+    """A sharing policy cannot work, or disagrees with the mesh, the model or another policy."""
+
+
+class PlanError(TPFuseError, ValueError):
+    """A sharding plan or a role names a module or a cut that the model does not allow."""
+
+
+class OpError(TPFuseError, ValueError):
+    """A functional op was called with tensors, a group or an eps that it cannot take."""
+
+
+class FusionError(TPFuseError):
+    """`expect_fused` or `strict` was not met; the message holds the whole report."""
+
+
+class PlanMismatchError(TPFuseError):
+    """The ranks of one group compiled different plans for the same boundary."""
