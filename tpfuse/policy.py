@@ -1,0 +1,233 @@
+"""The sharing policy: which ranks share one layer's weights, and so which ranks a boundary talks to.
+
+Ranks are laid out dp slowest, attn_tp fastest: rank = dp_index * attn_tp_size + attn_tp_index. Three groups follow:
+the attention group (the ranks of one replica), the dp group (the ranks that hold the same attention slice) and the
+whole TP group. docs/policy.md explains the choices with a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from dataclasses_json import DataClassJsonMixin
+
+from tpfuse.errors import PolicyError
+
+Residual = Literal["replicated", "scattered", "auto"]
+
+RESIDUALS = ("replicated", "scattered", "auto")
+# No machine has more ranks than this, and no batch more rows; a larger number is a typing error, not a wish.
+MAX_RANKS = 1 << 20
+MAX_ROWS = 1 << 40
+# A policy nests two levels deep ({"overrides": {...}}).
+MAX_JSON_DEPTH = 8
+MAX_JSON_DIGITS = 18
+
+
+class FrozenDict(dict):
+    """A dict that refuses changes, so that a frozen policy is frozen all the way down."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a SharingPolicy is frozen; use dataclasses.replace(policy, overrides={...})")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore
+
+    def __reduce__(self):
+        return FrozenDict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict) -> FrozenDict:
+        return self
+
+
+@dataclass(frozen=True)
+class SharingPolicy(DataClassJsonMixin):
+    """Over how many ranks each kind of layer is sharded.
+
+    Args:
+        tp_size: ranks of the whole TP group.
+        dp_size: data-parallel attention replicas in it; divides `tp_size`. `attn_tp_size` is `tp_size // dp_size`.
+        moe_dense_tp_size: over how many ranks a dense MLP's weights are sharded: None (the whole TP group, the same
+            as `tp_size`), 1 (each rank holds them whole and works on its own rows), or `attn_tp_size` (the attention
+            group's ranks). Experts and shared experts of an MoE block are always cut over the whole TP group.
+        overrides: the same choice for single dense MLPs, by globs over qualified module names (`*` also matches
+            dots). An exact name wins over a glob, a later glob over an earlier one.
+        residual: how the compiler should keep the residual stream between layers: "replicated" over attn_tp,
+            "scattered", or "auto".
+        max_rows: rows that every dp replica pads to around a gather over replicas, for replicas whose row counts
+            differ and are not announced with `tpfuse.rows`. None: no padding.
+
+    Raises:
+        PolicyError: for a value of the wrong type, or sizes that cannot work together.
+    """
+
+    tp_size: int
+    dp_size: int = 1
+    moe_dense_tp_size: int | None = None
+    overrides: Mapping[str, int | None] = field(default_factory=dict)
+    residual: Residual = "auto"
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("tp_size", self.tp_size, MAX_RANKS)
+        _check_int("dp_size", self.dp_size, MAX_RANKS)
+        if self.tp_size % self.dp_size:
+            raise PolicyError(
+                f"SharingPolicy.dp_size={self.dp_size} does not divide tp_size={self.tp_size}; "
+                f"allowed: a divisor of tp_size"
+            )
+        self._check_dense_size("moe_dense_tp_size", self.moe_dense_tp_size)
+        if not isinstance(self.overrides, Mapping):
+            raise PolicyError(
+                f"SharingPolicy.overrides={_show(self.overrides)} is a {type(self.overrides).__name__}; "
+                "allowed: a mapping from module-name globs to sizes"
+            )
+        for pattern, size in self.overrides.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise PolicyError(
+                    f"SharingPolicy.overrides has the key {_show(pattern)}; allowed: a non-empty module-name glob"
+                )
+            self._check_dense_size(f"overrides[{pattern!r}]", size)
+        object.__setattr__(self, "overrides", FrozenDict(self.overrides))
+        if not isinstance(self.residual, str) or self.residual not in RESIDUALS:
+            raise PolicyError(f"SharingPolicy.residual={_show(self.residual)}; allowed: {', '.join(RESIDUALS)}")
+        if self.max_rows is not None:
+            _check_int("max_rows", self.max_rows, MAX_ROWS)
+
+    def __hash__(self) -> int:
+        return hash((self.tp_size, self.dp_size, self.moe_dense_tp_size, self.residual, self.max_rows,
+                     frozenset(self.overrides.items())))  # fmt: skip
+
+    def _check_dense_size(self, name: str, size: Any) -> None:
+        if size is None:
+            return
+        _check_int(name, size, MAX_RANKS, also="None")
+        allowed = sorted({1, self.attn_tp_size, self.tp_size})
+        if size not in allowed:
+            raise PolicyError(
+                f"SharingPolicy.{name}={size} is not possible with tp_size={self.tp_size} and dp_size={self.dp_size} "
+                f"(attn_tp_size={self.attn_tp_size}); allowed: None, {', '.join(map(str, allowed))}"
+            )
+
+    @property
+    def attn_tp_size(self) -> int:
+        """Ranks that share one replica's attention weights: `tp_size // dp_size`."""
+        return self.tp_size // self.dp_size
+
+    def dense_tp_size_of(self, name: str) -> int:
+        """Over how many ranks the dense MLP with this qualified name is sharded: 1, attn_tp_size or tp_size."""
+        size = self.moe_dense_tp_size
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                size = override
+        size = self.overrides.get(name, size)
+        return self.tp_size if size is None else size
+
+    def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
+        """The override globs that match none of these qualified names."""
+        names = list(names)
+        return [p for p in self.overrides if p not in names and not any(fnmatch.fnmatchcase(n, p) for n in names)]
+
+    def to_dict(self, encode_json: bool = False) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**plain, "overrides": dict(self.overrides)}
+
+    @classmethod
+    def from_dict(cls, kvs: Any, *, infer_missing: bool = False) -> SharingPolicy:
+        """The policy with these fields.
+
+        Raises:
+            PolicyError: for an unknown or missing field, or any value the constructor refuses.
+        """
+        if isinstance(kvs, cls):
+            return kvs
+        if not isinstance(kvs, Mapping):
+            raise PolicyError(f"a SharingPolicy is read from an object with fields, not from {_show(kvs)}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in kvs:
+            if name not in known:
+                raise PolicyError(f"unknown field {_show(name)} of SharingPolicy; allowed: {', '.join(known)}")
+        if "tp_size" not in kvs:
+            raise PolicyError("the field 'tp_size' of SharingPolicy is missing")
+        return cls(**kvs)
+
+    @classmethod
+    def from_json(
+        cls, s: str | bytes | bytearray, *, parse_float=None, parse_int=None, parse_constant=None,
+        infer_missing: bool = False, **kw: Any,
+    ) -> SharingPolicy:  # fmt: skip
+        """The policy written by `to_json`.
+
+        Raises:
+            PolicyError: for text that is not JSON, and as `from_dict`; the message names the field.
+        """
+        try:
+            text = s.decode() if isinstance(s, (bytes, bytearray)) else s
+            _check_depth(text)
+            fields = json.loads(text, parse_int=_bounded_int, object_pairs_hook=_unique)
+        except PolicyError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise PolicyError(f"SharingPolicy.from_json: not a JSON text: {error}") from None
+        return cls.from_dict(fields)
+
+
+class _Huge(float):
+    """A number with more digits than any field may have; no field accepts it, so its field's check names it."""
+
+    def __repr__(self) -> str:
+        return "a number of too many digits"
+
+
+def _bounded_int(digits: str) -> int | _Huge:
+    # Python refuses to convert some thousands of digits, and takes quadratic time below that.
+    return int(digits) if len(digits) <= MAX_JSON_DIGITS else _Huge()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise PolicyError(f"the field {_show(name)} is given twice in SharingPolicy's JSON")
+        out[name] = value
+    return out
+
+
+def _check_depth(text: str) -> None:
+    """Refuses deep nesting before the JSON parser meets it, naming the top-level field that holds it."""
+    depth, start, inside, escaped, name = 0, 0, False, False, ""
+    for at, char in enumerate(text):
+        if inside:
+            if escaped or char == "\\":
+                escaped = not escaped
+            elif char == '"':
+                inside = False
+                name = text[start:at] if depth == 1 else name
+        elif char == '"':
+            inside, start = True, at + 1
+        elif char in "[{":
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise PolicyError(f"the field {_show(name)} of SharingPolicy nests deeper than {MAX_JSON_DEPTH} levels")
+        elif char in "]}":
+            depth -= 1
+
+
+def _check_int(name: str, value: Any, most: int, also: str = "") -> None:
+    allowed = f"allowed: {also + ' or ' if also else ''}an integer from 1 to {most}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PolicyError(f"SharingPolicy.{name}={_show(value)} is a {type(value).__name__}; {allowed}")
+    if not 1 <= value <= most:
+        raise PolicyError(f"SharingPolicy.{name}={_show(value)}; {allowed}")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int) and not -(10**MAX_JSON_DIGITS) < value < 10**MAX_JSON_DIGITS:
+        return "a number of too many digits"  # repr() of a huge int raises
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
