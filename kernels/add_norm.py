@@ -1,0 +1,249 @@
+"""Add and normalise: the work of one rank at a boundary, after its all-reduce.
+
+    h = alpha * s + pre_bias + residual          (float32)
+    rms_norm:   n = h * rsqrt(mean(h^2) + eps) * (weight + weight_offset) [+ bias]
+    layer_norm: n = (h - mean(h)) * rsqrt(var(h) + eps) * (weight + weight_offset) + bias
+    pre-norm  (post=False): y = n ;  residual_out = h          (each rounded once to its dtype)
+    post-norm (post=True):  h = alpha * s + pre_bias (no residual in it); y = residual + n ; residual_out = h if asked
+
+`add_norm` runs one Triton program a row on CUDA tensors; elsewhere, and where the kernel does not reach, it runs
+`add_norm_reference`: the same formula in plain torch operations.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .compat import HAVE_TRITON, INTERPRETED, next_power_of_2, tl, triton
+from .device import LAYER, RMS, load_eps, load_vector, row_statistics
+
+NORMS = {"rms_norm": RMS, "layer_norm": LAYER}
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HIDDEN = 16384
+
+
+@dataclass(frozen=True)
+class AddNormOut:
+    """`y` and `residual_out` have the shape of `s`; `mean` and `rstd` are float32 of shape s.shape[:-1] + (1,).
+    What was not asked for is None (and `mean` always is for RMSNorm)."""
+
+    y: Tensor
+    residual_out: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
+
+
+@triton.jit(do_not_specialize=["s_stride", "r_stride"], do_not_specialize_on_alignment=["eps_ptr"])
+def _add_norm_kernel(
+    s_ptr,
+    residual_ptr,
+    pre_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    residual_out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    eps_ptr,
+    eps,
+    weight_offset,
+    alpha,
+    s_stride,
+    r_stride,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    POST: tl.constexpr,
+    STRIDED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_PRE_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL_OUT: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    EPS_IN_MEMORY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < H
+    # Rows that lie apart by something else than H are the exception; only the rule gets wide loads.
+    s_row = s_ptr + row * (s_stride if STRIDED else H)
+    # every load first, so that all of them are in flight together
+    s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        r_row = residual_ptr + row * (r_stride if STRIDED else H)
+        residual = tl.load(r_row + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = load_vector(weight_ptr, cols, mask, HAS_WEIGHT, 1.0) + weight_offset
+    h = alpha * s + load_vector(pre_bias_ptr, cols, mask, HAS_PRE_BIAS, 0.0)
+    if HAS_RESIDUAL and not POST:
+        h += residual
+    if HAS_RESIDUAL_OUT:
+        tl.store(residual_out_ptr + row * H + cols, h.to(residual_out_ptr.dtype.element_ty), mask=mask)
+    mean, rstd = row_statistics(h, mask, H, load_eps(eps_ptr, eps, EPS_IN_MEMORY), NORM)
+    n = (h - mean) * rstd * weight + load_vector(bias_ptr, cols, mask, HAS_BIAS, 0.0)
+    if HAS_RESIDUAL and POST:
+        n += residual
+    tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
+    if HAS_STATS:
+        tl.store(rstd_ptr + row, rstd)
+        if NORM == 1:
+            tl.store(mean_ptr + row, mean)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` as [rows, H] with unit column stride; a view where one exists, else a copy."""
+    if t.dim() == 2 and t.stride(1) == 1:
+        return t
+    return (t if t.stride(-1) == 1 else t.contiguous()).reshape(-1, t.shape[-1])
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def split_eps(eps: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
+    """(device tensor to load or None, value): a 0-d tensor on the device is left there, so nothing waits for it."""
+    if isinstance(eps, Tensor):
+        return (None, float(eps)) if eps.device.type == "cpu" and device.type != "cpu" else (eps, 0.0)
+    return None, float(eps)
+
+
+def on_device_of(t: Tensor):
+    """Triton launches on the current device, whatever the tensors say."""
+    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def kernel_takes(*tensors: Tensor | None) -> bool:
+    """Whether a Triton kernel of this package can run on these tensors: float16/32 or bfloat16, one device, not CPU
+    (unless Triton interprets)."""
+    given = [t for t in tensors if t is not None]
+    if not HAVE_TRITON or any(t.dtype not in KERNEL_DTYPES for t in given):
+        return False
+    return all(t.device == given[0].device for t in given) and (given[0].is_cuda or INTERPRETED)
+
+
+def add_norm(
+    s: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    *,
+    norm: str,
+    weight_offset: float = 0.0,
+    alpha: float = 1.0,
+    post: bool = False,
+    out_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    stats: bool = False,
+) -> AddNormOut:
+    """The formula above. s, residual: [..., H]; pre_bias, weight, bias: [H] or None; any float dtypes.
+
+    eps: a float or a 0-d tensor (one on the device is read there, without a synchronisation). `residual_dtype=None`
+    means that `residual_out` is not wanted. Sums and norms are float32 (float64 when an input is float64). The outputs
+    are new contiguous tensors. Raises KeyError for an unknown `norm`.
+    """
+    H = s.shape[-1]
+    wide = out_dtype not in KERNEL_DTYPES or (residual_dtype is not None and residual_dtype not in KERNEL_DTYPES)
+    if wide or H > MAX_HIDDEN or H == 0 or not kernel_takes(s, residual, pre_bias, weight, bias):
+        return add_norm_reference(
+            s, residual, pre_bias, weight, bias, eps, norm=norm, weight_offset=weight_offset, alpha=alpha, post=post,
+            out_dtype=out_dtype, residual_dtype=residual_dtype, stats=stats,
+        )  # fmt: skip
+    out = empty_outputs(s, norm, out_dtype, residual_dtype, stats)
+    s2, r2 = _rows(s), None if residual is None else _rows(residual)
+    rows = s2.shape[0]
+    if rows == 0:
+        return out
+    eps_tensor, eps_value = split_eps(eps, s.device)
+    block = next_power_of_2(H)
+    with on_device_of(s):
+        _add_norm_kernel[(rows,)](
+            s2, r2, _vector(pre_bias), _vector(weight), _vector(bias), out.y, out.residual_out, out.mean, out.rstd,
+            eps_tensor, eps_value, weight_offset, alpha, s2.stride(0), 0 if r2 is None else r2.stride(0),
+            H=H, BLOCK=block, NORM=NORMS[norm], POST=post,
+            STRIDED=s2.stride(0) != H or (r2 is not None and r2.stride(0) != H),
+            HAS_RESIDUAL=r2 is not None, HAS_PRE_BIAS=pre_bias is not None, HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL_OUT=residual_dtype is not None, HAS_STATS=stats,
+            EPS_IN_MEMORY=eps_tensor is not None, num_warps=_warps(block),
+        )  # fmt: skip
+    return out
+
+
+def _warps(block: int) -> int:
+    """16 elements a thread: two or four 16-byte loads in flight for each input, and few enough registers that several
+    rows share a multiprocessor."""
+    return min(max(block // 512, 1), 32)
+
+
+def empty_outputs(
+    s: Tensor, norm: str, out_dtype: torch.dtype, residual_dtype: torch.dtype | None, stats: bool
+) -> AddNormOut:
+    """Uninitialised outputs for `s`, contiguous whatever the strides of `s`."""
+    layer = NORMS[norm] == LAYER
+    one = (*s.shape[:-1], 1)
+    return AddNormOut(
+        y=torch.empty(s.shape, dtype=out_dtype, device=s.device),
+        residual_out=None if residual_dtype is None else torch.empty(s.shape, dtype=residual_dtype, device=s.device),
+        mean=torch.empty(one, dtype=torch.float32, device=s.device) if stats and layer else None,
+        rstd=torch.empty(one, dtype=torch.float32, device=s.device) if stats else None,
+    )
+
+
+def add_norm_reference(
+    s: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    *,
+    norm: str,
+    weight_offset: float = 0.0,
+    alpha: float = 1.0,
+    post: bool = False,
+    out_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    stats: bool = False,
+) -> AddNormOut:
+    """The same contract as `add_norm` in plain torch operations: any device, any leading shape, traceable."""
+    layer = NORMS[norm] == LAYER
+    given = [t for t in (s, residual, pre_bias, weight, bias) if t is not None]
+    acc = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    h = s.to(acc) * alpha
+    if pre_bias is not None:
+        h = h + pre_bias.to(acc)
+    if residual is not None and not post:
+        h = h + residual.to(acc)
+    if isinstance(eps, Tensor):
+        eps = eps.to(device=s.device, dtype=acc)
+    if layer:
+        mean = h.mean(-1, keepdim=True)
+        centred = h - mean
+    else:
+        mean, centred = None, h
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    n = centred * rstd
+    if weight is not None:
+        n = n * (weight.to(acc) + weight_offset)
+    elif weight_offset:
+        n = n * (1.0 + weight_offset)
+    if bias is not None:
+        n = n + bias.to(acc)
+    if residual is not None and post:
+        n = n + residual.to(acc)
+    # copy=True: with no residual, alpha 1 and equal dtypes `h` would otherwise be `s` itself
+    keep = {"memory_format": torch.contiguous_format, "copy": True}
+    return AddNormOut(
+        y=n.to(out_dtype, **keep),
+        residual_out=None if residual_dtype is None else h.to(residual_dtype, **keep),
+        mean=mean.to(torch.float32) if stats and mean is not None else None,
+        rstd=rstd.to(torch.float32) if stats else None,
+    )

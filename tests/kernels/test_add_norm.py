@@ -1,0 +1,40 @@
+"""The reference of the local kernel: what runs on CPU, and what every kernel is compared with."""
+
+import pytest
+import torch
+
+from tpfuse.kernels.add_norm import add_norm, add_norm_reference
+
+F32 = torch.float32
+
+
+def test_reference_is_the_formula_in_torch_terms():
+    s, residual, w, b = torch.randn(4, 3, 32), torch.randn(4, 3, 32), torch.randn(32), torch.randn(32)
+    h = 2.0 * s + b + residual
+    out = add_norm(s, residual, b, w, None, 1e-5, norm="rms_norm", alpha=2.0, out_dtype=F32, residual_dtype=F32)
+    torch.testing.assert_close(out.residual_out, h)
+    torch.testing.assert_close(out.y, torch.nn.functional.rms_norm(h, (32,), w, 1e-5))
+    out = add_norm(
+        s, residual, None, w, b, 1e-5, norm="layer_norm", post=True, out_dtype=F32, residual_dtype=None, stats=True
+    )
+    torch.testing.assert_close(out.y, residual + torch.nn.functional.layer_norm(s, (32,), w, b, 1e-5))
+    assert out.residual_out is None
+    torch.testing.assert_close(out.mean, s.mean(-1, keepdim=True))
+    torch.testing.assert_close(out.rstd, (s.var(-1, keepdim=True, correction=0) + 1e-5).rsqrt())
+
+
+def test_float64_is_kept_and_weight_offset_counts_without_a_weight():
+    s = torch.randn(2, 16, dtype=torch.float64)
+    options = {"norm": "rms_norm", "out_dtype": torch.float64, "residual_dtype": None}
+    plain = add_norm(s, None, None, None, None, 1e-12, **options)
+    torch.testing.assert_close(plain.y, s * (s.square().mean(-1, keepdim=True) + 1e-12).rsqrt(), rtol=1e-14, atol=0)
+    twice = add_norm(s, None, None, None, None, 1e-12, weight_offset=1.0, **options)
+    torch.testing.assert_close(twice.y, 2 * plain.y)
+
+
+def test_outputs_never_alias_and_an_unknown_norm_is_an_error():
+    s = torch.randn(2, 16)
+    out = add_norm_reference(s, None, None, None, None, 1e-6, norm="rms_norm", out_dtype=F32, residual_dtype=F32)
+    assert out.residual_out.data_ptr() != s.data_ptr()
+    with pytest.raises(KeyError):
+        add_norm(s, None, None, None, None, 1e-6, norm="group_norm", out_dtype=F32, residual_dtype=F32)
