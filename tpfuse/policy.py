@@ -37,6 +37,9 @@ class FrozenDict(dict):
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore
 
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
     def __reduce__(self):
         return FrozenDict, (dict(self),)
 
@@ -97,10 +100,6 @@ class SharingPolicy(DataClassJsonMixin):
             raise PolicyError(f"SharingPolicy.residual={_show(self.residual)}; allowed: {', '.join(RESIDUALS)}")
         if self.max_rows is not None:
             _check_int("max_rows", self.max_rows, MAX_ROWS)
-
-    def __hash__(self) -> int:
-        return hash((self.tp_size, self.dp_size, self.moe_dense_tp_size, self.residual, self.max_rows,
-                     frozenset(self.overrides.items())))  # fmt: skip
 
     def _check_dense_size(self, name: str, size: Any) -> None:
         if size is None:

@@ -1,0 +1,98 @@
+"""The three process groups of a policy, from the device mesh it is used with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpfuse.errors import PolicyError
+from tpfuse.policy import SharingPolicy
+
+GroupKind = Literal["attention", "dp", "whole"]
+
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process group as seen by this rank: its name, its members, and which of them this rank is."""
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one rank. With dp 1 (or attn_tp 1) the whole group is the attention (or the dp) group."""
+
+    attention: Group
+    dp: Group
+    whole: Group
+
+    def of(self, kind: GroupKind) -> Group:
+        return getattr(self, kind)
+
+
+def check_mesh(mesh: DeviceMesh, policy: SharingPolicy) -> None:
+    """Refuses a mesh whose groups differ from the policy's; looks at nothing but this rank's mesh.
+
+    Raises:
+        PolicyError: naming the mesh's shape and what the policy needs.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise PolicyError(f"parallelize(mesh={mesh!r}): allowed: a torch.distributed.DeviceMesh")
+    wanted = (policy.dp_size, policy.attn_tp_size)
+    shape, names = tuple(mesh.shape), mesh.mesh_dim_names
+    where = f"the mesh has shape {shape}" + (f" with dims {names}" if names else "")
+    need = f"SharingPolicy(tp_size={policy.tp_size}, dp_size={policy.dp_size}) needs shape {wanted} as (dp, attn_tp)"
+    if mesh.ndim == 1:
+        if policy.dp_size != 1:
+            raise PolicyError(f"{where}, and a 1-D mesh means dp 1; {need}")
+        if shape != (policy.tp_size,):
+            raise PolicyError(f"{where}; {need}, or a 1-D mesh of {policy.tp_size} ranks")
+    elif mesh.ndim != 2 or shape != wanted:
+        raise PolicyError(f"{where}; {need}" + (", or a 1-D mesh" if policy.dp_size == 1 else ""))
+    elif names in (("attn_tp", "dp"), ("tp", "dp")):
+        raise PolicyError(f"{where}; dp comes first (slowest): {need}")
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        # Process groups order their members by rank, and gathered rows follow that order.
+        raise PolicyError(f"{where} and ranks {ranks}; allowed: ranks in ascending order, dp slowest, attn_tp fastest")
+    if mesh.get_coordinate() is None:
+        raise PolicyError(f"rank {dist.get_rank()} is not part of the mesh with ranks {ranks}")
+
+
+def make_groups(mesh: DeviceMesh, policy: SharingPolicy) -> Groups:
+    """The groups for a mesh that `check_mesh` accepted. May create the whole group: call it on all ranks alike."""
+    if mesh.ndim == 1:
+        group = _group(mesh.get_group(), mesh.get_local_rank())
+        return Groups(group, _alone(), group)
+    dp, attn = (_group(mesh.get_group(i), mesh.get_local_rank(i)) for i in (0, 1))
+    if dp.size == 1:
+        return Groups(attn, dp, attn)
+    if attn.size == 1:
+        return Groups(attn, dp, dp)
+    return Groups(attn, dp, _group(_flat(mesh), dp.index * attn.size + attn.index))
+
+
+def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.mesh_dim_names is not None:
+        return mesh._flatten("_".join(("tpfuse", *mesh.mesh_dim_names))).get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    raise PolicyError("a 2-D mesh that does not cover the world needs mesh_dim_names, e.g. ('dp', 'attn_tp')")
+
+
+def _group(group: dist.ProcessGroup, index: int) -> Group:
+    return Group(group.group_name, tuple(dist.get_process_group_ranks(group)), index)
+
+
+def _alone() -> Group:
+    return Group("", (dist.get_rank(),), 0)
