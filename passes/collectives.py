@@ -1,0 +1,92 @@
+"""Find the collectives of a graph. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import aten_ops as ops
+from .graph import argument, value
+
+#: Answers which global ranks a group name stands for on this rank; None when it cannot be resolved.
+ResolveGroup = Callable[[str], "tuple[int, ...] | None"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective and the wait on its result.
+
+    `ranks` are the members of its group: groups are compared by members, never by name, since one logical group has
+    different names on different ranks and different groups may share one. `problem` is empty, or one sentence on why
+    no pass may touch this collective.
+    """
+
+    kind: str
+    node: fx.Node
+    wait: fx.Node | None
+    group_name: str | None
+    ranks: tuple[int, ...] | None
+    reduce_op: str | None
+    problem: str = ""
+
+    @property
+    def input(self) -> fx.Node:
+        return self.node.args[0]
+
+    @property
+    def result(self) -> fx.Node:
+        """The node whose value is the finished result."""
+        return self.wait if self.wait is not None else self.node
+
+
+def is_collective(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is ops.WAIT:
+        return False
+    return getattr(node.target, "namespace", None) in ops.COLLECTIVE_NAMESPACES
+
+
+def find_collectives(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]:
+    """Every collective of the graph, in graph order."""
+    return [_describe(node, resolve) for node in graph.nodes if is_collective(node)]
+
+
+def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
+    name = node.target._schema.name.split("::")[-1]
+    kind = next((k for k in ops.COLLECTIVE_KINDS if name.startswith(k)), name)
+    waits = [user for user in node.users if user.target is ops.WAIT]
+    wait = waits[0] if len(waits) == 1 else None
+    group = argument(node, "group_name")
+    ranks = resolve(group) if isinstance(group, str) else None
+    reduce_op = argument(node, "reduce_op")
+
+    problem = ""
+    if not isinstance(group, str):
+        problem = f"its group is a {type(group).__name__}, not a group name; only named groups can be fused"
+    elif ranks is None:
+        problem = f"the group {group!r} cannot be resolved on this rank: no process group of that name exists here"
+    elif kind == "all_reduce":
+        problem = _all_reduce_problem(node, name, wait, waits, reduce_op)
+    return Collective(kind, node, wait, group if isinstance(group, str) else None, ranks, reduce_op, problem)
+
+
+def _all_reduce_problem(
+    node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object
+) -> str:
+    if name != "all_reduce":
+        return f"it is written as {name}; only the functional all_reduce can be fused"
+    if not isinstance(reduce_op, str) or reduce_op.lower() not in ("sum", "avg"):
+        return f"its reduce op is {reduce_op!r}; only 'sum' and 'avg' can be fused"
+    if not waits:
+        return "its result is never waited for in this graph"
+    if wait is None:
+        return "its result is waited for more than once"
+    if any(user is not wait for user in node.users):
+        return "its unfinished result is used before it is waited for"
+    val = value(wait)
+    if val is None:
+        return "its result has no fake value (meta['val']), so its shape and dtype are unknown"
+    if val.dtype not in ops.FLOATS:
+        return f"its dtype is {val.dtype}; only float16, bfloat16, float32 and float64 can be fused"
+    return ""

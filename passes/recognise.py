@@ -1,0 +1,270 @@
+"""Recognise: collectives, norms, and the sites where a norm reads an owed sum. Reads the graph, changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from . import aten_ops as ops
+from .collectives import Collective, ResolveGroup, find_collectives
+from .graph import depends_on, is_call, last_dim, same_shape, same_size, value
+from .norms import Norm, find_norms
+from .sums import Sum, Term, decompose
+
+
+@dataclass(frozen=True)
+class Owed:
+    """One all-reduce a norm reads, with what decides whether it can be summed together with others.
+
+    `used_alone`: something besides this norm's own addition needs this sum by itself.
+    `fed_by_others`: its partial input is computed from another of the site's sums, so that one must be paid first.
+    """
+
+    collective: Collective
+    used_alone: bool
+    fed_by_others: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
+
+    `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
+    """
+
+    norm: Norm
+    hidden: fx.Node
+    owed: tuple[Owed, ...]
+    add_after: fx.Node | None = None
+    residual_after: fx.Node | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """All that was found in one graph, in graph order."""
+
+    collectives: tuple[Collective, ...]
+    norms: tuple[Norm, ...]
+    sites: tuple[Site, ...]
+    backward: frozenset[fx.Node] = field(default_factory=frozenset)
+
+
+def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
+    """Find every collective and norm of `graph`, and pair them up.
+
+    Sites come in graph order, and each all-reduce belongs to the first norm that reads it: later norms see the
+    residual stream that this one hands on.
+    """
+    collectives = find_collectives(graph, resolve)
+    norms = find_norms(graph) if collectives else []
+    eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
+    writes = _writes(graph) if collectives else []
+    sites: list[Site] = []
+    taken: set[fx.Node] = set()
+    fixed: set[fx.Node] = set()
+    for norm in norms:
+        site = _site(norm, {n: c for n, c in eligible.items() if n not in taken}, fixed, writes)
+        if site is None:
+            continue
+        sites.append(site)
+        if not site.problem:
+            taken.update(owed.collective.result for owed in site.owed)
+            fixed.add(site.hidden)
+    return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward_nodes(graph)))
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that are computed from the incoming gradients."""
+    backward: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if str(node.target).startswith("tangents"):
+                backward.add(node)
+        elif node.op != "output" and any(parent in backward for parent in node.all_input_nodes):
+            backward.add(node)
+    return backward
+
+
+# -- one site ---------------------------------------------------------------------------------------------------------
+
+
+def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writes: list[_Write]) -> Site | None:
+    hidden = _hidden(norm, owed)
+    total = decompose(hidden, set(owed), fixed)
+    if not total.owed or hidden in fixed:
+        return None
+    terms = _one_term_each(total)
+    collectives = tuple(_owed(term, total, owed) for term in terms)
+    add_after, residual_after = _add_after(norm, total)
+    site = Site(norm, hidden, collectives, add_after, residual_after)
+    problem = norm.problem or site_problem(site, total) or _write_problem(site, total, writes)
+    return Site(norm, hidden, collectives, add_after, residual_after, problem)
+
+
+def _hidden(norm: Norm, owed: dict[fx.Node, Collective]) -> fx.Node:
+    """The residual stream's node: the norm's source without the views and casts on top that keep its last dimension."""
+    node = norm.source
+    while node not in owed and is_call(node, ops.VIEWS | ops.CASTS) and isinstance(node.args[0], fx.Node):
+        below = node.args[0]
+        val = value(below)
+        if val is None or val.dtype not in ops.FLOATS or not same_size(last_dim(below), last_dim(node)):
+            break
+        if is_call(node, _REORDERING):
+            break
+        node = below
+    return node
+
+
+#: Views that may move rows about; the hidden states are taken above them.
+_REORDERING = {ops.aten.permute.default, ops.aten.transpose.int, ops.aten.t.default}
+
+
+def _one_term_each(total: Sum) -> list[Term]:
+    seen: dict[fx.Node, Term] = {}
+    for term in total.owed:
+        seen.setdefault(term.leaf, term)
+    return list(seen.values())
+
+
+def _owed(term: Term, total: Sum, owed: dict[fx.Node, Collective]) -> Owed:
+    collective = owed[term.leaf]
+    others = {other.leaf for other in total.owed} - {term.leaf}
+    inside = set(total.interior)
+    used_alone = any(user not in inside for user in term.leaf.users)
+    # A node between this sum and the total that something else reads is a use of this sum by itself, too.
+    below = _between(term.leaf, inside)
+    used_alone = used_alone or any(user not in inside for node in below - {total.root} for user in node.users)
+    return Owed(collective, used_alone, depends_on(collective.input, others))
+
+
+def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [leaf]
+    while pending:
+        for user in pending.pop().users:
+            if user in inside and user not in found:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
+    """The residual addition behind the norm, if the normed value goes there and nowhere else."""
+    if total.replicated or len(norm.output.users) != 1:
+        return None, None
+    (user,) = norm.output.users
+    if not is_call(user, ops.ADDS) or len(user.args) < 2 or user.kwargs.get("alpha", 1) != 1:
+        return None, None
+    left, right = user.args[:2]
+    residual = right if left is norm.output else left
+    if not isinstance(residual, fx.Node) or residual is norm.output:
+        return None, None
+    if not (same_shape(residual, user) and same_shape(norm.output, user) and same_shape(user, total.root)):
+        return None, None
+    val = value(residual)
+    if val is None or val.dtype not in ops.FLOATS or value(user).dtype not in ops.FLOATS:
+        return None, None
+    if depends_on(residual, {term.leaf for term in total.owed}):
+        return None, None
+    return user, residual
+
+
+# -- what stands in the way -------------------------------------------------------------------------------------------
+
+
+def site_problem(site: Site, total: Sum) -> str:
+    """Why the site cannot be fused whatever the plan: one sentence, or ''."""
+    hidden, norm = site.hidden, site.norm
+    val, out = value(hidden), value(norm.output)
+    if val is None or out is None:
+        return "the hidden states have no fake value (meta['val']), so their shape and dtype are unknown"
+    if type(val) is not torch.Tensor and not hasattr(val, "fake_mode"):
+        return f"the hidden states are a {type(val).__name__}, not a plain tensor"
+    if not isinstance(last_dim(hidden), int):
+        return "the hidden size is symbolic; mark it static (torch._dynamo.mark_static) to fuse this norm"
+    if not same_size(last_dim(hidden), last_dim(norm.source)):
+        return "a view between the all-reduce and the norm changes the last dimension"
+    for tensor in (val, out):
+        if tensor.dtype not in ops.FLOATS:
+            return f"a dtype of {tensor.dtype} is involved; only float16, bfloat16, float32 and float64 can be fused"
+    for node in total.interior:
+        dtypes = {value(child).dtype for child in node.all_input_nodes if value(child) is not None}
+        if is_call(node, ops.ADDS | ops.SUBS) and len(dtypes) > 1:
+            mixed = " and ".join(sorted(map(str, dtypes)))
+            return f"an addition before the norm mixes {mixed}; cast one side explicitly"
+    leaves = {term.leaf for term in total.owed}
+    for term in total.replicated:
+        if depends_on(term.leaf, leaves):
+            return "a value that is added before the norm is itself computed from the all-reduced sum"
+        leaf = value(term.leaf)
+        if leaf is None or leaf.dtype not in ops.FLOATS:
+            return f"a value of dtype {leaf.dtype if leaf is not None else 'unknown'} is added before the norm"
+        if leaf.device != val.device:
+            return f"a value on {leaf.device} is added to hidden states on {val.device}"
+    for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
+        if vector is None:
+            continue
+        if value(vector) is None or value(vector).numel() != last_dim(hidden):
+            return f"the norm's {role} is not one value per hidden unit"
+        if depends_on(vector, leaves):
+            return f"the norm's {role} is computed from the all-reduced sum"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Write:
+    """An operator that writes in place, and the storages it writes to."""
+
+    node: fx.Node
+    storages: frozenset[int]
+
+
+def _writes(graph: fx.Graph) -> list[_Write]:
+    found = []
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written = [
+            argument
+            for position, argument in enumerate(node.args)
+            if position < len(schema.arguments)
+            and schema.arguments[position].alias_info is not None
+            and schema.arguments[position].alias_info.is_write
+        ]
+        written += [node.kwargs[a.name] for a in schema.arguments if a.name in node.kwargs and a.alias_info is not None]
+        storages = frozenset(s for argument in written for s in _storages(argument))
+        found.append(_Write(node, storages))
+    return found
+
+
+def _storages(argument: object) -> list[int]:
+    nodes = argument if isinstance(argument, (list, tuple)) else [argument]
+    return [_storage(node) for node in nodes if value(node) is not None]
+
+
+def _storage(node: fx.Node) -> int:
+    val = value(node)
+    return val.untyped_storage()._cdata
+
+
+def _write_problem(site: Site, total: Sum, writes: list[_Write]) -> str:
+    """Fusing moves reads later; a write in between to anything that is read would change the result."""
+    if not writes:
+        return ""
+    read = [owed.collective.input for owed in site.owed] + [owed.collective.result for owed in site.owed]
+    read += [term.leaf for term in total.replicated] + [site.hidden, site.norm.output]
+    read += [node for node in (site.norm.weight, site.norm.bias, site.residual_after) if node is not None]
+    storages = {_storage(node) for node in read if value(node) is not None}
+    first = min(owed.collective.node for owed in site.owed)
+    last = max([site.norm.output, *([site.add_after] if site.add_after is not None else [])])
+    for write in writes:
+        if first < write.node < last and write.storages & storages:
+            return f"{write.node.target} writes in place, between the all-reduce and the norm, to a tensor that is read"
+    return ""
+
+
+__all__ = ["Owed", "Recognition", "Site", "backward_nodes", "recognise"]

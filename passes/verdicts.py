@@ -1,0 +1,116 @@
+"""One verdict for every collective: fused, or the sentence that says why not. Reads only."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from torch import fx
+
+from tpfuse.report import Boundary
+from . import aten_ops as ops
+from .collectives import Collective, is_collective
+from .graph import value
+from .kinds import boundary_kind, module_name
+from .norms import Norm
+from .plan import Decisions, Plan
+from .recognise import Recognition
+
+#: What may stand between an all-reduce and a norm for the norm to count as fed by it: everything that works row by
+#: row. Matrix products and collectives end the way.
+_ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "scaled_dot_product", "softmax", "sort")
+
+
+def verdicts(recognition: Recognition, decisions: Decisions) -> list[Boundary]:
+    """Boundaries in graph order. To be called before the graph is rewritten."""
+    plans = {owed.collective.node: plan for plan in decisions.plans for owed in plan.paid}
+    refused = {owed.collective.node: reason for owed, reason in decisions.refusals}
+    norms_at = {norm.source: norm for norm in recognition.norms}
+    norms_at |= {site.hidden: site.norm for site in recognition.sites}
+    return [
+        _verdict(collective, plans.get(collective.node), refused.get(collective.node, ""), norms_at, recognition)
+        for collective in recognition.collectives
+    ]
+
+
+def _verdict(
+    collective: Collective, plan: Plan | None, refused: str, norms_at: dict[fx.Node, Norm], recognition: Recognition
+) -> Boundary:
+    backward = collective.node in recognition.backward
+    reached = _Reached() if backward else _reach(collective.result, norms_at)
+    norm = plan.site.norm if plan is not None else reached.norm
+    consumer = None if backward else (norm.output if norm is not None else collective.result)
+    return Boundary(
+        kind=boundary_kind(collective.node, consumer),
+        module=module_name(collective.node),
+        collective=collective.kind,
+        group=collective.ranks or (),
+        norm=norm.kind if norm is not None else None,
+        rewrite=plan.rewrite if plan is not None else None,
+        fused=plan is not None,
+        reason="" if plan is not None else _reason(collective, refused, reached, backward),
+        direction="backward" if backward else "forward",
+        feeds_norm=norm is not None,
+    )
+
+
+class _Reached:
+    """Where the result of a collective goes: the first norm, what stood in the way of it, the graph's end."""
+
+    def __init__(self) -> None:
+        self.norm: Norm | None = None
+        self.obstacle: fx.Node | None = None
+        self.returned = False
+
+
+def _reach(start: fx.Node, norms_at: dict[fx.Node, Norm], limit: int = 400) -> _Reached:
+    """Follow `start` forwards over row-wise operators."""
+    from .sums import linear_inputs
+
+    reached = _Reached()
+    seen = {start}
+    pending: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
+    while pending and len(seen) < limit:
+        node, obstacle = pending.popleft()
+        if node in norms_at:
+            reached.norm, reached.obstacle = norms_at[node], obstacle
+            return reached
+        for user in node.users:
+            if user.op == "output":
+                reached.returned = True
+                continue
+            if user in seen or is_collective(user) or _ends(user):
+                continue
+            seen.add(user)
+            in_the_way = user if not any(child is node for child, _, _ in linear_inputs(user)) else None
+            pending.append((user, obstacle or in_the_way))
+    return reached
+
+
+def _ends(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    val = value(node)
+    return any(name.startswith(word) for word in _ENDS) or (val is not None and val.dtype not in ops.FLOATS)
+
+
+def _reason(collective: Collective, refused: str, reached: _Reached, backward: bool) -> str:
+    if collective.problem:
+        return collective.problem
+    if refused:
+        return refused
+    if backward:
+        return "it belongs to the backward pass, where no norm follows it"
+    if collective.kind != "all_reduce":
+        return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
+    if reached.norm is not None:
+        if reached.obstacle is not None:
+            return (
+                f"{reached.obstacle.target} stands between the all-reduce and the norm; only views, casts, additions "
+                "and multiplications by a number are looked through"
+            )
+        return reached.norm.problem or "the norm that reads it takes over another all-reduce"
+    if reached.returned:
+        return (
+            "the all-reduced value is returned from the graph before any norm: the norm of the next block is in another "
+            "compiled graph; compile the whole model instead of each block"
+        )
+    return "no norm reads the all-reduced value"

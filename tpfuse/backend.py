@@ -1,0 +1,178 @@
+"""`torch.compile(model, backend="tpfuse")`: Inductor with one more pass at its joint stage.
+
+The pass runs where a graph is whole and has its collectives: on the joint forward and backward graph of training, and
+on the forward graph of inference, after Inductor's own joint passes and the user's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
+from . import report_store
+from ._torch_private import inductor_decompositions, joint_graph_clean_up, raised_through_dynamo
+from .cache_key import cache_key
+from .errors import FusionError, TPFuseError
+from .options import Options, inductor_patches, parse_options
+from .passes.fuse import PassOptions, fuse
+from .passes.groups import resolve_group
+from .report import Report, record
+
+
+def tpfuse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """The backend function that the `torch_dynamo_backends` entry point names.
+
+    Args:
+        gm: the graph Dynamo captured; example_inputs: its (fake) inputs.
+        mode: torch.compile's mode, as for Inductor.
+        options: see `tpfuse.options.Options`.
+
+    Raises:
+        OptionError: an unknown option or a value that is not allowed.
+        FusionError: `expect_fused` or `strict` was not met.
+    """
+    try:
+        return _compile(gm, example_inputs, parse_options(options, mode))
+    except TPFuseError as error:
+        raise raised_through_dynamo(error) from error.__cause__
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    fusion = FusionPass(options)
+    name = report_store.key(gm, example_inputs, fusion.uuid())
+    spare = copy_graph(gm)
+    compiled = _INNER[options.inner](gm, example_inputs, options, fusion)
+    if fusion.reports:
+        report = report_store.merge(fusion.reports)
+        report_store.save(name, report)
+    else:
+        # A warm cache: nothing was traced, so the pass did not run.
+        report = report_store.load(name) or trace_report(spare, example_inputs, options)
+    record(report)
+    check(report, options)
+    return compiled
+
+
+def check(report: Report, options: Options) -> None:
+    """Raise FusionError where the report does not meet `expect_fused` or `strict`."""
+    if options.expect_fused is not None and report.boundaries and report.fused_forward != options.expect_fused:
+        raise FusionError(
+            f"expect_fused={options.expect_fused}, but {report.fused_forward} forward collectives were fused\n{report}"
+        )
+    if options.strict and report.missed:
+        names = ", ".join(boundary.module or boundary.kind for boundary in report.missed)
+        raise FusionError(f"strict=True, but all-reduces that feed a norm stayed unfused: {names}\n{report}")
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+class FusionPass(CustomGraphPass):
+    """The pass as Inductor calls it. `before` is the user's own pass at the same stage, run first."""
+
+    def __init__(self, options: Options, before: Sequence[Callable[[fx.Graph], None]] = ()):
+        self.options = options
+        self.before = tuple(before)
+        self.reports: list[Report] = []
+        self.seconds = 0.0
+
+    def __call__(self, graph: fx.Graph) -> None:
+        owner = graph.owning_module
+        for user_pass in self.before:
+            user_pass(owner.graph)
+        outcome = fuse(
+            owner.graph, resolve_group, PassOptions(rewrites=self.options.rewrites, strict=self.options.strict)
+        )
+        if outcome.graph is not owner.graph:
+            owner.graph = outcome.graph
+        self.reports.append(outcome.report)
+        self.seconds += outcome.seconds
+
+    def uuid(self) -> bytes | None:
+        """None, which bypasses the caches, where a user's pass has no key of its own."""
+        parts = [cache_key(self.options)]
+        for user_pass in self.before:
+            part = user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None
+            if part is None:
+                return None
+            parts.append(part if isinstance(part, bytes) else repr(part).encode())
+        return b"".join(parts)
+
+
+# -- who compiles the rewritten graph ---------------------------------------------------------------------------------
+
+
+def _with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
+) -> Callable[..., Any]:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = inductor_patches(options)
+    users = patches.get("joint_custom_post_pass", config.joint_custom_post_pass)
+    fusion.before = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
+    patches["joint_custom_post_pass"] = fusion
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _with_aot_eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
+) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def rewrite(joint: fx.GraphModule) -> None:
+        joint_graph_clean_up(joint)
+        fusion(joint.graph)
+        joint.recompile()
+
+    def boxed(compiled: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(compiled.forward)
+
+    def inference(compiled: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        rewrite(compiled)
+        return boxed(compiled, inputs)
+
+    def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        rewrite(joint)
+        return min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs)
+
+    return aot_autograd(
+        fw_compiler=boxed,
+        bw_compiler=boxed,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=inductor_decompositions(),
+        keep_inference_input_mutations=True,
+    )(gm, example_inputs)
+
+
+_INNER = {"inductor": _with_inductor, "aot_eager": _with_aot_eager}
+
+
+def trace_report(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+    """The report on a graph, by tracing it and throwing the result away: nothing is compiled and nothing runs."""
+    fusion = FusionPass(options)
+    _with_aot_eager(gm, example_inputs, options, fusion)
+    return report_store.merge(fusion.reports)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own over the same parameters: compilers take ownership of the one they are given."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    copied.meta = copy.copy(gm.meta)
+    return copied
+
+

@@ -1,0 +1,75 @@
+"""What a compiled graph depends on besides the graph: the key under which Inductor's caches keep it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._torch_private import all_group_members
+from .options import Options
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def cache_key(options: Options) -> bytes:
+    """A digest that changes whenever the rewritten graph could: sources of tpfuse, options, policy, versions, world
+    size, members of the process groups, device architecture."""
+    facts: dict[str, Any] = {
+        "sources": _source_digest(_source_stamp()),
+        "options": _canonical(options),
+        "torch": torch.__version__,
+        "python": sys.version,
+        "triton": _triton_version(),
+        "world": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "groups": sorted(all_group_members().items()),
+        "device": _device(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).digest()
+
+
+def _canonical(options: Options) -> dict[str, Any]:
+    return {
+        "policy": options.policy.to_json() if options.policy is not None else None,
+        "strict": options.strict,
+        "inner": options.inner,
+        "rewrites": list(options.rewrites),
+    }
+
+
+def _sources() -> list[Path]:
+    return sorted(path for folder in (".", "passes", "kernels") for path in (_PACKAGE / folder).glob("*.py"))
+
+
+def _source_stamp() -> tuple[tuple[str, int, int], ...]:
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _sources())
+
+
+@functools.lru_cache(maxsize=4)
+def _source_digest(stamp: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of the files' contents; `stamp` is what tells that they may have changed."""
+    digest = hashlib.sha256()
+    for name, _, _ in stamp:
+        path = Path(name)
+        digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__

@@ -1,0 +1,83 @@
+"""Ask without running: `explain` for a model, `fuse_graph` for a graph somebody else traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch_private as private
+from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
+from .passes.fuse import PassOptions, fuse
+from .passes.groups import resolve_group
+from .policy import SharingPolicy
+from .report import Report
+
+
+class _Explained(Exception):
+    """Carries the report out of the compiler, before anything could run."""
+
+    def __init__(self, report: Report):
+        super().__init__("explained")
+        self.report = report
+
+
+def explain(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+) -> Report:
+    """What the backend would do to `model(*args, **kwargs)`, and why.
+
+    Traces with fake tensors and runs no collective and no kernel, so one rank may call it alone. Stops at the first
+    graph break and says so in the report's notes.
+
+    Raises OptionError for options that the backend would refuse.
+    """
+    from .backend import trace_report
+    from .options import parse_options
+
+    parsed = parse_options(options, mode)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+
+    def report_and_stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        report = trace_report(gm, example_inputs, parsed)
+        if private.compile_stopped_at_graph_break(gm):
+            note = f"the model has a graph break here, and what follows was not looked at: {private.graph_break_reason(gm)}"
+            report = dataclasses.replace(report, notes=[*report.notes, note])
+        raise private.raised_through_dynamo(_Explained(report))
+
+    args = args if isinstance(args, (list, tuple)) else (args,)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    try:
+        torch.compile(call, backend=report_and_stop, dynamic=dynamic)(*args, **dict(kwargs or {}))
+    except _Explained as explained:
+        return explained.report
+    return Report(notes=["nothing was compiled: the model has no operation that Dynamo could put into a graph"])
+
+
+def fuse_graph(
+    graph_module: fx.GraphModule, policy: SharingPolicy | None = None, *, strict: bool = False
+) -> Report:
+    """Rewrite `graph_module` in place and say what was done.
+
+    For graphs of make_fx, torch.export or another compiler's pipeline: aten operators and functional collectives,
+    with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter.
+
+    Raises: nothing for a graph that cannot be fused (the report says why); with `strict=True`, internal errors.
+    """
+    outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict))
+    if outcome.graph is not graph_module.graph:
+        graph_module.graph = outcome.graph
+        graph_module.recompile()
+    return outcome.report

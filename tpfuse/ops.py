@@ -1,0 +1,274 @@
+"""Functional all-reduce + add + norm operations, for eager code and compiled graphs alike.
+
+    s = sum of x over the ranks of `group`
+    h = s + residual                                               (float32)
+    rms_norm:    y = h * rsqrt(mean(h^2) + eps) * (weight + weight_offset)
+    layer_norm:  y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
+
+`y` and `h` are rounded once, to the dtype of `x`; the norm runs on the unrounded `h`. Means are over the last
+dimension. Nothing is mutated and no output aliases an input.
+
+Gradients follow the tensor-parallel convention: every rank holds the same outputs and the same gradients of them, so
+the gradient of `x` is that of `s`, without a collective (the conjugate of the all-reduce is the identity). Replicated
+arguments get the gradient of the replicated computation.
+
+One operator, `tpfuse::all_reduce_norm`, holds every variant; the passes insert it, the functions below wrap it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+from ._torch_private import register_local_tensor_rule, resolve_group_name
+from .errors import OpError
+from .kernels.add_norm import add_norm
+
+_LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
+_LIBRARY.define(
+    "all_reduce_norm(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *,"
+    " str norm, float eps, float weight_offset, float alpha, bool post, ScalarType out_dtype, ScalarType? hidden_dtype,"
+    " bool want_sum, bool stats, str group_name) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float | Tensor,
+    group: Any,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """All-reduce `x` over `group`, add `residual`, RMSNorm.
+
+    Args:
+        x: [..., H], this rank's partial sum; float16, bfloat16, float32 or float64.
+        residual: the shape of `x`, or None. Replicated over the group.
+        weight: [H] or None. Enters as `weight + weight_offset` (1.0 for Gemma).
+        eps: a float, or a 0-d tensor.
+        group: a ProcessGroup, a group's name, a 1-D DeviceMesh, or (mesh, dim).
+
+    Returns:
+        (y, residual_out), both of the shape and dtype of `x`: the normed value, and the sum with the residual added.
+
+    Raises:
+        OpError: a shape, dtype, eps or group that does not fit; the message names it.
+    """
+    return _call(x, residual, weight, None, eps, group, "rms_norm", weight_offset)
+
+
+def all_reduce_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    group: Any,
+) -> tuple[Tensor, Tensor]:
+    """All-reduce `x` over `group`, add `residual`, LayerNorm. Arguments, results and errors as in
+    `all_reduce_add_rms_norm`; `bias` is the norm's, [H] or None."""
+    return _call(x, residual, weight, bias, eps, group, "layer_norm", 0.0)
+
+
+def all_reduce_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float | Tensor, group: Any, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`all_reduce_add_rms_norm` without a residual: the second result is the all-reduced sum itself."""
+    return _call(x, None, weight, None, eps, group, "rms_norm", weight_offset)
+
+
+def all_reduce_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, group: Any
+) -> tuple[Tensor, Tensor]:
+    """`all_reduce_add_layer_norm` without a residual: the second result is the all-reduced sum itself."""
+    return _call(x, None, weight, bias, eps, group, "layer_norm", 0.0)
+
+
+def _call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    group: Any,
+    norm: str,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    _check(x, residual, weight, bias, eps)
+    as_tensor = isinstance(eps, Tensor)
+    outputs = torch.ops.tpfuse.all_reduce_norm(
+        x,
+        residual,
+        None,
+        weight,
+        bias,
+        eps if as_tensor else None,
+        norm=norm,
+        eps=0.0 if as_tensor else eps,
+        weight_offset=weight_offset,
+        alpha=1.0,
+        post=False,
+        out_dtype=x.dtype,
+        hidden_dtype=x.dtype,
+        want_sum=False,
+        stats=True,
+        group_name=_group_name(group),
+    )
+    return outputs[0], outputs[1]
+
+
+def _group_name(group: Any) -> str:
+    try:
+        return resolve_group_name(group)
+    except Exception as error:
+        raise OpError(
+            f"group={group!r} is no group on this rank; pass a ProcessGroup, a group's name, a 1-D DeviceMesh or "
+            f"(mesh, dim) ({error})"
+        ) from error
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: Any) -> None:
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if x.dim() < 1 or x.dtype not in floats:
+        raise OpError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; needed: [..., H] of {floats}")
+    if residual is not None and residual.shape != x.shape:
+        raise OpError(f"residual has shape {tuple(residual.shape)}; needed: that of x, {tuple(x.shape)}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise OpError(f"{name} has shape {tuple(vector.shape)}; needed: ({x.shape[-1]},), the last dimension of x")
+    if isinstance(eps, Tensor):
+        if eps.dim() != 0:
+            raise OpError(f"eps is a tensor of shape {tuple(eps.shape)}; needed: a float or a 0-d tensor")
+    elif not isinstance(eps, (float, int, torch.SymFloat)):
+        raise OpError(f"eps is a {type(eps).__name__}; needed: a float or a 0-d tensor")
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps_tensor: Tensor | None,
+    *,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    alpha: float,
+    post: bool,
+    out_dtype: torch.dtype,
+    hidden_dtype: torch.dtype | None,
+    want_sum: bool,
+    stats: bool,
+    group_name: str,
+) -> list[Tensor]:
+    """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm)]."""
+    total = funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name))
+    out = add_norm(
+        total,
+        residual,
+        pre_bias,
+        weight,
+        bias,
+        eps if eps_tensor is None else eps_tensor,
+        norm=norm,
+        weight_offset=weight_offset,
+        alpha=alpha,
+        post=post,
+        out_dtype=out_dtype,
+        residual_dtype=hidden_dtype,
+        stats=stats,
+    )
+    outputs = [out.y, out.residual_out, total if want_sum else None, out.mean, out.rstd]
+    return [tensor for tensor in outputs if tensor is not None]
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps_tensor: Tensor | None,
+    *,
+    norm: str,
+    out_dtype: torch.dtype,
+    hidden_dtype: torch.dtype | None,
+    want_sum: bool,
+    stats: bool,
+    **_: Any,
+) -> list[Tensor]:
+    outputs = [x.new_empty(x.shape, dtype=out_dtype)]
+    if hidden_dtype is not None:
+        outputs.append(x.new_empty(x.shape, dtype=hidden_dtype))
+    if want_sum:
+        outputs.append(x.new_empty(x.shape))
+    if stats:
+        count = 2 if norm == "layer_norm" else 1
+        outputs += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(count)]
+    return outputs
+
+
+_LIBRARY.impl("all_reduce_norm", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("tpfuse::all_reduce_norm", _fake, lib=_LIBRARY)
+register_local_tensor_rule("tpfuse::all_reduce_norm", _run)
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: list[Tensor]) -> None:
+    x, residual, pre_bias, weight, bias, _ = inputs
+    options = keyword_only_inputs
+    if options["hidden_dtype"] is None or not options["stats"] or options["post"]:
+        raise OpError("all_reduce_norm is differentiable only with hidden_dtype set, stats=True and post=False")
+    ctx.save_for_backward(output[1], weight, *output[-2 if options["norm"] == "layer_norm" else -1 :])
+    ctx.options = options
+    ctx.dtypes = [t.dtype if t is not None else None for t in (x, residual, pre_bias, weight, bias)]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    """The gradients of the replicated computation behind the all-reduce, in float32 (float64 where x is)."""
+    hidden, weight, *statistics = ctx.saved_tensors
+    options = ctx.options
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    rstd = statistics[-1].to(compute)
+    h = hidden.to(compute)
+    centred = h - statistics[0].to(compute) if options["norm"] == "layer_norm" else h
+    normed = centred * rstd
+    rows = tuple(range(h.dim() - 1))
+
+    grad_hidden = torch.zeros_like(h)
+    grad_weight = grad_bias = None
+    if grads[0] is not None:
+        grad_y = grads[0].to(compute)
+        grad_weight, grad_bias = (grad_y * normed).sum(rows), grad_y.sum(rows)
+        inner = grad_y if weight is None else grad_y * (weight.to(compute) + options["weight_offset"])
+        correction = normed * (inner * normed).mean(-1, keepdim=True)
+        if options["norm"] == "layer_norm":
+            correction = correction + inner.mean(-1, keepdim=True)
+        grad_hidden = (inner - correction) * rstd
+    if grads[1] is not None:
+        grad_hidden = grad_hidden + grads[1].to(compute)
+    grad_sum = grad_hidden * options["alpha"]
+    if options["want_sum"] and grads[2] is not None:
+        grad_sum = grad_sum + grads[2].to(compute)
+    found = (grad_sum, grad_hidden, grad_hidden.sum(rows), grad_weight, grad_bias)
+    kept = [
+        grad.to(dtype) if dtype is not None and grad is not None else None
+        for grad, dtype in zip(found, ctx.dtypes, strict=True)
+    ]
+    return (*kept, None)
+
+
+torch.library.register_autograd(
+    "tpfuse::all_reduce_norm", _backward, setup_context=_setup_context, lib=_LIBRARY
+)

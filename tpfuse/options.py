@@ -1,0 +1,111 @@
+"""The backend's options: what a user may write into `torch.compile(..., options={...})`, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import OptionError
+from .passes.plan import REWRITES
+from .policy import SharingPolicy
+
+INNER = ("inductor", "aot_eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the tpfuse backend.
+
+    policy: how the model was cut, where it was not cut by `parallelize`; otherwise it may only repeat the policy.
+    expect_fused: the number of forward collectives that must be fused away in every graph that contains any.
+    strict: an all-reduce that feeds a norm and stays unfused, or an internal error, raises.
+    inner: who compiles the rewritten graph, "inductor" or "aot_eager".
+    mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
+    inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.
+    rewrites: the rewrites that may be used.
+    """
+
+    policy: SharingPolicy | None = None
+    expect_fused: int | None = None
+    strict: bool = False
+    inner: str = "inductor"
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = REWRITES
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "policy": (SharingPolicy, type(None)),
+    "expect_fused": (int, type(None)),
+    "strict": (bool,),
+    "inner": (str,),
+    "mode": (str, type(None)),
+    "inductor": (Mapping,),
+    "rewrites": (tuple, list),
+}
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Options from what torch.compile hands over.
+
+    Raises OptionError for an unknown key (naming the nearest one), a wrong type or a value that is not allowed.
+    """
+    options = dict(options or {})
+    known = [f.name for f in fields(Options)]
+    for key, given in options.items():
+        if key not in known:
+            raise OptionError(f"options[{key!r}]: no such option; {_nearest(key, known)}")
+        expected = _TYPES[key]
+        if not isinstance(given, expected) or (isinstance(given, bool) and bool not in expected):
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in expected)
+            raise OptionError(f"options[{key!r}] is {given!r}, a {type(given).__name__}; allowed: {names}")
+    if mode is not None:
+        if options.get("mode") not in (None, mode):
+            raise OptionError(f"mode={mode!r} and options['mode']={options['mode']!r} disagree; give one of them")
+        options["mode"] = mode
+    if "rewrites" in options:
+        options["rewrites"] = tuple(options["rewrites"])
+    parsed = Options(**options)
+    _check_values(parsed)
+    return parsed
+
+
+def _check_values(options: Options) -> None:
+    if options.inner not in INNER:
+        raise OptionError(f"options['inner'] is {options.inner!r}; allowed: {', '.join(map(repr, INNER))}")
+    if options.expect_fused is not None and options.expect_fused < 0:
+        raise OptionError(f"options['expect_fused'] is {options.expect_fused}; allowed: 0 or more, or None")
+    for name in options.rewrites:
+        if name not in REWRITES:
+            raise OptionError(f"options['rewrites'] names {name!r}; {_nearest(name, REWRITES)}")
+    inductor_patches(options)
+
+
+def inductor_patches(options: Options) -> dict[str, Any]:
+    """Inductor's config patches for the mode and the options given, checked against Inductor's own keys.
+
+    Raises OptionError for a mode or an Inductor option that does not exist.
+    """
+    from torch._inductor import config, list_mode_options
+
+    patches: dict[str, Any] = {}
+    if options.mode not in (None, "default"):
+        modes = sorted({"default", *list_mode_options()})
+        if options.mode not in modes:
+            raise OptionError(f"options['mode'] is {options.mode!r}; {_nearest(options.mode, modes)}")
+        patches.update(list_mode_options(options.mode))
+    known = config.get_config_copy()
+    for key, given in options.inductor.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise OptionError(f"options['inductor'][{key!r}]: Inductor has no such option; {_nearest(name, known)}")
+        patches[name] = given
+    return patches
+
+
+def _nearest(key: str, known: Any) -> str:
+    matches = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.0)
+    shown = f"allowed: {', '.join(known)}" if len(known) <= 12 else "see torch._inductor.list_options()"
+    return f"did you mean {matches[0]!r}? ({shown})" if matches else shown

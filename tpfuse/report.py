@@ -1,0 +1,125 @@
+"""What happened and why: one verdict for every collective of a compiled graph."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from dataclasses_json import DataClassJsonMixin
+
+
+@dataclass(frozen=True)
+class Boundary(DataClassJsonMixin):
+    """The verdict on one collective.
+
+    kind: "attention→dense_mlp", "dense_mlp→attention", "embedding→attention", "...→final_norm" and so on, or "unknown".
+    module: qualified name of the module that produced the collective's input.
+    collective: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
+    group: the global ranks it runs over.
+    norm: "rms_norm", "layer_norm", or None where no norm reads the result.
+    rewrite: the rewrite's name, or None.
+    fused: whether the collective became part of a fused operation.
+    reason: empty when fused; otherwise one sentence a user can act on.
+    direction: "forward" or "backward".
+    feeds_norm: whether a norm reads the result with only row-wise arithmetic in between (what `strict` asks about).
+    """
+
+    kind: str
+    module: str
+    collective: str
+    group: tuple[int, ...]
+    norm: str | None = None
+    rewrite: str | None = None
+    fused: bool = False
+    reason: str = ""
+    direction: str = "forward"
+    feeds_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Report(DataClassJsonMixin):
+    """All verdicts on one graph, in graph order.
+
+    norms: how many norms the graph has. notes: sentences about the whole graph (a graph break, an internal error).
+    collectives_after: how many collectives the rewritten graph still performs (a fused operation performs one).
+    """
+
+    boundaries: list[Boundary] = field(default_factory=list)
+    norms: int = 0
+    collectives_after: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Boundary]:
+        return [boundary for boundary in self.boundaries if boundary.fused]
+
+    @property
+    def unfused(self) -> list[Boundary]:
+        return [boundary for boundary in self.boundaries if not boundary.fused]
+
+    @property
+    def fused_forward(self) -> int:
+        """How many of the original forward collectives were fused away: what `expect_fused` counts."""
+        return sum(boundary.direction == "forward" for boundary in self.fused)
+
+    @property
+    def missed(self) -> list[Boundary]:
+        """Forward all-reduces that feed a norm and stayed: what `strict` forbids."""
+        return [
+            boundary
+            for boundary in self.unfused
+            if boundary.collective == "all_reduce" and boundary.feeds_norm and boundary.direction == "forward"
+        ]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=self.summary(), title_justify="left", title_style="bold", expand=False)
+        for column in ("#", "kind", "module", "collective", "ranks", "norm", "fused by", "reason"):
+            table.add_column(column, overflow="fold")
+        for index, boundary in enumerate(self.boundaries):
+            collective = boundary.collective + (" (backward)" if boundary.direction == "backward" else "")
+            table.add_row(
+                str(index),
+                boundary.kind,
+                boundary.module or "-",
+                collective,
+                _ranks(boundary.group),
+                boundary.norm or "-",
+                boundary.rewrite or "not fused",
+                boundary.reason,
+            )
+        out = io.StringIO()
+        console = Console(file=out, width=160, color_system=None)
+        console.print(table if self.boundaries else self.summary())
+        for note in self.notes:
+            console.print(f"note: {note}")
+        return out.getvalue().rstrip()
+
+    def summary(self) -> str:
+        count = len(self.boundaries)
+        return f"tpfuse: {len(self.fused)} of {count} collective{'s' if count != 1 else ''} fused, {self.norms} norms"
+
+
+def _ranks(group: tuple[int, ...]) -> str:
+    ranks = list(group)
+    if len(ranks) > 4 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}..{ranks[-1]}"
+    return ",".join(map(str, ranks)) or "?"
+
+
+#: REGISTRY: the reports of every graph this process compiled, oldest first. Only ever appended to.
+_REPORTS: list[Report] = []
+
+
+def reports() -> list[Report]:
+    """Every graph this process compiled, in order, also those from a warm compile cache.
+
+    Append-only; survives `torch.compiler.reset()`. The list returned is a copy.
+    """
+    return list(_REPORTS)
+
+
+def record(report: Report) -> None:
+    _REPORTS.append(report)
