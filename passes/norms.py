@@ -148,17 +148,22 @@ def _mean_of(node: fx.Node) -> tuple[fx.Node, str] | None:
     node = strip(node, _TRANSPARENT)
     if is_call(node, aten.mean.dim):
         return node.args[0], _dims_problem(node)
-    divided = None
-    if is_call(node, ops.DIVS) and is_number(node.args[1]):
-        divided, factor = node.args[0], 1 / node.args[1]
-    elif is_call(node, ops.MULS) and len(node.args) > 1 and is_number(node.args[1]):
-        divided, factor = node.args[0], node.args[1]
-    divided = strip(divided, _TRANSPARENT)
-    if divided is not None and is_call(divided, aten.sum.dim_IntList):
-        size = last_dim(divided.args[0])
-        if isinstance(size, int) and size > 0 and math.isclose(factor, 1 / size, rel_tol=1e-6):
-            return divided.args[0], _dims_problem(divided)
-    return None
+    if not is_call(node, ops.DIVS | ops.MULS) or len(node.args) < 2:
+        return None
+    divided, factor = strip(node.args[0], _TRANSPARENT), node.args[1]
+    if not is_call(divided, aten.sum.dim_IntList):
+        return None
+    size = last_dim(divided.args[0])
+    return (divided.args[0], _dims_problem(divided)) if _divides_by(node, factor, size) else None
+
+
+def _divides_by(node: fx.Node, factor: object, size: object) -> bool:
+    """Whether dividing (or multiplying) by `factor` divides by `size`, a number or a symbol."""
+    if is_call(node, ops.DIVS) and isinstance(factor, fx.Node):
+        return same_size(factor.meta.get("val"), size)
+    if not is_number(factor) or not isinstance(size, int) or not size or not factor:
+        return False
+    return math.isclose(factor if is_call(node, ops.DIVS) else 1 / factor, size, rel_tol=1e-6)
 
 
 def _dims_problem(reduction: fx.Node) -> str:

@@ -183,8 +183,6 @@ def site_problem(site: Site, total: Sum) -> str:
         return "the hidden states have no fake value (meta['val']), so their shape and dtype are unknown"
     if type(val) is not torch.Tensor and not hasattr(val, "fake_mode"):
         return f"the hidden states are a {type(val).__name__}, not a plain tensor"
-    if not isinstance(last_dim(hidden), int):
-        return "the hidden size is symbolic; mark it static (torch._dynamo.mark_static) to fuse this norm"
     if not same_size(last_dim(hidden), last_dim(norm.source)):
         return "a view between the all-reduce and the norm changes the last dimension"
     for tensor in (val, out):
@@ -207,7 +205,7 @@ def site_problem(site: Site, total: Sum) -> str:
     for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is None:
             continue
-        if value(vector) is None or value(vector).numel() != last_dim(hidden):
+        if value(vector) is None or not same_size(last_dim(vector), last_dim(hidden)):
             return f"the norm's {role} is not one value per hidden unit"
         if depends_on(vector, leaves):
             return f"the norm's {role} is computed from the all-reduced sum"

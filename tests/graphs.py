@@ -1,0 +1,90 @@
+"""Trace small functions into graphs, and run graphs on several ranks inside one process with true sums.
+
+`LocalTensorMode` gives every value one tensor per rank and performs the collectives on them, so a rewritten graph is
+judged by its numbers. Sums of float16 and bfloat16 are rounded to that dtype as a real all-reduce would.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import tpfuse
+from tpfuse._torch_private import inductor_decompositions
+
+
+@contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[None]:
+    """A process group of `size` ranks of which only this one exists; its collectives do nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(x: Tensor, group: Any = None, op: str = "sum") -> Tensor:
+    """A functional all-reduce as compiled graphs have it, wait included."""
+    name = (group or dist.group.WORLD).group_name if not isinstance(group, str) else group
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, op, name))
+
+
+def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False, decompose: bool = True) -> fx.GraphModule:
+    """The aten graph of `fn(*args)`, functional, decomposed as Inductor does it (or not at all)."""
+    return make_fx(
+        torch.func.functionalize(fn) if decompose else fn,
+        decomposition_table=inductor_decompositions() if decompose else {},
+        tracing_mode="symbolic" if dynamic else "fake",
+    )(*args)
+
+
+def fused(gm: fx.GraphModule, **options: Any) -> tuple[fx.GraphModule, tpfuse.Report]:
+    """A fused copy of `gm`, and the report."""
+    import copy
+
+    copied = copy.deepcopy(gm)
+    report = tpfuse.fuse_graph(copied, **options)
+    return copied, report
+
+
+def on_ranks(gm: Callable[..., Any], world: int, *args: Any) -> list[list[Tensor]]:
+    """Run `gm` on `world` ranks; an argument that is a list holds one tensor per rank. Outputs per rank."""
+    with LocalTensorMode(world):
+        placed = [LocalTensor(dict(enumerate(a))) if isinstance(a, list) else a for a in args]
+        outputs = gm(*placed)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        return [[_local(output, rank) for output in outputs] for rank in range(world)]
+
+
+def _local(output: Any, rank: int) -> Tensor:
+    return output._local_tensors[rank] if isinstance(output, LocalTensor) else output
+
+
+def relative_error(got: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """Relative L2 error of each output against float64."""
+    return [
+        float((g.double() - r.double()).norm() / r.double().norm().clamp_min(1e-300))
+        for g, r in zip(got, reference, strict=True)
+    ]
+
+
+def executed_collectives(fn: Callable[..., Any], *args: Any) -> Counter:
+    """Which collectives a call really performs, by c10d's own names (`allreduce_`, `_allgather_base_`, ...).
+
+    Counted by the profiler below all wrappers, so that a collective nobody reads is seen as well.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fn(*args)
+    names = (event.name for event in profile.events())
+    return Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::") and "barrier" not in name)

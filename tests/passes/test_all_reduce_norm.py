@@ -1,0 +1,171 @@
+"""all_reduce_norm: every spelling of a norm, with the residual in every place, fuses and keeps its numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ..graphs import all_reduce, executed_collectives, fused, on_ranks, relative_error, trace
+from . import spellings
+
+ROWS, HIDDEN = (2, 3), 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(seed: int, dtype: torch.dtype, world: int = 4, hidden: int = HIDDEN):
+    """(one partial sum per rank, residual, weight, bias)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return [draw(*ROWS, hidden) for _ in range(world)], draw(*ROWS, hidden), draw(hidden) + 1, draw(hidden)
+
+
+def boundary(norm, residual: str = "second"):
+    """all-reduce → + residual → norm; returns the normed value and the residual stream."""
+
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        h = {"first": lambda: r + s, "second": lambda: s + r, "absent": lambda: s, "unused": lambda: s + r}[residual]()
+        y = norm(h, weight, bias)
+        return (y,) if residual == "unused" else (y, h)
+
+    return run
+
+
+def assert_error_rule(run, world: int, dtype: torch.dtype, draw=inputs, seeds: int = 20, **trace_options):
+    """Over `seeds` seeds: error against float64 at most 1.1 x that of the graph replaced plus one rounding."""
+    partials, *rest = draw(0, dtype)
+    before = trace(run, partials[0], *rest, **trace_options)
+    after, report = fused(before)
+    rounding = torch.finfo(dtype).eps / 2
+    old, new = [], []
+    for seed in range(seeds):
+        partials, *rest = draw(seed, dtype)
+        exact = trace(run, partials[0].double(), *(t.double() for t in rest))
+        reference = on_ranks(exact, world, [p.double() for p in partials], *(t.double() for t in rest))[0]
+        for rank in range(world):
+            old.append(relative_error(on_ranks(before, world, partials, *rest)[rank], reference))
+            new.append(relative_error(on_ranks(after, world, partials, *rest)[rank], reference))
+            break
+    old, new = torch.tensor(old).mean(0), torch.tensor(new).mean(0)
+    assert (new <= 1.1 * old + rounding).all(), f"errors {new.tolist()} against {old.tolist()} unfused"
+    return report
+
+
+@pytest.mark.parametrize("norm", spellings.ALL, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_spelling_fuses_within_the_error_rule(four_ranks, norm, dtype):
+    report = assert_error_rule(boundary(norm), four_ranks, dtype)
+    (verdict,) = report.boundaries
+    assert verdict.fused and verdict.rewrite == "all_reduce_norm", verdict.reason
+    assert verdict.norm == ("layer_norm" if norm in spellings.LAYER else "rms_norm")
+    assert verdict.reason == "" and verdict.group == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("residual", ["first", "second", "absent", "unused"])
+@pytest.mark.parametrize("norm", [spellings.rms_llama, spellings.layer_functional], ids=lambda fn: fn.__name__)
+def test_the_residual_may_be_anywhere(four_ranks, norm, residual):
+    report = assert_error_rule(boundary(norm, residual), four_ranks, torch.bfloat16)
+    assert [b.fused for b in report.boundaries] == [True]
+
+
+@pytest.mark.parametrize("norm", spellings.ALL, ids=lambda fn: fn.__name__)
+def test_symbolic_shapes(four_ranks, norm):
+    partials, *rest = inputs(0, torch.float32)
+    graph, report = fused(trace(boundary(norm), partials[0], *rest, dynamic=True))
+    assert [b.fused for b in report.boundaries] == [True], report
+
+
+@pytest.mark.parametrize("norm", spellings.ALL, ids=lambda fn: fn.__name__)
+def test_graphs_of_make_fx_without_decompositions(four_ranks, norm):
+    """Whole norms and in-place steps, as make_fx leaves them."""
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(boundary(norm), partials[0], *rest, decompose=False)
+    after, report = fused(before)
+    assert [b.fused for b in report.boundaries] == [True], report
+    expected, got = (on_ranks(gm, 4, partials, *rest)[0] for gm in (before, after))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("norm", spellings.ALL, ids=lambda fn: fn.__name__)
+def test_graphs_of_torch_export(four_ranks, norm):
+    class Boundary(torch.nn.Module):
+        def forward(self, x, r, weight, bias):
+            return boundary(norm)(x, r, weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    before = torch.export.export(Boundary(), (partials[0], *rest)).module()
+    after, report = fused(before)
+    assert [b.fused for b in report.boundaries] == [True], report
+    expected, got = (on_ranks(gm, 4, partials, *rest)[0] for gm in (before, after))
+    torch.testing.assert_close(got, expected)
+
+
+def test_views_and_casts_between(four_ranks):
+    def run(x, r, weight, bias):
+        s = all_reduce(x.reshape(-1, HIDDEN)).view(2, 3, HIDDEN).float()
+        h = (r.float() + s).to(torch.bfloat16)
+        return spellings.rms_llama(h.reshape(6, HIDDEN), weight, bias), h
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.fused for b in report.boundaries] == [True], report
+
+
+def test_a_view_that_splits_the_hidden_dimension(four_ranks):
+    """A norm over heads of an all-reduced value is a norm over the last dimension like any other."""
+
+    def run(x, r, weight, bias):
+        return (spellings.rms_llama(all_reduce(x).view(2, 3, 4, 4), weight[:4], bias),)
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.fused for b in report.boundaries] == [True], report
+
+
+def test_the_fused_graph_executes_one_all_reduce(four_ranks):
+    """A dead all-reduce left in the graph counts as a side effect and would run a second time."""
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(boundary(spellings.rms_llama), partials[0], *rest)
+    after, _ = fused(before)
+    assert executed_collectives(before, partials[0], *rest) == {"allreduce_": 1}
+    assert executed_collectives(after, partials[0], *rest) == {"allreduce_": 1}
+    assert not [n for n in after.graph.nodes if "c10d" in str(n.target)]
+
+
+def test_the_sum_itself_may_be_read_as_well(four_ranks):
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        h = s + r
+        return spellings.rms_llama(h, weight, bias), h, s * 2
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.fused for b in report.boundaries] == [True]
+
+
+def test_a_chain_of_layers_fuses_every_boundary(four_ranks):
+    """The residual stream of one boundary is the residual of the next; each sum is paid once."""
+
+    def run(x, r, weight, bias):
+        h = all_reduce(x)
+        y = spellings.rms_llama(h, weight, bias)
+        for _ in range(3):
+            h = h + all_reduce(torch.tanh(y))
+            y = spellings.rms_llama(h, weight, bias)
+        return y, h
+
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest)
+    after, report = fused(before)
+    assert len(report.fused) == 4 and report.collectives_after == 4
+    expected, got = (on_ranks(gm, 4, partials, *rest)[2] for gm in (before, after))
+    torch.testing.assert_close(got, expected)
+    assert executed_collectives(after, partials[0], *rest) == {"allreduce_": 4}
+
+
+def test_zero_rows(four_ranks):
+    partials = [torch.zeros(0, HIDDEN) for _ in range(4)]
+    rest = torch.zeros(0, HIDDEN), torch.ones(HIDDEN), torch.ones(HIDDEN)
+    after, report = fused(trace(boundary(spellings.rms_llama), partials[0], *rest))
+    assert report.fused
+    assert [t.shape for t in on_ranks(after, 4, partials, *rest)[0]] == [(0, HIDDEN), (0, HIDDEN)]

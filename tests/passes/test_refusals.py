@@ -1,0 +1,180 @@
+"""What cannot be fused stays as it was, computes the same, and says why in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tpfuse
+from tpfuse.passes import rewrite
+
+from ..graphs import all_reduce, fake_world, fused, on_ranks, trace
+from . import spellings
+from .test_all_reduce_norm import HIDDEN, boundary, inputs
+
+
+def refused(run, world: int = 4, draw=inputs, dtype=torch.float32):
+    """Fuse the graph of `run`; it must be unchanged and right. Returns the report."""
+    partials, *rest = draw(0, dtype)
+    before = trace(run, partials[0], *rest)
+    after, report = fused(before)
+    assert [n.target for n in after.graph.nodes] == [n.target for n in before.graph.nodes]
+    torch.testing.assert_close(on_ranks(after, world, partials, *rest), on_ranks(before, world, partials, *rest))
+    assert not report.fused and all(b.reason and b.rewrite is None for b in report.boundaries)
+    return report
+
+
+@pytest.mark.parametrize("op", ["max", "min", "product"])
+def test_a_reduce_op_that_is_no_sum(four_ranks, op):
+    def run(x, r, weight, bias):
+        return spellings.rms_llama(all_reduce(x, op=op) + r, weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert f"reduce op is {op!r}" in verdict.reason
+
+
+def test_an_average_is_a_sum_divided_by_the_group(four_ranks):
+    def run(x, r, weight, bias):
+        h = all_reduce(x, op="avg") + r
+        return spellings.rms_llama(h, weight, bias), h
+
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest)
+    after, report = fused(before)
+    assert report.fused
+    mean = sum(partials) / 4 + rest[0]
+    torch.testing.assert_close(on_ranks(after, 4, partials, *rest)[1][1], mean)
+
+
+def test_a_group_that_does_not_exist(four_ranks):
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(boundary(spellings.rms_llama), partials[0], *rest)
+    for node in before.graph.nodes:
+        if "all_reduce" in str(node.target):
+            node.args = (*node.args[:2], "no-such-group")
+    after, report = fused(before)
+    assert "no-such-group" in report.boundaries[0].reason and not report.fused
+    assert [n.target for n in after.graph.nodes] == [n.target for n in before.graph.nodes]
+
+
+def test_no_process_group_at_all():
+    with fake_world(2):
+        partials, *rest = inputs(0, torch.float32)
+        graph = trace(boundary(spellings.rms_llama), partials[0], *rest)
+    assert not dist.is_initialized()
+    _, report = fused(graph)
+    (verdict,) = report.boundaries
+    assert not verdict.fused and "cannot be resolved" in verdict.reason
+
+
+def test_a_norm_over_another_dimension(four_ranks):
+    def run(x, r, weight, bias):
+        h = all_reduce(x) + r
+        return h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-5)
+
+    (verdict,) = refused(run).boundaries
+    assert "not over the last one only" in verdict.reason and verdict.feeds_norm
+
+
+def test_a_norm_over_two_dimensions(four_ranks):
+    def run(x, r, weight, bias):
+        return torch.nn.functional.layer_norm(all_reduce(x) + r, (3, HIDDEN))
+
+    (verdict,) = refused(run).boundaries
+    assert "not over the last one only" in verdict.reason
+
+
+def test_mixed_dtypes(four_ranks):
+    def run(x, r, weight, bias):
+        return spellings.rms_llama(all_reduce(x) + r.double(), weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "torch.float32" in verdict.reason and "torch.float64" in verdict.reason
+
+
+def test_an_operator_in_the_way_is_named(four_ranks):
+    def run(x, r, weight, bias):
+        return spellings.rms_llama(torch.relu(all_reduce(x)) + r, weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "aten.relu.default" in verdict.reason and verdict.feeds_norm
+
+
+def test_a_value_returned_before_any_norm(four_ranks):
+    def run(x, r, weight, bias):
+        return all_reduce(x) + r
+
+    (verdict,) = refused(run).boundaries
+    assert "compile the whole model instead of each block" in verdict.reason and verdict.norm is None
+
+
+def test_a_residual_computed_from_the_sum(four_ranks):
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        return spellings.rms_llama(s + torch.tanh(s), weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "computed from the all-reduced sum" in verdict.reason
+
+
+def test_a_write_between_the_all_reduce_and_the_norm(four_ranks):
+    """Fusing would read `x` later than the graph did, after it was overwritten."""
+
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        r.add_(1)
+        return spellings.rms_llama(s + r, weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest, decompose=False)
+    _, report = fused(before)
+    assert "writes in place" in report.boundaries[0].reason
+
+
+def test_groups_of_equal_size_and_other_members_are_not_merged():
+    with fake_world(4):
+        a, b = dist.new_group([0, 1]), dist.new_group([0, 2])
+
+        def run(x, r, weight, bias):
+            return spellings.rms_llama(all_reduce(x, a) + all_reduce(r, b), weight, bias)
+
+        partials, *rest = inputs(0, torch.float32)
+        _, report = fused(trace(run, partials[0], *rest))
+    assert [v.rewrite for v in report.boundaries] == [None, "all_reduce_norm"]
+    assert "different ranks, [0, 1] and [0, 2]" in report.boundaries[0].reason
+
+
+def test_an_internal_error_keeps_the_graph_and_says_so(four_ranks, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("tpfuse.passes.fuse.apply", broken)
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        report = refused(boundary(spellings.rms_llama))
+    assert "internal error" in report.boundaries[0].reason and "a bug" in report.boundaries[0].reason
+    partials, *rest = inputs(0, torch.float32)
+    graph = trace(boundary(spellings.rms_llama), partials[0], *rest)
+    with pytest.raises(ZeroDivisionError):
+        tpfuse.fuse_graph(graph, strict=True)
+
+
+def test_other_collectives_get_a_verdict(four_ranks):
+    def run(x, r, weight, bias):
+        c10d = torch.ops._c10d_functional
+        gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(x, 4, dist.group.WORLD.group_name))
+        shared = c10d.wait_tensor(c10d.reduce_scatter_tensor(gathered, "sum", 4, dist.group.WORLD.group_name))
+        return spellings.rms_llama(shared, weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    _, report = fused(trace(run, partials[0], *rest))
+    assert [b.collective for b in report.boundaries] == ["all_gather", "reduce_scatter"]
+    assert all(b.reason and not b.fused for b in report.boundaries)
+
+
+def test_the_old_order_is_kept_where_it_was_right(four_ranks):
+    partials, *rest = inputs(0, torch.float32)
+    graph = trace(boundary(spellings.rms_llama), partials[0], *rest).graph
+    names = [n.name for n in graph.nodes]
+    rewrite.restore_order(graph)
+    assert [n.name for n in graph.nodes] == names
