@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .compat import HAVE_TRITON, INTERPRETED, next_power_of_2, tl, triton
-from .device import LAYER, RMS, load_eps, load_vector, row_statistics
+from .device import LAYER, RMS, finish_row, load_eps, load_row
 
 NORMS = {"rms_norm": RMS, "layer_norm": LAYER}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,59 +39,24 @@ class AddNormOut:
 
 @triton.jit(do_not_specialize=["s_stride", "r_stride"], do_not_specialize_on_alignment=["eps_ptr"])
 def _add_norm_kernel(
-    s_ptr,
-    residual_ptr,
-    pre_bias_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    residual_out_ptr,
-    mean_ptr,
-    rstd_ptr,
-    eps_ptr,
-    eps,
-    weight_offset,
-    alpha,
-    s_stride,
-    r_stride,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    POST: tl.constexpr,
-    STRIDED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_PRE_BIAS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL_OUT: tl.constexpr,
-    HAS_STATS: tl.constexpr,
-    EPS_IN_MEMORY: tl.constexpr,
-):
+    s_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    eps_ptr, eps, weight_offset, alpha, s_stride, r_stride,
+    H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, STRIDED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < H
     # Rows that lie apart by something else than H are the exception; only the rule gets wide loads.
     s_row = s_ptr + row * (s_stride if STRIDED else H)
-    # every load first, so that all of them are in flight together
-    s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    r_row = residual_ptr
+    if residual_ptr is not None:
         r_row = residual_ptr + row * (r_stride if STRIDED else H)
-        residual = tl.load(r_row + cols, mask=mask, other=0.0).to(tl.float32)
-    weight = load_vector(weight_ptr, cols, mask, HAS_WEIGHT, 1.0) + weight_offset
-    h = alpha * s + load_vector(pre_bias_ptr, cols, mask, HAS_PRE_BIAS, 0.0)
-    if HAS_RESIDUAL and not POST:
-        h += residual
-    if HAS_RESIDUAL_OUT:
-        tl.store(residual_out_ptr + row * H + cols, h.to(residual_out_ptr.dtype.element_ty), mask=mask)
-    mean, rstd = row_statistics(h, mask, H, load_eps(eps_ptr, eps, EPS_IN_MEMORY), NORM)
-    n = (h - mean) * rstd * weight + load_vector(bias_ptr, cols, mask, HAS_BIAS, 0.0)
-    if HAS_RESIDUAL and POST:
-        n += residual
-    tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
-    if HAS_STATS:
-        tl.store(rstd_ptr + row, rstd)
-        if NORM == 1:
-            tl.store(mean_ptr + row, mean)
+    s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
+    residual, pre_bias, weight, bias = load_row(r_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask)
+    finish_row(
+        s, residual, pre_bias, weight, bias, alpha, load_eps(eps_ptr, eps), y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+        row, row, cols, mask, H, NORM, POST, None, 0, 0, 1,
+    )  # fmt: skip
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -170,9 +135,7 @@ def add_norm(
             eps_tensor, eps_value, weight_offset, alpha, s2.stride(0), 0 if r2 is None else r2.stride(0),
             H=H, BLOCK=block, NORM=NORMS[norm], POST=post,
             STRIDED=s2.stride(0) != H or (r2 is not None and r2.stride(0) != H),
-            HAS_RESIDUAL=r2 is not None, HAS_PRE_BIAS=pre_bias is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL_OUT=residual_dtype is not None, HAS_STATS=stats,
-            EPS_IN_MEMORY=eps_tensor is not None, num_warps=_warps(block),
+            num_warps=_warps(block),
         )  # fmt: skip
     return out
 

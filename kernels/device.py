@@ -1,46 +1,175 @@
 """What every kernel does to one row once it holds the sum: alpha, bias, residual, norm, outputs. Triton device code.
 
-A row (or, when a row is split over several programs, a part of one) is a float32 tensor of a power-of-two length with
-a mask. `norm` is data: 0 RMSNorm, 1 LayerNorm.
+A row, or the part of a row that one program holds, is a float32 tensor of a power-of-two length with a mask; `cols`
+are the columns of the whole row. Absent tensors are None, and what they would need is not compiled.
+
+Values travel between ranks as 32-bit words (two 16-bit elements, or one float32), because a word is what the memory
+system stores and loads in one piece: a reader sees all of it or none. `SENTINEL` marks a word nobody has written; a
+writer turns that one pattern into zero. It reads as (-0.0, -0.0) in the 16-bit formats and as -4.6e-41 in float32.
 """
 
 from __future__ import annotations
 
 from .compat import tl, triton
 
-RMS = 0
-LAYER = 1
+RMS, LAYER = 0, 1  # the kernels' NORM
+SENTINEL = -2147450880  # 0x80008000
+_SENTINEL = tl.constexpr(SENTINEL)
 
 
 @triton.jit
-def load_vector(ptr, cols, mask, HAS: tl.constexpr, default: tl.constexpr):
-    """`ptr[cols]` as float32, or a constant where the tensor is absent."""
-    if HAS:
-        v = tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    else:
-        v = tl.full(cols.shape, default, tl.float32)
-    return v
+def load_row(residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask):
+    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads hide behind it."""
+    zero = tl.zeros(cols.shape, tl.float32)
+    residual, pre_bias, bias, weight = zero, zero, zero, zero + 1.0
+    if residual_row is not None:
+        residual = tl.load(residual_row + cols, mask=mask, other=0.0).to(tl.float32)
+    if pre_bias_ptr is not None:
+        pre_bias = tl.load(pre_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return residual, pre_bias, weight + weight_offset, bias
 
 
 @triton.jit
-def row_statistics(h, mask, H: tl.constexpr, eps, NORM: tl.constexpr):
-    """(mean, rstd) of a whole row held by one program; the mean is 0 for RMSNorm. LayerNorm takes two passes over the
-    registers: E[h^2] - mean^2 would cancel."""
+def load_eps(eps_ptr, eps):
+    """eps as float32: an argument, or a 0-d device tensor that the host must not wait for."""
+    value = eps
+    if eps_ptr is not None:
+        value = tl.load(eps_ptr).to(tl.float32)
+    return value
+
+
+@triton.jit
+def exchange(value, inbox, pid, part, SPLIT: tl.constexpr):
+    """The `value`s of the SPLIT programs that share a row (pids pid-part .. pid-part+SPLIT-1), as a tensor [SPLIT].
+
+    Each program writes its value into the inbox of every program of the row and waits on its own, then makes it empty
+    again. One program reads an inbox, and the next call writes it only after this kernel ended, so one slot is enough.
+    """
+    index = tl.arange(0, SPLIT)
+    word = value.to(tl.int32, bitcast=True)
+    word = tl.where(word == _SENTINEL, 0, word)
+    tl.store(inbox + (pid - part + index) * SPLIT + part, tl.zeros([SPLIT], tl.int32) + word)
+    mine = inbox + pid * SPLIT + index
+    words = tl.load(mine, volatile=True)
+    while tl.sum((words == _SENTINEL).to(tl.int32), axis=0) > 0:
+        words = tl.load(mine, volatile=True)
+    tl.debug_barrier()  # every warp reads the inbox for itself: all must have read before one clears
+    tl.store(mine, tl.full([SPLIT], _SENTINEL, tl.int32))
+    return words.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_statistics(h, mask, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid, part, SPLIT: tl.constexpr):
+    """(mean, rstd) of a row of H columns held by SPLIT programs; the mean is 0 for RMSNorm. LayerNorm takes two passes
+    over the registers, because E[h^2] - mean^2 would cancel; parts are joined by Chan's formula."""
+    P: tl.constexpr = H // SPLIT
     if NORM == 1:
-        mean = tl.sum(h, axis=0) / H
+        mean = tl.sum(h, axis=0) / P
         d = tl.where(mask, h - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(d * d, axis=0) / H + eps)
+        squares = tl.sum(d * d, axis=0)
+        if SPLIT > 1:
+            means = exchange(mean, inbox, pid, part, SPLIT)
+            total = tl.sum(exchange(squares, inbox + 2048, pid, part, SPLIT), axis=0)
+            mean = tl.sum(means, axis=0) / SPLIT
+            squares = total + P * tl.sum((means - mean) * (means - mean), axis=0)
     else:
         mean = 0.0
-        rstd = tl.rsqrt(tl.sum(h * h, axis=0) / H + eps)
-    return mean, rstd
+        squares = tl.sum(h * h, axis=0)
+        if SPLIT > 1:
+            squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)
+    return mean, tl.rsqrt(squares / H + eps)
 
 
 @triton.jit
-def load_eps(eps_ptr, eps, EPS_IN_MEMORY: tl.constexpr):
-    """eps as float32: an argument, or a 0-d device tensor that the host must not wait for."""
-    if EPS_IN_MEMORY:
-        value = tl.load(eps_ptr).to(tl.float32)
+def finish_row(
+    s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    row, out_row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
+    inbox, pid, part, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """From the sum `s` to the outputs of one row; returns y before rounding. `residual_out` is row `out_row` of its
+    tensor, which may be a shard; a None `y_ptr` stores no y."""
+    h = alpha * s + pre_bias
+    if not POST:
+        h += residual
+    h = tl.where(mask, h, 0.0)
+    if residual_out_ptr is not None:
+        tl.store(residual_out_ptr + out_row * H + cols, h.to(residual_out_ptr.dtype.element_ty), mask=mask)
+    mean, rstd = row_statistics(h, mask, H, eps, NORM, inbox, pid, part, SPLIT)
+    n = (h - mean) * rstd * weight + bias
+    if POST:
+        n += residual
+    if y_ptr is not None:
+        tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
+    if rstd_ptr is not None and part == 0:
+        tl.store(rstd_ptr + row, rstd)
+        if NORM == 1:
+            tl.store(mean_ptr + row, mean)
+    return n
+
+
+@triton.jit
+def as_words(ptr):
+    """A pointer to elements as a pointer to 32-bit words."""
+    return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def peer(peers_ptr, q):
+    """The base of rank q's symmetric buffer, whose address is the q-th of `peers`."""
+    return tl.multiple_of(tl.load(peers_ptr + q).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def other_ranks(peers_ptr, rank, WORLD: tl.constexpr):
+    """The bases of ranks rank+1, rank+2, ... (mod WORLD), all loaded before the first store could delay them."""
+    bases = (peer(peers_ptr, (rank + 1) % WORLD),)
+    for i in tl.static_range(2, WORLD):
+        bases = bases + (peer(peers_ptr, (rank + i) % WORLD),)
+    return bases
+
+
+@triton.jit
+def load_words(ptr, at, width):
+    """Words of the own x as they travel: no word is a sentinel."""
+    words = tl.load(ptr + at, mask=at < width, other=0)
+    return tl.where(words == _SENTINEL, 0, words)
+
+
+@triton.jit
+def unpack(words, like_ptr):
+    """Words as float32 elements, in memory order; `like_ptr` points to the elements' dtype."""
+    if like_ptr.dtype.element_ty == tl.float32:
+        elements = words.to(tl.float32, bitcast=True)
     else:
-        value = eps
-    return value
+        if like_ptr.dtype.element_ty == tl.bfloat16:
+            low = (words << 16).to(tl.float32, bitcast=True)
+            high = (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        elements = tl.join(low, high).reshape(2 * words.shape[0])
+    return elements
+
+
+@triton.jit
+def pack(elements, like_ptr):
+    """The reverse of `unpack`: each element rounded once to the dtype `like_ptr` points to; never a sentinel."""
+    if like_ptr.dtype.element_ty == tl.float32:
+        words = elements.to(tl.int32, bitcast=True)
+    else:
+        low, high = tl.split(elements.to(like_ptr.dtype.element_ty).reshape(elements.shape[0] // 2, 2))
+        low = low.to(tl.int16, bitcast=True).to(tl.int32) & 65535
+        words = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) | low
+    return tl.where(words == _SENTINEL, 0, words)
+
+
+@triton.jit
+def advance_epoch(state_ptr, epoch, pid, programs, CHANNELS: tl.constexpr):
+    """Add one to every channel's epoch, each written by one program and read by the next kernel: all channels always
+    agree, whatever the grid of a call, with no atomic and no last program to wait for."""
+    channel = tl.arange(0, CHANNELS) * programs + pid
+    tl.store(state_ptr + channel, tl.zeros([CHANNELS], tl.int32) + epoch + 1, mask=channel < CHANNELS)

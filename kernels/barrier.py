@@ -1,0 +1,112 @@
+"""Barrier one-shot: every rank publishes its rows in its own memory, and peers read them once flags say so.
+
+The baseline the other kernels are compared with, and the choice for values that must travel bit for bit: nothing is
+reserved as a sentinel. Each program copies its rows into the stage, raises one flag at every peer, waits for theirs,
+and reads. Flags carry the epoch, so they are never lowered. Two ways to know when a stage may be written again:
+
+* ROTATE: two stages take turns; a rank writes the stage of call k again in call k+2, which it reaches only after every
+  peer has signalled call k+1, hence left call k;
+* otherwise: one stage, and a second round of flags at the end of each call.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .add_norm import AddNormOut, on_device_of
+from .compat import tl, triton
+from .device import advance_epoch, as_words, finish_row, load_eps, load_row, peer, unpack
+from .one_shot import constants, default_warps
+from .operands import Operands, prepare
+from .workspace import CHANNELS, Workspace
+
+_CHANNELS = tl.constexpr(CHANNELS)
+
+
+@triton.jit
+def _meet(peers_ptr, flags, pid, rank, value, WORLD: tl.constexpr):
+    """Raise this program's flag at every peer and wait until every peer has raised its own here. A peer may already be
+    one call ahead, so "at least" is what is waited for (in wrapping arithmetic)."""
+    tl.debug_barrier()  # all of the program's stores come before the release
+    for i in tl.static_range(1, WORLD):
+        theirs = peer(peers_ptr, (rank + i) % WORLD) + flags + pid * WORLD + rank
+        tl.atomic_xchg(theirs, value, sem="release", scope="sys")
+    for i in tl.static_range(1, WORLD):
+        here = peer(peers_ptr, rank) + flags + pid * WORLD + (rank + i) % WORLD
+        while tl.atomic_add(here, 0, sem="acquire", scope="sys") - value < 0:
+            pass
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "stage_words"],
+            do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
+def _barrier_kernel(
+    x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, stages, stage_words, flags, rows, rank, programs, first,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0) + first
+    epoch = tl.load(state_ptr + pid)
+    stage = stages
+    if ROTATE:
+        stage += (epoch % 2) * stage_words
+    stage = tl.multiple_of(stage, 4)
+    at = tl.arange(0, W)
+    cols = tl.arange(0, EL)
+    mask = cols < H
+    eps = load_eps(eps_ptr, eps)
+    mine = peer(peers_ptr, rank) + stage
+    row = pid
+    while row < rows:
+        words = tl.load(as_words(x_ptr) + row * ROW_WORDS + at, mask=at < ROW_WORDS, other=0)
+        tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
+        row += programs
+    _meet(peers_ptr, flags, pid, rank, epoch + 1, WORLD)
+    residual_row = residual_ptr
+    row = pid
+    while row < rows:
+        if residual_ptr is not None:
+            residual_row = residual_ptr + row * H
+        residual, pre_bias, weight, bias = load_row(
+            residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+        )
+        for q in tl.static_range(WORLD):
+            theirs = peer(peers_ptr, q) + stage + row * ROW_WORDS
+            part = unpack(tl.load(theirs + at, mask=at < ROW_WORDS, other=0), x_ptr)
+            if q == 0:
+                s = part
+            else:
+                s += part
+        if sum_ptr is not None:
+            tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+        finish_row(
+            s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+            row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+        )  # fmt: skip
+        row += programs
+    if not ROTATE:
+        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch + 1, WORLD)
+    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+
+
+def fits(op: Operands, ws: Workspace) -> bool:
+    """Whether a stage holds the call."""
+    return op.rows * op.row_words <= ws.stage_words
+
+
+def barrier(op: Operands, ws: Workspace, warps: int = 0, *, rotate: bool = True) -> tuple[AddNormOut, Tensor | None]:
+    """Run the kernel on this rank, as `one_shot` does. `rotate`: which of the two ways above."""
+    ready = prepare(op)
+    if op.rows == 0:
+        return ready.out, ready.sum
+    programs = min(op.rows, ws.max_blocks)
+    settings = constants(op, ws.world, 1, False, False)
+    del settings["SPLIT"], settings["MANY"], settings["SPIN"]
+    with on_device_of(op.x):
+        _barrier_kernel[(programs,)](
+            *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slots_end, ws.stage_words,
+            ws.flags_offset, op.rows, ws.rank, programs, 0, **settings, ROTATE=rotate,
+            num_warps=warps or default_warps(op, 1),
+        )  # fmt: skip
+    return ready.out, ready.sum

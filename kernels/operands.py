@@ -1,0 +1,86 @@
+"""One call's operands and outputs, ready for a kernel: checked, flattened to rows, contiguous."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, split_eps
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the fused kernels compute on: the formula of add_norm with s = the sum of every rank's `x`.
+
+    x, residual: [..., H] of one shape; pre_bias, weight, bias: [H]; the rest as in `add_norm`.
+    `want_sum`: also return the sum itself, in the dtype of x.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    pre_bias: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float | Tensor
+    norm: str
+    out_dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+    weight_offset: float = 0.0
+    alpha: float = 1.0
+    post: bool = False
+    want_sum: bool = False
+    stats: bool = False
+
+    @property
+    def hidden(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.x.numel() // max(self.hidden, 1)
+
+    @property
+    def row_words(self) -> int:
+        """32-bit words in one row of x."""
+        return self.hidden * self.x.element_size() // 4
+
+    def supported(self) -> bool:
+        """Whether the symmetric-memory kernels take these tensors at all (size of the workspace apart)."""
+        wide = (torch.float64,)
+        if self.hidden == 0 or self.hidden % 8 or self.hidden > MAX_HIDDEN or self.norm not in NORMS:
+            return False
+        if self.out_dtype in wide or self.residual_dtype in wide:
+            return False
+        return kernel_takes(self.x, self.residual, self.pre_bias, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Kernel arguments: inputs made contiguous and 16-byte aligned, outputs allocated."""
+
+    inputs: tuple[Tensor | None, ...]  # x, residual, pre_bias, weight, bias
+    out: AddNormOut
+    sum: Tensor | None
+    scalars: tuple  # eps tensor or None, eps, weight_offset, alpha
+
+    @property
+    def outputs(self) -> tuple[Tensor | None, ...]:
+        return self.out.y, self.out.residual_out, self.sum, self.out.mean, self.out.rstd
+
+
+def _ready(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    t = t if t.is_contiguous() else t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def prepare(op: Operands) -> Prepared:
+    """Allocate the outputs and bring the inputs into the form the kernels load."""
+    inputs = tuple(_ready(t) for t in (op.x, op.residual, op.pre_bias, op.weight, op.bias))
+    out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
+    total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
+    eps_tensor, eps = split_eps(op.eps, op.x.device)
+    return Prepared(inputs, out, total, (eps_tensor, eps, op.weight_offset, op.alpha))

@@ -1,0 +1,161 @@
+"""Lamport two-shot: each rank adds up its own share of the rows, then tells the others.
+
+Rows are cut in chunks of ceil(rows / N), one a rank. First every rank pushes its rows to their owners; owners add them
+up in rank order. Then one of two endings:
+
+* replicated (SHARDED=False): owners push the sums, rounded to the dtype of x as a plain all-reduce rounds them, and
+  every rank adds the residual and normalises all rows;
+* sharded (SHARDED=True): owners add their rows of a residual that holds nothing but those, normalise, and push y.
+
+Either moves 2(N-1)/N of the tensor where the one-shot moves N-1 of it, in two trips instead of one. Slots, sentinels
+and epochs are the one-shot's: the two kernels may alternate on one workspace.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .add_norm import AddNormOut, on_device_of
+from .compat import tl, triton
+from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer, unpack
+from .one_shot import constants, default_warps
+from .operands import Operands, prepare
+from .receive import clear, clear_one, receive, receive_sum
+from .workspace import CHANNELS, SLOTS, Workspace
+
+_SLOTS = tl.constexpr(SLOTS)
+_CHANNELS = tl.constexpr(CHANNELS)
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "slot_words"],
+            do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
+def _two_shot_kernel(
+    x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, slot_words, rows, rank, programs, first,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, SHARDED: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0) + first
+    epoch = tl.load(state_ptr + pid)
+    slot = tl.multiple_of((epoch % _SLOTS) * slot_words, 4)
+    at = tl.arange(0, W)
+    cols = tl.arange(0, EL)
+    mask = cols < H
+    eps = load_eps(eps_ptr, eps)
+    x_words = as_words(x_ptr)
+    chunk = tl.cdiv(rows, WORLD)
+    share = chunk * ROW_WORDS  # of one source, in the first part of a slot; the second part holds the totals
+    totals = slot + WORLD * share
+    begin = tl.minimum(rank * chunk, rows)
+    count = tl.minimum(begin + chunk, rows) - begin
+    # 1: my rows to their owners, the next rank's first, so that no owner is everyone's first
+    i = pid
+    while i < (WORLD - 1) * chunk:
+        place = (rank + 1) * chunk + i
+        row = place % (WORLD * chunk)
+        if row < rows:
+            words = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
+            owner = row // chunk
+            out = peer(peers_ptr, owner) + slot + rank * share + (row - owner * chunk) * ROW_WORDS
+            tl.store(out + at, words, mask=at < ROW_WORDS)
+        i += programs
+    # 2: the rows I own
+    bases = other_ranks(peers_ptr, rank, WORLD)
+    mine = peer(peers_ptr, rank)
+    residual_row = residual_ptr
+    local = pid
+    while local < count:
+        row = begin + local
+        place = local if SHARDED else row
+        if residual_ptr is not None:
+            residual_row = residual_ptr + place * H
+        residual, pre_bias, weight, bias = load_row(
+            residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+        )
+        own = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
+        here = mine + slot + local * ROW_WORDS
+        s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, WORLD, SPIN)
+        if SHARDED:
+            n = finish_row(
+                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+                row, place, cols, mask, H, NORM, POST, None, pid, 0, 1,
+            )  # fmt: skip
+            words = pack(n, x_ptr)
+        else:
+            words = pack(s, x_ptr)
+        for b in tl.static_range(WORLD - 1):
+            tl.store(bases[b] + totals + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
+        if not SHARDED:
+            s = unpack(words, x_ptr)
+            if sum_ptr is not None:
+                tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+            finish_row(
+                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+                row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+            )  # fmt: skip
+        tl.debug_barrier()  # every warp has read its words
+        clear(here, W, ROW_WORDS, share, rank, WORLD)
+        local += programs
+    # 3: the rows others own
+    i = pid
+    while i < rows - count:
+        row = tl.where(i < begin, i, i + count)
+        if not SHARDED and residual_ptr is not None:
+            residual_row = residual_ptr + row * H
+        there = mine + totals + row * ROW_WORDS
+        if SHARDED:
+            words = receive(there, W, ROW_WORDS, SPIN)
+            tl.store(as_words(y_ptr) + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
+        else:
+            residual, pre_bias, weight, bias = load_row(
+                residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+            )
+            s = unpack(receive(there, W, ROW_WORDS, SPIN), x_ptr)
+            if sum_ptr is not None:
+                tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+            finish_row(
+                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+                row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+            )  # fmt: skip
+        tl.debug_barrier()
+        clear_one(there, W, ROW_WORDS)
+        i += programs
+    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+
+
+def chunk_of(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """(first row, rows) that `rank` owns: chunks of ceil(rows / world), the last ranks may have fewer or none."""
+    chunk = -(-rows // world)
+    begin = min(rank * chunk, rows)
+    return begin, min(begin + chunk, rows) - begin
+
+
+def fits(op: Operands, ws: Workspace, sharded: bool = False) -> bool:
+    """Whether a slot holds the call, and the ending can do what is asked."""
+    chunk = -(-op.rows // ws.world)
+    if sharded and (op.out_dtype != op.x.dtype or op.want_sum or op.stats):
+        return False
+    return (ws.world * chunk + op.rows) * op.row_words <= ws.slot_words
+
+
+def two_shot(op: Operands, ws: Workspace, warps: int = 0, *, sharded: bool = False, first: int | None = None,
+             spin: bool | None = None) -> tuple[AddNormOut, Tensor | None]:  # fmt: skip
+    """Run the kernel on this rank, as `one_shot` does. With `sharded`, op.residual is [own rows, H] (see `chunk_of`)
+    and so is the residual_out that comes back; y has the dtype of x and all rows."""
+    ready = prepare(op)
+    residual_out = ready.out.residual_out
+    if sharded and residual_out is not None:
+        _, count = chunk_of(op.rows, ws.rank, ws.world)
+        residual_out = residual_out.reshape(-1, op.hidden)[:count]
+    out = AddNormOut(ready.out.y, residual_out, ready.out.mean, ready.out.rstd)
+    if op.rows == 0:
+        return out, ready.sum
+    programs = min(op.rows, ws.max_blocks)
+    settings = constants(op, ws.world, 1, False, spin)
+    del settings["SPLIT"], settings["MANY"]
+    with on_device_of(op.x):
+        _two_shot_kernel[(programs if first is None else 1,)](
+            *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.slot_words,
+            op.rows, ws.rank, programs, first or 0, **settings, SHARDED=sharded, num_warps=warps or default_warps(op, 1),
+        )  # fmt: skip
+    return out, ready.sum

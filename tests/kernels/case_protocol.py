@@ -1,0 +1,248 @@
+"""The symmetric-memory kernels' protocol: real processes, shared memory, delayed ranks, Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.barrier import barrier
+from tpfuse.kernels.device import SENTINEL
+from tpfuse.kernels.one_shot import one_shot
+from tpfuse.kernels.operands import Operands
+from tpfuse.kernels.two_shot import chunk_of, two_shot
+
+from .protocol import Seat, run
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective call; inputs follow from `seed` and the rank, so every rank knows what the others send."""
+
+    kernel: str = "one_shot"
+    rows: int = 1
+    hidden: int = 64
+    dtype: torch.dtype = BF16
+    seed: int = 0
+    fill: str = "random"  # or "minus_zero", "special"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def x(self, rank: int) -> torch.Tensor:
+        g = torch.Generator().manual_seed(self.seed * 64 + rank)
+        x = torch.randn(self.rows, self.hidden, generator=g).to(self.dtype)
+        if self.fill == "minus_zero":
+            x.fill_(-0.0)
+        if self.fill == "sentinel":
+            x.view(torch.int32).fill_(SENTINEL)
+        if self.fill == "special" and rank == 1:
+            x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -float("inf")
+        return x
+
+    def operands(self, rank: int) -> Operands:
+        g = torch.Generator().manual_seed(self.seed * 64 + 63)
+        residual = torch.randn(self.rows, self.hidden, generator=g).to(self.dtype)
+        vectors = [torch.randn(self.hidden, generator=g).to(self.dtype) for _ in range(3)]
+        merged = {"norm": "rms_norm", "out_dtype": self.dtype, "residual_dtype": self.dtype, **self.options}
+        return Operands(self.x(rank), residual, *vectors, 1e-5, **merged)
+
+    def expected(self, world: int) -> tuple[Any, torch.Tensor]:
+        op = self.operands(0)
+        total = torch.stack([self.x(rank).float() for rank in range(world)]).sum(0)
+        if self.kernel == "two_shot":
+            total = total.to(self.dtype).float()
+        out = add_norm_reference(
+            total, op.residual, op.pre_bias, op.weight, op.bias, op.eps, norm=op.norm, weight_offset=op.weight_offset,
+            alpha=op.alpha, post=op.post, out_dtype=op.out_dtype, residual_dtype=op.residual_dtype, stats=op.stats,
+        )  # fmt: skip
+        return out, total
+
+
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    tight = (dtype or a.dtype) == F32
+    torch.testing.assert_close(a, b, rtol=1e-4 if tight else 2e-2, atol=1e-4 if tight else 2e-2, equal_nan=True)
+
+
+def launch(call: Call, seat: Seat) -> tuple[Any, Any]:
+    op = call.operands(seat.ws.rank)
+    if call.kernel == "one_shot":
+        return one_shot(op, seat.ws)
+    if call.kernel == "two_shot":  # its programs wait for each other across ranks; the interpreter runs them in turn
+        return two_shot(op, dataclasses.replace(seat.ws, max_blocks=1))
+    return barrier(op, seat.ws, rotate=call.kernel == "barrier")
+
+
+def play(seat: Seat, calls: list[Call]) -> list[Any]:
+    """Make every call, check it, and hand back what must be bitwise equal on all ranks."""
+    answers = []
+    for call in calls:
+        seat.dawdle()
+        out, total = launch(call, seat)
+        expected, expected_sum = call.expected(seat.ws.world)
+        close(out.y, expected.y)
+        for name in ("residual_out", "rstd", "mean"):
+            a, b = getattr(out, name), getattr(expected, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, b, call.dtype)  # the two-shot rounds the sum, hence the statistics of it
+        if total is not None:
+            close(total, expected_sum.to(call.dtype))
+        answers.append(tuple(t.view(torch.int16) if t.dtype in (BF16, F16) else t for t in (out.y, out.residual_out)))
+    return answers
+
+
+def equal_on_all_ranks(answers: list[list[Any]]) -> None:
+    first = answers[0][0]
+    for rank, (other,) in enumerate(answers):
+        for n, (a, b) in enumerate(zip(first, other, strict=True)):
+            assert all(torch.equal(s.nan_to_num(7.0), t.nan_to_num(7.0)) for s, t in zip(a, b, strict=True)), (rank, n)
+
+
+def mixture(kernels: list[str], count: int, world: int) -> list[Call]:
+    """Random shapes, dtypes and variants, zero rows among them; more rows than programs, fewer rows than ranks."""
+    pick = random.Random(world)
+    calls = []
+    for n in range(count):
+        options = {
+            "norm": pick.choice(["rms_norm", "layer_norm"]), "post": pick.random() < 0.3,
+            "want_sum": pick.random() < 0.5, "stats": pick.random() < 0.5, "alpha": pick.choice([1.0, 0.5]),
+            "weight_offset": pick.choice([0.0, 1.0]),
+        }  # fmt: skip
+        rows, hidden = pick.choice([0, 0, 1, 2, 3, 5, 9]), pick.choice([8, 64, 72, 200])
+        dtype = pick.choice([BF16, F16, F32])
+        calls.append(Call(pick.choice(kernels), rows, hidden, dtype, seed=n, options=options))
+    return calls
+
+
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier", "barrier_twice"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_each_kernel_right_and_bitwise_equal(world: int, kernel: str) -> None:
+    equal_on_all_ranks(run(world, play, mixture([kernel], 12, world), seed=world))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_kernels_alternate_on_one_workspace(world: int) -> None:
+    kernels = ["one_shot", "one_shot", "two_shot", "barrier"]
+    equal_on_all_ranks(run(world, play, mixture(kernels, 24 if world < 8 else 8, world), seed=10 + world))
+
+
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier"])
+def test_minus_zero_sentinels_nan_and_inf_travel(kernel: str) -> None:
+    """A payload made of nothing but the sentinel's bits must neither hang nor be lost; NaN and inf stay in their rows."""
+    fills = [(fill, dtype) for dtype in (BF16, F32) for fill in ("minus_zero", "sentinel", "special")]
+    calls = [Call(kernel, 4, 64, dtype, seed=n, fill=fill) for n, (fill, dtype) in enumerate(fills)]
+    equal_on_all_ranks(run(2, play, calls))
+
+
+def sleepy(seat: Seat, calls: list[Call]) -> list[Any]:
+    """Rank 0 is asleep before the calls without rows, the others are two calls ahead by then."""
+    if seat.ws.rank == 0:
+        import time
+
+        time.sleep(0.3)
+    return play(seat, calls)
+
+
+def test_two_calls_without_rows_beside_a_late_rank() -> None:
+    calls = [Call(rows=rows, seed=n) for n, rows in enumerate([2, 0, 0, 3, 0, 1, 2, 2])]
+    equal_on_all_ranks(run(2, sleepy, calls))
+
+
+def count_epochs(seat: Seat, calls: list[Call]) -> int:
+    play(seat, calls)
+    return int(seat.ws.state[0])
+
+
+def test_a_call_without_rows_leaves_the_epoch_alone() -> None:
+    calls = [Call(kernel, rows=0) for kernel in ("one_shot", "two_shot", "barrier")]
+    assert run(2, count_epochs, [*calls, Call(rows=1)]) == [[1], [1]]
+
+
+def play_split(seat: Seat, calls: list[Call], split: int) -> list[Any]:
+    """This seat is one program: it fills its columns of its rows, and the other seats of its rank the rest."""
+    answers = []
+    for call in calls:
+        seat.dawdle()
+        op = call.operands(seat.ws.rank)
+        out = None
+        if seat.program < call.rows * split:
+            out, _ = one_shot(op, seat.ws, split, first=seat.program)
+            expected, _ = call.expected(seat.ws.world)
+            row, part = divmod(seat.program, split)
+            columns = slice(part * call.hidden // split, (part + 1) * call.hidden // split)
+            close(out.y[row, columns], expected.y[row, columns])
+            close(out.residual_out[row, columns], expected.residual_out[row, columns])
+            answers.append(out.y[row, columns].view(torch.int16))
+        seat.fence.wait()  # the next kernel of a stream starts when this one has ended
+    return answers
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_split_rows(norm: str) -> None:
+    calls = [Call(rows=1, hidden=hidden, seed=n, options={"norm": norm}) for n, hidden in enumerate([64, 80, 64, 2048])]
+    answers = run(2, play_split, calls, 2, programs_per_rank=2)
+    for program in range(2):
+        for a, b in zip(answers[0][program], answers[1][program], strict=True):
+            assert torch.equal(a, b)
+
+
+def play_programs(seat: Seat, calls: list[Call]) -> list[Any]:
+    """This seat is one program of a two-shot: together the programs of a rank fill all rows."""
+    answers = []
+    for call in calls:
+        seat.dawdle()
+        op = call.operands(seat.ws.rank)
+        if seat.program < min(call.rows, seat.ws.max_blocks):
+            out, _ = two_shot(op, seat.ws, first=seat.program)
+            expected, _ = call.expected(seat.ws.world)
+            right = (out.y - expected.y).abs() <= 2e-2 + 2e-2 * expected.y.abs()
+            answers.append(right.all(-1))
+        else:
+            answers.append(torch.zeros(call.rows, dtype=torch.bool))
+        seat.fence.wait()
+    return answers
+
+
+def test_two_shot_with_several_programs() -> None:
+    calls = [Call("two_shot", rows, 64, F32, seed=rows) for rows in (2, 5, 9, 1)]
+    for programs in run(2, play_programs, calls, programs_per_rank=2, max_blocks=2):
+        for one, other in zip(*programs, strict=True):
+            assert (one | other).all()
+
+
+def play_sharded(seat: Seat, calls: list[Call]) -> list[Any]:
+    ws = seat.ws
+    for call in calls:
+        seat.dawdle()
+        op = call.operands(ws.rank)
+        expected, _ = call.expected(ws.world)
+        begin, count = chunk_of(call.rows, ws.rank, ws.world)
+        own = slice(begin, begin + count)
+        shard = Operands(**{**op.__dict__, "residual": op.residual[own]})
+        out, _ = two_shot(shard, dataclasses.replace(ws, max_blocks=1), sharded=True)
+        close(out.y, expected.y)
+        close(out.residual_out, expected.residual_out[own])
+    return []
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_shot_with_the_residual_kept_sharded(world: int) -> None:
+    calls = [Call("one_shot", rows, 64, dtype, seed=rows) for rows in (1, 4, 7, 0, 9) for dtype in (BF16, F32)]
+    run(world, play_sharded, calls)
+
+
+def hang(seat: Seat) -> None:
+    if seat.ws.rank == 0:
+        one_shot(Call(rows=1).operands(0), seat.ws)
+
+
+def test_the_harness_notices_a_hang() -> None:
+    """Rank 1 never calls: without this the tests above would prove little."""
+    with pytest.raises(TimeoutError, match=r"\(0, 0\)"):
+        run(2, hang, timeout=3)
