@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
 
 from tpfuse.roles import attention, dense_mlp, moe
 
@@ -32,9 +37,7 @@ def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float =
             results[rank] = fn(rank, *args)
         except BaseException as error:
             errors.append((rank, traceback.format_exc()))
-            from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
-
-            ProcessLocalGroup.exception_handle(error)  # wakes the ranks that wait for this one
+            _wake(error)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -47,8 +50,6 @@ def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float =
             thread.join(timeout)
         hung = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     finally:
-        from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
-
         ProcessLocalGroup.reset()
         _uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
@@ -58,6 +59,15 @@ def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float =
     if hung:
         raise TimeoutError(f"ranks {hung} hang")
     return results
+
+
+def _wake(error: BaseException) -> None:
+    """Makes ranks that wait for this one raise too."""
+    for _ in range(100):
+        try:
+            return ProcessLocalGroup.exception_handle(error)
+        except RuntimeError:  # a rank entered a collective meanwhile: "dictionary changed size during iteration"
+            time.sleep(0.01)
 
 
 class RMSNorm(nn.Module):

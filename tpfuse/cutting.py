@@ -11,7 +11,7 @@ from torch import Tensor
 from tpfuse.errors import PlanError
 from tpfuse.groups import Groups
 from tpfuse.heads import Heads, check_reshapes, heads_of, local_counts
-from tpfuse.plans import Planned
+from tpfuse.plans import Planned, join
 from tpfuse.roles import Parts, Role, role_of
 from tpfuse.sharding import Cut, Units, make_cut
 
@@ -69,7 +69,7 @@ def cut_module(
         out.sum_at_output = True
         for part in (role.experts, role.shared):
             if part is not None:
-                _cut_experts(out, f"{name}.{part}", getattr(module, part), groups, planned, part == role.experts)
+                _cut_experts(out, join(name, part), getattr(module, part), groups, planned, part == role.experts)
         return out
     heads = heads_of(name, module, role) if role.kind == "attention" else Heads(None, None, None)
     named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}  # type: ignore[arg-type]
@@ -79,9 +79,9 @@ def cut_module(
     widths: set[int] = set()
     for leaf in role.colwise:
         parts = role.packed.get(leaf, 1)
-        widths |= _cut_colwise(out, f"{name}.{leaf}" if name else leaf, targets[leaf], parts, heads, widest, groups, transposed)
+        widths |= _cut_colwise(out, join(name, leaf), targets[leaf], parts, heads, widest, groups, transposed)
     for leaf in role.rowwise:
-        full_name = f"{name}.{leaf}" if name else leaf
+        full_name = join(name, leaf)
         widths |= _cut_rowwise(out, full_name, targets[leaf], heads, groups, transposed, nested)
         if isinstance(targets[leaf], nn.Module):
             out.rowwise_modules.append(targets[leaf])  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def _cut_experts(
         return
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         for leaf, child in module.named_children():
-            _cut_experts(out, f"{name}.{leaf}", child, groups, planned, experts)
+            _cut_experts(out, join(name, leaf), child, groups, planned, experts)
         return
     colwise = tuple(n for n in COLWISE_NAMES if _weight(getattr(module, n, None)) is not None)
     rowwise = tuple(n for n in ROWWISE_NAMES if _weight(getattr(module, n, None)) is not None)
@@ -227,7 +227,7 @@ def _cut_rowwise(
         if type(target).forward is not nn.Linear.forward:
             raise PlanError(f"{name} is a {type(target).__name__} with a bias, cut row-wise; allowed: an nn.Linear")
         if not nested:
-            out.biases_after_sum.append(f"{name}.bias")
+            out.biases_after_sum.append(join(name, "bias"))
     return {full}
 
 
@@ -239,20 +239,20 @@ def _cut_parameters(
     block = _block_size(module)
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     for leaf, tensor in tensors.items():
-        full_name = f"{name}.{leaf}"
+        full_name = join(name, leaf)
         if leaf == "weight":
             _add(out, full_name, tensor, dim, parts, units, groups, block[dim])
         elif leaf == "bias":
             if dim == 0:
                 _add(out, full_name, tensor, 0, parts, units, groups)
         elif leaf in SCALES and tensor.ndim == 2 and block != (1, 1):
-            _add_scales(out, full_name, tensor, dim, out.cuts[f"{name}.weight"], block[dim])
+            _add_scales(out, full_name, tensor, dim, out.cuts[join(name, "weight")], block[dim])
         elif tensor.numel() > 1:
             raise PlanError(
                 f"{full_name} of shape {tuple(tensor.shape)}: do not know how to cut it beside its weight; known are "
                 f"weight, bias, {', '.join(SCALES)} in blocks, and scalars"
             )
-    values = {("out_features", "in_features")[dim]: _local_width(out.cuts[f"{name}.weight"])}
+    values = {("out_features", "in_features")[dim]: _local_width(out.cuts[join(name, "weight")])}
     if isinstance(module, nn.Linear):
         out.attributes.append((module, values))
 
@@ -264,7 +264,7 @@ def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups
         if leaf in (*role.colwise, *role.rowwise):
             continue
         if stem != leaf and stem in role.colwise:
-            _add(out, f"{name}.{leaf}", tensor, tensor.ndim - 1, role.packed.get(stem, 1), None, groups)
+            _add(out, join(name, leaf), tensor, tensor.ndim - 1, role.packed.get(stem, 1), None, groups)
         elif stem in role.rowwise:
             raise PlanError(f"{name}.{leaf}: a bias of fused row-wise weights would be added by every rank; not supported")
         else:

@@ -10,9 +10,11 @@ import ast
 import inspect
 import re
 import textwrap
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.nn as nn
 
@@ -123,7 +125,20 @@ def check_reshapes(name: str, module: nn.Module, named: Mapping[str, int], width
             )
 
 
-def _methods(cls: type) -> Iterator[ast.FunctionDef]:
+# Every layer of a model asks about the same few classes. One thread parses at a time: CPython before 3.11.8 corrupts
+# the recursion count of `ast.parse` when threads (ranks, in tests) parse at once.
+_parsed: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
+_parsing = threading.Lock()
+
+
+def _methods(cls: type) -> list[ast.FunctionDef]:
+    with _parsing:
+        if cls not in _parsed:
+            _parsed[cls] = list(_parse(cls))
+        return _parsed[cls]
+
+
+def _parse(cls: type) -> Iterator[ast.FunctionDef]:
     for base in cls.__mro__:
         if base.__module__.split(".")[0] == "torch" or base is object:
             continue

@@ -28,7 +28,7 @@ from tpfuse.collectives import all_reduce
 from tpfuse.cutting import ModuleCut, cut_edge, cut_module
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.groups import Group, Groups, check_mesh, make_groups
-from tpfuse.plans import Planned, model_plan, read_plan
+from tpfuse.plans import Planned, inside, model_plan, read_plan
 from tpfuse.policy import SharingPolicy
 from tpfuse.roles import Kind, Role, policy_of, role_of
 from tpfuse.sharding import Cut
@@ -149,7 +149,7 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
         role = planned.roles.get(name) or role_of(module)
         if role is None:
             continue
-        outer = next((o for o in roles if name.startswith(f"{o}.") or o == ""), None)
+        outer = next((o for o in roles if inside(name, o)), None)
         if outer is not None and not (roles[outer].kind == "moe" and role.kind == "dense_mlp"):
             raise PlanError(f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind})")
         roles[name] = role
@@ -157,7 +157,7 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
 
 
 def _routed_block_of(name: str, roles: Mapping[str, Role]) -> str | None:
-    return next((o for o, r in roles.items() if r.kind == "moe" and o != name and name.startswith(f"{o}.")), None)
+    return next((o for o, r in roles.items() if r.kind == "moe" and inside(name, o)), None)
 
 
 def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, Role]) -> SharingPolicy:
@@ -184,8 +184,8 @@ def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, 
                 )
     for name, role in roles.items():
         if role.kind == "dense_mlp" and _routed_block_of(name, roles) is None:
-            inside = [n for n in found if n == "" or name == n or name.startswith(f"{n}.")]
-            innermost = found[max(inside, key=len)] if inside else outer
+            around = [n for n in found if n == name or inside(name, n)]
+            innermost = found[max(around, key=len)] if around else outer
             if innermost is not outer:
                 overrides[name] = innermost.dense_tp_size_of(name)
     return dataclasses.replace(outer, overrides=overrides)
@@ -296,12 +296,11 @@ def _owed(
     for name, role, cut in done:
         if _routed_block_of(name, roles):
             continue
-        inside = [n for n in owed if n.startswith(f"{name}.") or not name]
-        nested = [c for n, _, c in done if n == name or n.startswith(f"{name}.")]
+        nested = [c for n, _, c in done if n == name or inside(n, name)]
         cut_here = {p for c in nested for p in c.cuts}
         summed = {p for c in nested for p in c.biases_after_sum}
         all_rows = cut.over is not None and groups.of(cut.over) != groups.attention and role.kind != "attention"  # type: ignore[arg-type]
-        for parameter in inside:
+        for parameter in [p for p in owed if inside(p, name)]:
             if parameter in cut_here or parameter in summed:
                 owed[parameter] = "" if all_rows else "dp"
             elif cut.over is not None or role.kind == "dense_mlp":

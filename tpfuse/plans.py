@@ -57,7 +57,7 @@ def model_plan(model: nn.Module) -> dict[str, str]:
         if hasattr(module, "kv_b_proj") and hasattr(module, "o_proj"):
             for child, style in MLA.items():
                 if getattr(module, child, None) is not None:
-                    plan.setdefault(f"{name}.{child}", style)
+                    plan.setdefault(join(name, child), style)
     return plan
 
 
@@ -152,4 +152,14 @@ def _shared(block: nn.Module) -> str | None:
 
 
 def _inside(name: str, blocks: Mapping[str, str]) -> bool:
-    return any(name.startswith(f"{block}.") for block in blocks)
+    return any(inside(name, block) for block in blocks)
+
+
+def inside(name: str, outer: str) -> bool:
+    """Whether a module or parameter lies within a module, both by qualified name; "" is the model itself."""
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+
+def join(outer: str, leaf: str) -> str:
+    """The qualified name of a module's attribute."""
+    return f"{outer}.{leaf}" if outer else leaf

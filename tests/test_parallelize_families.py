@@ -1,0 +1,108 @@
+"""Hugging Face families by their own tp plan: equal to the unsharded model under every policy, gradients included."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.policy_harness import build, loss_of, relative, run_threads
+from tpfuse.parallelize import parallelize
+from tpfuse.policy import SharingPolicy
+
+COMMON = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    max_position_embeddings=64,
+    attn_implementation="eager",
+    experts_implementation="eager",
+)
+ROUTED = dict(
+    COMMON,
+    moe_intermediate_size=16,
+    num_experts_per_tok=2,
+    n_routed_experts=4,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
+
+
+def config_of(family: str, **extra):
+    if family == "deepseek_v3":
+        return transformers.DeepseekV3Config(
+            **ROUTED, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4,
+            v_head_dim=4, **extra,
+        )  # fmt: skip
+    if family == "glm4_moe":
+        fields = {**ROUTED, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True, "use_qk_norm": True}
+        return transformers.Glm4MoeConfig(**fields, **extra)
+    if family == "qwen3_moe":
+        fields = {**COMMON, "num_key_value_heads": 2, "head_dim": 8, "mlp_only_layers": [0]}
+        return transformers.Qwen3MoeConfig(
+            **fields, moe_intermediate_size=16, num_experts_per_tok=2, num_experts=4, **extra
+        )
+    fields = {**COMMON, "num_key_value_heads": 4}
+    fields.pop("experts_implementation")
+    config = transformers.Qwen3Config if family == "qwen3" else transformers.LlamaConfig
+    return config(**fields, head_dim=4, tie_word_embeddings=family == "llama", **extra)
+
+
+_MODELS: dict[str, torch.nn.Module] = {}
+
+
+def model_of(family: str) -> torch.nn.Module:
+    def make():
+        model = transformers.AutoModelForCausalLM.from_config(config_of(family))
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    if family not in _MODELS:
+        _MODELS[family] = build(make)
+    return copy.deepcopy(_MODELS[family])
+
+
+def compare(rank, model, want, grads, ids, policy):
+    dp, attn = policy.dp_size, policy.attn_tp_size
+    parallelize(model, init_device_mesh("cpu", (dp, attn), mesh_dim_names=("dp", "attn_tp")), policy)
+    logits = model(ids[rank // attn], use_cache=False).logits
+    loss_of(logits).backward()
+    errors = {"logits": relative(logits, want[rank // attn])}
+    for name, parameter in model.named_parameters():
+        cut = model._tpfuse.cuts.get(name)
+        whole = grads[name] if cut is None else cut.take(grads[name])
+        # Mathematically zero gradients (a key bias) are noise on both sides.
+        errors[name] = (parameter.grad - whole).abs().max().item() / max(1e-3, whole.abs().max().item())
+    return max(errors.items(), key=lambda item: item[1]), len(model._tpfuse.cuts)
+
+
+CASES = [(tp, dp, dense) for tp, dp in [(2, 1), (2, 2), (4, 2), (8, 2)] for dense in sorted({1, tp // dp, tp})]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe", "llama", "qwen3"])
+def test_family_equals_the_unsharded_model(family):
+    plain = model_of(family)
+    ids = torch.randint(0, 64, (2, 2, 3), generator=torch.Generator().manual_seed(1))
+    want = plain(ids.flatten(0, 1), use_cache=False).logits
+    for tp, dp, dense in CASES:
+        grads = torch.autograd.grad(
+            loss_of(want if dp == 2 else want[:2]), list(plain.parameters()), retain_graph=True, allow_unused=True
+        )
+        named = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(plain.named_parameters(), grads)}
+        replicas = [model_of(family) for _ in range(tp)]
+        policy = SharingPolicy(tp, dp, dense)
+        results = run_threads(
+            tp, lambda r: compare(r, replicas[r], want.detach().unflatten(0, (2, 2)), named, ids, policy)
+        )
+        (name, worst), cuts = max(results, key=lambda result: result[0][1])
+        # These models compute their norms, softmax and router in float32 whatever the dtype.
+        assert worst < 1e-5, (tp, dp, dense, name, worst)
+        assert cuts > 0 or (policy.attn_tp_size, dense) == (1, 1)
+

@@ -1,0 +1,171 @@
+"""A decorated model under every policy: equal to the unsharded one, gradients included, on 2, 4 and 8 ranks."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.policy_harness import HIDDEN, VOCAB, Model, build, loss_of, relative, run_threads
+from tests.ranks import run_processes
+from tpfuse.parallelize import parallelize
+from tpfuse.policy import SharingPolicy
+from tpfuse.rows import rows
+
+MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]
+POLICIES = [(tp, dp, dense) for tp, dp in MESHES for dense in sorted({1, tp // dp, tp})]
+
+
+def mesh_of(policy):
+    if policy.dp_size == 1:
+        return init_device_mesh("cpu", (policy.tp_size,))
+    return init_device_mesh("cpu", (policy.dp_size, policy.attn_tp_size), mesh_dim_names=("dp", "attn_tp"))
+
+
+def batches_of(counts, length=3):
+    """For each dp replica, ids of `counts[d]` sequences."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, VOCAB, (count, length), generator=generator) for count in counts]
+
+
+def oracle(model, batches):
+    """Logits for each replica, and the gradients of the sum of all replicas' losses."""
+    model = copy.deepcopy(model)
+    logits = model(torch.cat(batches))
+    loss_of(logits).backward()
+    return logits.detach().split([len(b) for b in batches]), {n: p.grad for n, p in model.named_parameters()}
+
+
+def worst_error(model, logits, want, grads):
+    """The largest error of outputs and gradients, each relative to its largest value, and where it is."""
+    errors = {"logits": relative(logits.detach(), want)}
+    floor = 1e-3 * max(g.abs().max().item() for g in grads.values())  # a key bias has no gradient but noise
+    for name, parameter in model.named_parameters():
+        cut = model._tpfuse.cuts.get(name)
+        whole = grads[name] if cut is None else cut.take(grads[name])
+        errors[name] = (parameter.grad - whole).abs().max().item() / max(floor, whole.abs().max().item())
+    return max((value, name) for name, value in errors.items())
+
+
+def run_eager(rank, model, policy, batches, want, grads):
+    parallelize(model, mesh_of(policy), policy)
+    replica = rank // policy.attn_tp_size
+    announce = len({len(b) for b in batches}) > 1
+    with rows([b.numel() for b in batches] if announce else [batches[0].numel()] * policy.dp_size):
+        logits = model(batches[replica])
+        loss_of(logits).backward()
+    return worst_error(model, logits, want[replica], grads)
+
+
+@pytest.mark.parametrize(("tp", "dp", "dense"), POLICIES)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_equals_the_unsharded_model(tp, dp, dense, kv_heads):
+    plain = build(lambda: Model(True, kv_heads))
+    policy = SharingPolicy(tp, dp, dense)
+    batches = batches_of([2] * dp)
+    want, grads = oracle(plain, batches)
+    models = [copy.deepcopy(plain) for _ in range(tp)]
+    worst = max(run_threads(tp, lambda r: run_eager(r, models[r], policy, batches, want, grads)))
+    assert worst[0] < 1e-11, worst
+
+
+@pytest.mark.parametrize("dense", [1, 2, 4])
+def test_float32_is_within_rounding(dense):
+    plain = build(lambda: Model(True), dtype=torch.float32)
+    policy = SharingPolicy(4, 2, dense)
+    batches = batches_of([2, 2])
+    want, grads = oracle(plain, batches)
+    models = [copy.deepcopy(plain) for _ in range(4)]
+    worst = max(run_threads(4, lambda r: run_eager(r, models[r], policy, batches, want, grads)))
+    assert worst[0] < 1e-5, worst
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (0, 2), (1, 0), (2, 1)])
+@pytest.mark.parametrize("dense", [1, 2, 4])
+def test_uneven_and_empty_replicas(counts, dense):
+    plain = build(lambda: Model(True))
+    policy = SharingPolicy(4, 2, dense)
+    batches = batches_of(counts)
+    want, grads = oracle(plain, batches)
+    models = [copy.deepcopy(plain) for _ in range(4)]
+    worst = max(run_threads(4, lambda r: run_eager(r, models[r], policy, batches, want, grads)))
+    assert worst[0] < 1e-11, worst
+
+
+def run_shapes(rank, model, policy, inputs, want):
+    parallelize(model, mesh_of(policy), policy)
+    replica = rank // policy.attn_tp_size
+    return [relative(model(x[replica]).detach(), w[replica]) for x, w in zip(inputs, want, strict=True)]
+
+
+@pytest.mark.parametrize("dense", [1, 2, 4])
+def test_any_leading_shape(dense):
+    plain = build(lambda: Model(True)).layers[2].mlp
+    dense_mlp = build(lambda: Model(True)).layers[0].mlp
+    shapes = [(HIDDEN,), (5, HIDDEN), (2, 3, HIDDEN), (2, 1, 3, HIDDEN), (0, HIDDEN), (2, 0, HIDDEN)]
+    inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
+    policy = SharingPolicy(4, 2, dense)
+    for module in (plain, dense_mlp):
+        want = [module(x).detach() for x in inputs]
+        models = [copy.deepcopy(module) for _ in range(4)]
+        errors = run_threads(4, lambda r: run_shapes(r, models[r], policy, inputs, want))
+        assert max(map(max, errors)) < 1e-11, errors
+
+
+def run_max_rows(rank, model, policy, batches, want, grads):
+    parallelize(model, mesh_of(policy), policy)
+    replica = rank // policy.attn_tp_size
+    logits = model(batches[replica])
+    loss_of(logits).backward()
+    return worst_error(model, logits, want[replica], grads)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (0, 2), (2, 2)])
+def test_max_rows_in_the_policy_needs_no_announcement(counts):
+    plain = build(lambda: Model(True))
+    policy = SharingPolicy(4, 2, 4, max_rows=7)
+    batches = batches_of(counts)
+    want, grads = oracle(plain, batches)
+    models = [copy.deepcopy(plain) for _ in range(4)]
+    worst = max(run_threads(4, lambda r: run_max_rows(r, models[r], policy, batches, want, grads)))
+    assert worst[0] < 1e-11, worst
+
+
+def run_unequal(rank, model, policy, batches):
+    parallelize(model, mesh_of(policy), policy)
+    model(batches[rank // policy.attn_tp_size])
+
+
+def test_unannounced_unequal_rows_are_refused_on_the_first_call():
+    models = [build(Model) for _ in range(4)]
+    with pytest.raises(RuntimeError, match=r"replicas hold \[6, 3\] rows.*tpfuse.rows\(\(6, 3\)\)"):
+        run_threads(4, lambda r: run_unequal(r, models[r], SharingPolicy(4, 2, 4), batches_of((2, 1))))
+
+
+def run_wrong_rows(rank, model, policy, batches, counts):
+    parallelize(model, mesh_of(policy), policy)
+    with rows(counts):
+        model(batches[rank // policy.attn_tp_size])
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"), [((3, 6), r"6 rows.*announced 3.*replica 0|3 rows.*announced 6"), ((6, 3, 0), "2 counts")]
+)
+def test_wrong_announcements_are_refused(counts, words):
+    models = [build(Model) for _ in range(4)]
+    with pytest.raises(RuntimeError, match=words):
+        run_threads(4, lambda r: run_wrong_rows(r, models[r], SharingPolicy(4, 2, 4), batches_of((2, 1)), counts))
+
+
+def run_gloo(rank, dense):
+    torch.set_default_dtype(torch.float64)
+    policy = SharingPolicy(2, 1, dense) if dense != "dp" else SharingPolicy(2, 2, 2)
+    batches = batches_of((2, 0) if dense == "dp" else (2,))
+    plain = build(Model)
+    want, grads = oracle(plain, batches)
+    return run_eager(rank, plain, policy, batches, want, grads)
+
+
+@pytest.mark.parametrize("dense", [1, 2, "dp"])
+def test_real_processes(dense):
+    assert max(run_processes(2, run_gloo, dense))[0] < 1e-11
