@@ -1,0 +1,122 @@
+"""The demo's models: tiny configurations of real Hugging Face architectures, and their float64 references."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPE = torch.bfloat16
+_VOCABULARY = 256
+_SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": _VOCABULARY,
+    "max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of the demo. `must_fuse`: how many all-reduces must be fused, or the demo fails."""
+
+    name: str
+    title: str
+    config_class: str
+    must_fuse: int
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.config_class)(**{**_SIZES, **self.sizes})
+
+
+_DEEPSEEK = {
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", "Llama, 2 layers", "LlamaConfig", 5),
+        Family("qwen3", "Qwen3, 2 layers", "Qwen3Config", 5, {"head_dim": 16}),
+        Family("deepseek_v3", "DeepSeek-V3, 1 dense + 1 MoE layer", "DeepseekV3Config", 2, _DEEPSEEK),
+    )
+}
+
+
+def transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, _VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def save_with_reference(family: Family, folder: str) -> Any:
+    """Save the model with random weights; returns its logits for `token_ids`, computed in float64 on one process."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config(), dtype=DTYPE)
+    for name, weight in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            # Random router weights leave the experts nearly tied, and rounding then picks other ones than float64
+            # does; a trained router tells them apart.
+            weight.data *= 8
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped matrix product knows no float64
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            _compute_in_own_dtype(module)
+    with torch.no_grad():
+        return model(input_ids=token_ids(), use_cache=False).logits.numpy()
+
+
+def _compute_in_own_dtype(norm: torch.nn.Module) -> None:
+    """Hugging Face's norms compute in float32, whatever the model's dtype: too coarse for a reference."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    norm.forward = forward
+
+
+def load_sharded(folder: str) -> Any:
+    """This rank's part of the model, cut as its own tensor-parallel plan says."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=DTYPE)
+
+
+def why_inductor_cannot_compile_for_cpu() -> str:
+    """What is missing for Inductor's C++ code, or ''."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return "there is no C++ compiler here (g++)"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python.h is missing here (python3-dev)"
+    return ""
