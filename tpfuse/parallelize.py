@@ -322,15 +322,14 @@ class SumGradient:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Registers the hooks that sum partial gradients; again after parameters were replaced."""
+    """Registers the hooks that sum partial gradients, on parameters that have none yet."""
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        hooks = parameter._backward_hooks or {}
+        if not parameter.requires_grad or any(isinstance(hook, SumGradient) for hook in hooks.values()):
             continue
         cut = state.cuts.get(name)
         if cut is not None and not cut.disjoint:
             parameter.register_hook(SumGradient(state.groups.whole, cut))
         elif (owed := state.owed.get(name)) and state.groups.of(owed).size > 1:  # type: ignore[arg-type]
             parameter.register_hook(SumGradient(state.groups.of(owed)))  # type: ignore[arg-type]
-
-
