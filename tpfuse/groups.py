@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.distributed as dist
@@ -65,34 +65,38 @@ def check_mesh(mesh: DeviceMesh, policy: SharingPolicy) -> None:
     if ranks != sorted(ranks):
         # Process groups order their members by rank, and gathered rows follow that order.
         raise PolicyError(f"{where} and ranks {ranks}; allowed: ranks in ascending order, dp slowest, attn_tp fastest")
+    if mesh.ndim == 2 and names is None and mesh.size() != dist.get_world_size():
+        raise PolicyError(f"{where} and does not cover the world; it needs mesh_dim_names, e.g. ('dp', 'attn_tp')")
     if mesh.get_coordinate() is None:
         raise PolicyError(f"rank {dist.get_rank()} is not part of the mesh with ranks {ranks}")
 
 
-def make_groups(mesh: DeviceMesh, policy: SharingPolicy) -> Groups:
-    """The groups for a mesh that `check_mesh` accepted. May create the whole group: call it on all ranks alike."""
+def describe_groups(mesh: DeviceMesh, policy: SharingPolicy) -> Groups:
+    """The groups for a mesh that `check_mesh` accepted. The whole group has no name yet when it has to be created."""
     if mesh.ndim == 1:
         group = _group(mesh.get_group(), mesh.get_local_rank())
-        return Groups(group, _alone(), group)
+        return Groups(group, Group("", (dist.get_rank(),), 0), group)
     dp, attn = (_group(mesh.get_group(i), mesh.get_local_rank(i)) for i in (0, 1))
     if dp.size == 1:
         return Groups(attn, dp, attn)
     if attn.size == 1:
         return Groups(attn, dp, dp)
-    return Groups(attn, dp, _group(_flat(mesh), dp.index * attn.size + attn.index))
+    return Groups(attn, dp, Group("", tuple(mesh.mesh.flatten().tolist()), dp.index * attn.size + attn.index))
+
+
+def create_whole_group(mesh: DeviceMesh, groups: Groups) -> Groups:
+    """The same groups, the whole one created where it was missing. A rendezvous: all ranks of the mesh call it alike."""
+    if groups.whole.name:
+        return groups
+    return replace(groups, whole=replace(groups.whole, name=_flat(mesh).group_name))
 
 
 def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.mesh_dim_names is not None:
         return mesh._flatten("_".join(("tpfuse", *mesh.mesh_dim_names))).get_group()
-    if mesh.size() == dist.get_world_size():
-        return dist.group.WORLD
-    raise PolicyError("a 2-D mesh that does not cover the world needs mesh_dim_names, e.g. ('dp', 'attn_tp')")
+    return dist.group.WORLD
 
 
 def _group(group: dist.ProcessGroup, index: int) -> Group:
     return Group(group.group_name, tuple(dist.get_process_group_ranks(group)), index)
 
-
-def _alone() -> Group:
-    return Group("", (dist.get_rank(),), 0)

@@ -27,7 +27,7 @@ from tpfuse.boundary import (
 from tpfuse.collectives import all_reduce
 from tpfuse.cutting import ModuleCut, cut_edge, cut_module
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.groups import Group, Groups, check_mesh, make_groups
+from tpfuse.groups import Group, Groups, check_mesh, create_whole_group, describe_groups
 from tpfuse.plans import Planned, inside, model_plan, read_plan
 from tpfuse.policy import SharingPolicy
 from tpfuse.roles import Kind, Role, policy_of, role_of
@@ -101,7 +101,7 @@ def parallelize(
             f"{type(model).__name__} has no module with a role: decorate its classes (tpfuse.attention, ...), or give "
             "plan={...}; it has no tp plan of its own"
         )
-    groups = make_groups(mesh, policy)
+    groups = describe_groups(mesh, policy)
 
     # Everything that can be refused is refused here, before the first weight changes.
     done: list[tuple[str, Role, ModuleCut]] = []
@@ -113,6 +113,7 @@ def parallelize(
     edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
     cuts = _one_cut_each(model, [c for _, _, c in done] + edges)
 
+    groups = create_whole_group(mesh, groups)
     _apply(model, cuts)
     check = RowsCheck()
     sites = []
