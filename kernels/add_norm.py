@@ -3,6 +3,7 @@
     h = alpha * s + pre_bias + residual          (float32)
     rms_norm:   n = h * rsqrt(mean(h^2) + eps) * (weight + weight_offset) [+ bias]
     layer_norm: n = (h - mean(h)) * rsqrt(var(h) + eps) * (weight + weight_offset) + bias
+    none:       n = h * (weight + weight_offset) + bias      (for a boundary that only adds; no statistics)
     pre-norm  (post=False): y = n ;  residual_out = h          (each rounded once to its dtype)
     post-norm (post=True):  h = alpha * s + pre_bias (no residual in it); y = residual + n ; residual_out = h if asked
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .compat import HAVE_TRITON, INTERPRETED, next_power_of_2, tl, triton
-from .device import LAYER, RMS, finish_row, load_eps, load_row
+from .device import LAYER, NONE, RMS, finish_row, load_eps, load_row
 
-NORMS = {"rms_norm": RMS, "layer_norm": LAYER}
+NORMS = {"rms_norm": RMS, "layer_norm": LAYER, "none": NONE}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 16384
 
@@ -192,7 +193,10 @@ def add_norm_reference(
         centred = h - mean
     else:
         mean, centred = None, h
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if NORMS[norm] == NONE:
+        rstd = torch.ones_like(centred[..., :1])
+    else:
+        rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     n = centred * rstd
     if weight is not None:
         n = n * (weight.to(acc) + weight_offset)

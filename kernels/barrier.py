@@ -11,13 +11,10 @@ and reads. Flags carry the epoch, so they are never lowered. Two ways to know wh
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .add_norm import AddNormOut, on_device_of
 from .compat import tl, triton
 from .device import advance_epoch, as_words, finish_row, load_eps, load_row, peer, unpack
 from .one_shot import constants, default_warps
-from .operands import Operands, prepare
+from .operands import Launch, Operands, launch_options, prepare
 from .workspace import CHANNELS, Workspace
 
 _CHANNELS = tl.constexpr(CHANNELS)
@@ -27,14 +24,15 @@ _CHANNELS = tl.constexpr(CHANNELS)
 def _meet(peers_ptr, flags, pid, rank, value, WORLD: tl.constexpr):
     """Raise this program's flag at every peer and wait until every peer has raised its own here. A peer may already be
     one call ahead, so "at least" is what is waited for (in wrapping arithmetic)."""
+    lanes = tl.arange(0, WORLD)
+    theirs = tl.load(peers_ptr + lanes).to(tl.pointer_type(tl.int32)) + flags + pid * WORLD + rank
+    here = peer(peers_ptr, rank) + flags + pid * WORLD + lanes
     tl.debug_barrier()  # all of the program's stores come before the release
-    for i in tl.static_range(1, WORLD):
-        theirs = peer(peers_ptr, (rank + i) % WORLD) + flags + pid * WORLD + rank
-        tl.atomic_xchg(theirs, value, sem="release", scope="sys")
-    for i in tl.static_range(1, WORLD):
-        here = peer(peers_ptr, rank) + flags + pid * WORLD + (rank + i) % WORLD
-        while tl.atomic_add(here, 0, sem="acquire", scope="sys") - value < 0:
-            pass
+    tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + value, sem="release", scope="sys")
+    seen = tl.load(here, volatile=True)
+    while tl.sum((seen - value < 0).to(tl.int32), axis=0) > 0:
+        seen = tl.load(here, volatile=True)
+    tl.atomic_add(here, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
 
 
@@ -95,18 +93,15 @@ def fits(op: Operands, ws: Workspace) -> bool:
     return op.rows * op.row_words <= ws.stage_words
 
 
-def barrier(op: Operands, ws: Workspace, warps: int = 0, *, rotate: bool = True) -> tuple[AddNormOut, Tensor | None]:
-    """Run the kernel on this rank, as `one_shot` does. `rotate`: which of the two ways above."""
+def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
+    """The kernel bound to this rank's operands, as `one_shot` binds its own. `rotate`: which of the two ways above."""
     ready = prepare(op)
-    if op.rows == 0:
-        return ready.out, ready.sum
     programs = min(op.rows, ws.max_blocks)
-    settings = constants(op, ws.world, 1, False, False)
+    args = (
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slots_end, ws.stage_words,
+        ws.flags_offset, op.rows, ws.rank, programs, 0,
+    )  # fmt: skip
+    settings = constants(op, ws.world, 1, False, False) | {"ROTATE": rotate}
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
-    with on_device_of(op.x):
-        _barrier_kernel[(programs,)](
-            *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slots_end, ws.stage_words,
-            ws.flags_offset, op.rows, ws.rank, programs, 0, **settings, ROTATE=rotate,
-            num_warps=warps or default_warps(op, 1),
-        )  # fmt: skip
-    return ready.out, ready.sum
+    settings |= launch_options(warps or default_warps(op, 1), registers)
+    return Launch(_barrier_kernel if op.rows else None, programs, args, settings, ready.out, ready.sum)

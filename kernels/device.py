@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from .compat import tl, triton
 
-RMS, LAYER = 0, 1  # the kernels' NORM
+RMS, LAYER, NONE = 0, 1, 2  # the kernels' NORM; NONE leaves h as it is
 SENTINEL = -2147450880  # 0x80008000
 _SENTINEL = tl.constexpr(SENTINEL)
 
 
 @triton.jit
 def load_row(residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask):
-    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads hide behind it."""
+    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads overlap it."""
     zero = tl.zeros(cols.shape, tl.float32)
     residual, pre_bias, bias, weight = zero, zero, zero, zero + 1.0
     if residual_row is not None:
@@ -76,12 +76,17 @@ def row_statistics(h, mask, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid
             total = tl.sum(exchange(squares, inbox + 2048, pid, part, SPLIT), axis=0)
             mean = tl.sum(means, axis=0) / SPLIT
             squares = total + P * tl.sum((means - mean) * (means - mean), axis=0)
-    else:
+        rstd = tl.rsqrt(squares / H + eps)
+    elif NORM == 0:
         mean = 0.0
         squares = tl.sum(h * h, axis=0)
         if SPLIT > 1:
             squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)
-    return mean, tl.rsqrt(squares / H + eps)
+        rstd = tl.rsqrt(squares / H + eps)
+    else:
+        mean = 0.0
+        rstd = 1.0
+    return mean, rstd
 
 
 @triton.jit
@@ -128,7 +133,7 @@ def other_ranks(peers_ptr, rank, WORLD: tl.constexpr):
     """The bases of ranks rank+1, rank+2, ... (mod WORLD), all loaded before the first store could delay them."""
     bases = (peer(peers_ptr, (rank + 1) % WORLD),)
     for i in tl.static_range(2, WORLD):
-        bases = bases + (peer(peers_ptr, (rank + i) % WORLD),)
+        bases = bases + (peer(peers_ptr, (rank + i) % WORLD),)  # noqa: RUF005 (Triton has no starred tuples)
     return bases
 
 

@@ -7,14 +7,10 @@ over SPLIT programs, which then exchange their part of the statistics. docs/kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from .add_norm import NORMS, AddNormOut, on_device_of
+from .add_norm import NORMS
 from .compat import INTERPRETED, next_power_of_2, tl, triton
 from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer
-from .operands import Operands, prepare
+from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, receive_sum
 from .workspace import CHANNELS, MAX_SPLIT, SLOTS, Workspace
 
@@ -111,25 +107,24 @@ def _one_shot_kernel(
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 
-def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, *, first: int | None = None,
-             spin: bool | None = None) -> tuple[AddNormOut, Tensor | None]:  # fmt: skip
-    """Run the kernel on this rank: (outputs as of `add_norm`, the sum or None). Every rank of the workspace must make
-    the same call. Launches nothing when there are no rows.
+def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0, *,
+             first: int | None = None, spin: bool | None = None) -> Launch:  # fmt: skip
+    """The kernel bound to this rank's operands; `.run()` gives (outputs as of `add_norm`, the sum or None). Every rank
+    of the workspace must run the same call. Without rows nothing is launched.
 
     `split`: programs a row; `warps`: of one program (0: 16 bytes a thread); `spin`: wait in PTX (the default on a GPU).
     `first`: run this one program only; for harnesses on interpreters, where the programs of a grid take turns.
     """
     ready = prepare(op)
-    if op.rows == 0:
-        return ready.out, ready.sum
     programs = programs_of(op, ws, split)
-    with on_device_of(op.x):
-        _one_shot_kernel[(programs if first is None else 1,)](
-            *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slot_words, op.rows, ws.rank,
-            programs, first or 0, **constants(op, ws.world, split, programs < op.rows * split, spin),
-            num_warps=warps or default_warps(op, split),
-        )  # fmt: skip
-    return ready.out, ready.sum
+    args = (
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slot_words, op.rows, ws.rank, programs,
+        first or 0,
+    )  # fmt: skip
+    settings = constants(op, ws.world, split, programs < op.rows * split, spin)
+    settings |= launch_options(warps or default_warps(op, split), registers)
+    kernel = _one_shot_kernel if op.rows else None
+    return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
 
 
 def programs_of(op: Operands, ws: Workspace, split: int) -> int:
@@ -138,7 +133,8 @@ def programs_of(op: Operands, ws: Workspace, split: int) -> int:
 
 
 def fits(op: Operands, ws: Workspace, split: int) -> bool:
-    """Whether a slot holds the call. A split row needs all its programs at once, and 16-byte parts."""
+    """Whether a slot holds the call. The programs of a split row have one inbox each, so none may take a second row;
+    and parts are whole 16 bytes."""
     if ws.world * op.rows * op.row_words > ws.slot_words or op.row_words % (4 * split) or split > MAX_SPLIT:
         return False
     return split == 1 or op.rows * split <= ws.max_blocks

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, split_eps
+from .add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, on_device_of, split_eps
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,41 @@ class Operands:
         if self.out_dtype in wide or self.residual_dtype in wide:
             return False
         return kernel_takes(self.x, self.residual, self.pre_bias, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, bound to its arguments, with the tensors it will fill. `kernel` is None where nothing is to be done.
+
+    `run` launches it. `load` only compiles it and loads it on the device; a harness whose ranks share one device must
+    do that for every kernel before the first `run`, because loading waits for running kernels, and those for peers."""
+
+    kernel: Any
+    programs: int
+    args: tuple
+    constants: dict[str, Any]  # the kernel's constexprs and Triton's launch options
+    out: AddNormOut
+    sum: Tensor | None
+
+    def run(self) -> tuple[AddNormOut, Tensor | None]:
+        if self.kernel is not None:
+            with on_device_of(self.out.y):
+                self.kernel[(self.programs,)](*self.args, **self.constants)
+        return self.out, self.sum
+
+    def load(self) -> Any:
+        """The compiled kernel (`n_regs`, `n_spills`, `metadata`), loaded; None where nothing is to be done."""
+        if self.kernel is None:
+            return None
+        with on_device_of(self.out.y):
+            compiled = self.kernel.warmup(*self.args, grid=(self.programs,), **self.constants)
+            compiled._init_handles()
+        return compiled
+
+
+def launch_options(warps: int, registers: int) -> dict[str, int]:
+    """Triton's launch options; `registers` (of a thread, 0: the compiler's choice) buys residency."""
+    return {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ and epochs are the one-shot's: the two kernels may alternate on one workspace.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .add_norm import AddNormOut, on_device_of
+from .add_norm import AddNormOut
 from .compat import tl, triton
 from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer, unpack
 from .one_shot import constants, default_warps
-from .operands import Operands, prepare
+from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, clear_one, receive, receive_sum
 from .workspace import CHANNELS, SLOTS, Workspace
 
@@ -138,24 +136,23 @@ def fits(op: Operands, ws: Workspace, sharded: bool = False) -> bool:
     return (ws.world * chunk + op.rows) * op.row_words <= ws.slot_words
 
 
-def two_shot(op: Operands, ws: Workspace, warps: int = 0, *, sharded: bool = False, first: int | None = None,
-             spin: bool | None = None) -> tuple[AddNormOut, Tensor | None]:  # fmt: skip
-    """Run the kernel on this rank, as `one_shot` does. With `sharded`, op.residual is [own rows, H] (see `chunk_of`)
-    and so is the residual_out that comes back; y has the dtype of x and all rows."""
+def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, sharded: bool = False,
+             first: int | None = None, spin: bool | None = None) -> Launch:  # fmt: skip
+    """The kernel bound to this rank's operands, as `one_shot` binds its own. With `sharded`, op.residual is
+    [own rows, H] (see `chunk_of`) and so is the residual_out that comes back; y has the dtype of x and all rows."""
     ready = prepare(op)
     residual_out = ready.out.residual_out
     if sharded and residual_out is not None:
         _, count = chunk_of(op.rows, ws.rank, ws.world)
         residual_out = residual_out.reshape(-1, op.hidden)[:count]
     out = AddNormOut(ready.out.y, residual_out, ready.out.mean, ready.out.rstd)
-    if op.rows == 0:
-        return out, ready.sum
     programs = min(op.rows, ws.max_blocks)
-    settings = constants(op, ws.world, 1, False, spin)
+    args = (
+        *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.slot_words,
+        op.rows, ws.rank, programs, first or 0,
+    )  # fmt: skip
+    settings = constants(op, ws.world, 1, False, spin) | {"SHARDED": sharded}
     del settings["SPLIT"], settings["MANY"]
-    with on_device_of(op.x):
-        _two_shot_kernel[(programs if first is None else 1,)](
-            *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.slot_words,
-            op.rows, ws.rank, programs, first or 0, **settings, SHARDED=sharded, num_warps=warps or default_warps(op, 1),
-        )  # fmt: skip
-    return out, ready.sum
+    settings |= launch_options(warps or default_warps(op, 1), registers)
+    kernel = _two_shot_kernel if op.rows else None
+    return Launch(kernel, programs if first is None else 1, args, settings, out, ready.sum)

@@ -75,11 +75,14 @@ def initialise(buffer: Tensor, state: Tensor, slot_words: int) -> None:
 
 
 def from_buffers(
-    rank: int, addresses: Sequence[int], buffer: Tensor, state: Tensor, slot_words: int, max_blocks: int, owner: Any
-) -> Workspace:
-    """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer."""
+    rank: int, addresses: Sequence[int], buffer: Tensor, state: Tensor, slot_words: int, max_blocks: int, owner: Any,
+    peers: Tensor | None = None,
+) -> Workspace:  # fmt: skip
+    """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer. `peers`: int64
+    [world] memory to keep them in, else allocated."""
     world = len(addresses)
-    peers = torch.tensor(list(addresses), dtype=torch.int64, device=buffer.device)
+    listed = torch.tensor(list(addresses), dtype=torch.int64)
+    peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
     stage = stage_words_of(slot_words, world)
     return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, owner)
 

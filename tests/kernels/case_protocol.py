@@ -72,10 +72,10 @@ def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) ->
 def launch(call: Call, seat: Seat) -> tuple[Any, Any]:
     op = call.operands(seat.ws.rank)
     if call.kernel == "one_shot":
-        return one_shot(op, seat.ws)
+        return one_shot(op, seat.ws).run()
     if call.kernel == "two_shot":  # its programs wait for each other across ranks; the interpreter runs them in turn
-        return two_shot(op, dataclasses.replace(seat.ws, max_blocks=1))
-    return barrier(op, seat.ws, rotate=call.kernel == "barrier")
+        return two_shot(op, dataclasses.replace(seat.ws, max_blocks=1)).run()
+    return barrier(op, seat.ws, rotate=call.kernel == "barrier").run()
 
 
 def play(seat: Seat, calls: list[Call]) -> list[Any]:
@@ -134,7 +134,7 @@ def test_kernels_alternate_on_one_workspace(world: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier"])
 def test_minus_zero_sentinels_nan_and_inf_travel(kernel: str) -> None:
-    """A payload made of nothing but the sentinel's bits must neither hang nor be lost; NaN and inf stay in their rows."""
+    """A payload made of nothing but the sentinel's bits neither hangs nor is lost; NaN and inf stay in their rows."""
     fills = [(fill, dtype) for dtype in (BF16, F32) for fill in ("minus_zero", "sentinel", "special")]
     calls = [Call(kernel, 4, 64, dtype, seed=n, fill=fill) for n, (fill, dtype) in enumerate(fills)]
     equal_on_all_ranks(run(2, play, calls))
@@ -172,7 +172,7 @@ def play_split(seat: Seat, calls: list[Call], split: int) -> list[Any]:
         op = call.operands(seat.ws.rank)
         out = None
         if seat.program < call.rows * split:
-            out, _ = one_shot(op, seat.ws, split, first=seat.program)
+            out, _ = one_shot(op, seat.ws, split, first=seat.program).run()
             expected, _ = call.expected(seat.ws.world)
             row, part = divmod(seat.program, split)
             columns = slice(part * call.hidden // split, (part + 1) * call.hidden // split)
@@ -199,7 +199,7 @@ def play_programs(seat: Seat, calls: list[Call]) -> list[Any]:
         seat.dawdle()
         op = call.operands(seat.ws.rank)
         if seat.program < min(call.rows, seat.ws.max_blocks):
-            out, _ = two_shot(op, seat.ws, first=seat.program)
+            out, _ = two_shot(op, seat.ws, first=seat.program).run()
             expected, _ = call.expected(seat.ws.world)
             right = (out.y - expected.y).abs() <= 2e-2 + 2e-2 * expected.y.abs()
             answers.append(right.all(-1))
@@ -225,7 +225,7 @@ def play_sharded(seat: Seat, calls: list[Call]) -> list[Any]:
         begin, count = chunk_of(call.rows, ws.rank, ws.world)
         own = slice(begin, begin + count)
         shard = Operands(**{**op.__dict__, "residual": op.residual[own]})
-        out, _ = two_shot(shard, dataclasses.replace(ws, max_blocks=1), sharded=True)
+        out, _ = two_shot(shard, dataclasses.replace(ws, max_blocks=1), sharded=True).run()
         close(out.y, expected.y)
         close(out.residual_out, expected.residual_out[own])
     return []
@@ -239,7 +239,7 @@ def test_two_shot_with_the_residual_kept_sharded(world: int) -> None:
 
 def hang(seat: Seat) -> None:
     if seat.ws.rank == 0:
-        one_shot(Call(rows=1).operands(0), seat.ws)
+        one_shot(Call(rows=1).operands(0), seat.ws).run()
 
 
 def test_the_harness_notices_a_hang() -> None:

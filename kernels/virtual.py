@@ -1,0 +1,101 @@
+"""Virtual ranks: one process and one device stand in for a whole group, one stream a rank.
+
+The kernels get an array of buffer addresses exactly as from symmetric memory, all ranks' kernels run at once, and the
+protocol is the real one. Traffic goes through the device's own memory, so times compare kernels with each other and say
+nothing of a link's bandwidth. Three rules keep it from hanging: every kernel is loaded before the first launch, all
+ranks' programs together fit on the device (`residency`), and no kernel is specialised on its rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .operands import Launch
+from .workspace import CHANNELS, DEFAULT_SLOT_BYTES, Workspace, virtual_ranks
+
+Bind = Callable[[Workspace], Any]
+
+
+def programs_per_sm(compiled: Any, warps: int, device: torch.device | None = None) -> int:
+    """How many programs of a compiled kernel one multiprocessor holds (registers, warps and shared memory)."""
+    registers = -(-compiled.n_regs // 8) * 8
+    by_registers = 65536 // (registers * 32) // warps if registers else 32
+    by_shared = (200 * 1024) // max(compiled.metadata.shared + 1024, 1)
+    return max(0, min(by_registers, 64 // warps, 32, by_shared))
+
+
+class VirtualRanks:
+    """`world` ranks on `device`, with their workspaces and streams."""
+
+    def __init__(self, world: int, device: str = "cuda", slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
+        self.world = world
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspaces = virtual_ranks(world, device, self.multiprocessors // world, slot_bytes)
+        self.streams = [torch.cuda.Stream(device) for _ in range(world)]
+        torch.cuda.synchronize()
+
+    def bind(self, bind: Bind) -> list[Launch]:
+        """One loaded launch a rank, with as many programs as the device holds for all ranks together. `bind` may return
+        None where the call does not fit the workspace; ValueError when it never does."""
+        for per_sm in (4, 3, 2, 1):
+            most = min(self.multiprocessors * per_sm // self.world, CHANNELS)
+            launches = [bind(dataclasses.replace(ws, max_blocks=most)) for ws in self.workspaces]
+            if None in launches:
+                continue
+            compiled = launches[0].load()
+            if compiled is None or programs_per_sm(compiled, launches[0].constants["num_warps"]) >= per_sm:
+                for launch in launches[1:]:
+                    launch.load()
+                return launches
+        raise ValueError("does not fit")
+
+    def run(self, launches: list[Any], before: Callable[[int], None] | None = None) -> None:
+        """Launch one call on every rank's stream, between a fork from and a join to the current stream."""
+        current = torch.cuda.current_stream()
+        for rank, (stream, launch) in enumerate(zip(self.streams, launches, strict=True)):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                if before is not None:
+                    before(rank)
+                launch.run()
+        for stream in self.streams:
+            current.wait_stream(stream)
+
+    def capture(self, launches: list[Any], calls: int = 12) -> torch.cuda.CUDAGraph:
+        """A graph of `calls` such calls in a row. Everything must be loaded: capture executes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                self.run(launches)
+        torch.cuda.synchronize()
+        return graph
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int = 12, rounds: int = 7, replays: int = 5
+                ) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike.
+    Spread: the distance between the quartiles."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1000 / replays / calls)
+    out = {}
+    for name, values in samples.items():
+        quarters = statistics.quantiles(values, n=4)
+        out[name] = (statistics.median(values), quarters[2] - quarters[0])
+    return out

@@ -1,0 +1,225 @@
+"""The kernels on a GPU: virtual ranks in one process, and real processes that share one device."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from tests.ranks import run_processes
+from tpfuse.kernels.add_norm import add_norm, add_norm_reference
+from tpfuse.kernels.barrier import barrier
+from tpfuse.kernels.one_shot import one_shot
+from tpfuse.kernels.operands import Operands
+from tpfuse.kernels.two_shot import two_shot
+from tpfuse.kernels.virtual import VirtualRanks
+
+pytestmark = pytest.mark.gpu
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def reference(xs: list[torch.Tensor], op: Operands, dtype: torch.dtype = torch.float64):
+    total = torch.stack(xs).double().sum(0).to(dtype)
+    vectors = [None if t is None else t.to(dtype) for t in (op.residual, op.pre_bias, op.weight, op.bias)]
+    return add_norm_reference(
+        total, *vectors, op.eps, norm=op.norm, weight_offset=op.weight_offset, alpha=op.alpha, post=op.post,
+        out_dtype=dtype, residual_dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("H", [8, 100, 2048, 4096, 7168, 16384])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_add_norm(H: int, dtype: torch.dtype, norm: str) -> None:
+    s, residual = (torch.randn(7, 3, H, device="cuda").to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(H, device="cuda").to(dtype) for _ in range(2))
+    for post in (False, True):
+        options = {"norm": norm, "post": post, "weight_offset": 1.0, "alpha": 0.5}
+        out = add_norm(s, residual, weight, weight, bias, torch.tensor(1e-5, device="cuda"), out_dtype=dtype,
+                       residual_dtype=dtype, stats=True, **options)  # fmt: skip
+        wide = [t.double() for t in (s, residual, weight, weight, bias)]
+        truth = add_norm_reference(*wide, 1e-5, out_dtype=torch.float64, residual_dtype=torch.float64, **options)
+        rounding = torch.finfo(dtype).eps
+        assert ((out.y.double() - truth.y).norm() / truth.y.norm()) < 0.6 * rounding + 1e-6
+        assert ((out.residual_out.double() - truth.residual_out).norm() / truth.residual_out.norm()) < 0.6 * rounding
+
+
+class Variant:
+    """One compiled kernel of the stress test and random calls of it."""
+
+    def __init__(self, ranks: VirtualRanks, kernel: str, hidden: int, dtype: torch.dtype, norm: str, split: int = 1):
+        self.ranks, self.kernel, self.split = ranks, kernel, split
+        self.pool = [torch.randn(64, hidden, device="cuda").to(dtype) for _ in range(ranks.world)]
+        self.residual = torch.randn(64, hidden, device="cuda").to(dtype)
+        self.weight = torch.randn(hidden, device="cuda").to(dtype)
+        self.norm, self.dtype = norm, dtype
+        self.workspaces = [replace(ws, max_blocks=8) for ws in ranks.workspaces]
+
+    def launches(self, rows: int, start: int = 0) -> list:
+        out = []
+        for ws in self.workspaces:
+            x = self.pool[ws.rank][start : start + rows]
+            op = Operands(x, self.residual[start : start + rows], None, self.weight, None, 1e-6, self.norm, self.dtype,
+                          self.dtype)  # fmt: skip
+            if self.kernel == "one_shot":
+                out.append(one_shot(op, ws, self.split))
+            elif self.kernel == "two_shot":
+                out.append(two_shot(op, ws))
+            else:
+                out.append(barrier(op, ws, rotate=self.kernel == "rotating"))
+        self.op = op
+        return out
+
+    def load(self) -> None:
+        for rows in (1, 8 // self.split, 20) if self.split == 1 else (1, 8 // self.split):
+            for launch in self.launches(rows):
+                launch.load()
+
+    def wrong(self, launches: list, rows: int, start: int) -> torch.Tensor:
+        """0 or 1 on the device: any rank's result unequal to the first's, or far from float32."""
+        truth = reference([p[start : start + rows] for p in self.pool], self.op, F32)
+        first = launches[0].out
+        tolerance = 1e-4 if self.dtype == F32 else 2e-2
+        bad = torch.zeros((), device="cuda", dtype=torch.bool)
+        for name in ("y", "residual_out"):
+            mine, right = getattr(first, name), getattr(truth, name)
+            scale = right.abs().amax().clamp_min(1e-6)
+            bad |= ~((mine.float() - right).abs().amax() <= tolerance * scale)
+            for launch in launches[1:]:
+                bad |= (getattr(launch.out, name) != mine).any()
+        return bad
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_stress_random_shapes_and_delays(world: int) -> None:
+    """Every call's every result is checked. TPFUSE_STRESS_CALLS sets how many calls in all."""
+    calls = int(os.environ.get("TPFUSE_STRESS_CALLS", "600")) // 3
+    pick = random.Random(world)
+    torch.manual_seed(world)
+    ranks = VirtualRanks(world, slot_bytes=1 << 20)
+    variants = [
+        Variant(ranks, "one_shot", 1024, BF16, "rms_norm"),
+        Variant(ranks, "one_shot", 1024, BF16, "layer_norm", split=2),
+        Variant(ranks, "one_shot", 2048, BF16, "rms_norm", split=4),
+        Variant(ranks, "one_shot", 520, F32, "layer_norm"),
+        Variant(ranks, "two_shot", 1024, F16, "rms_norm"),
+        Variant(ranks, "rotating", 1024, BF16, "rms_norm"),
+        Variant(ranks, "barrier", 520, F32, "rms_norm"),
+    ]
+    for variant in variants:
+        variant.load()
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+
+    def delay(_: int) -> None:
+        if pick.random() < 0.3:
+            torch.cuda._sleep(pick.randrange(100, 30000))
+
+    started = time.monotonic()
+    for _ in range(calls):
+        variant = pick.choice(variants)
+        rows = pick.choice([0, 1, 1, 2, 3, 8, 13, 20])
+        if variant.split > 1:
+            rows = min(rows, 8 // variant.split)
+        start = pick.randrange(0, 64 - rows)
+        launches = variant.launches(rows, start)
+        for launch in launches:
+            launch.out.y.fill_(float("nan"))
+        ranks.run(launches, delay)
+        if rows:
+            wrong += variant.wrong(launches, rows, start)
+    torch.cuda.synchronize()
+    print(f"stress: world {world}: {calls} calls, {int(wrong)} wrong, {time.monotonic() - started:.1f} s")
+    assert int(wrong) == 0
+
+
+def test_two_graphs_of_different_shapes_replayed_in_turn() -> None:
+    ranks = VirtualRanks(2, slot_bytes=1 << 20)
+    variants = [Variant(ranks, "one_shot", 1024, BF16, "rms_norm"), Variant(ranks, "two_shot", 2048, BF16, "rms_norm")]
+    captured = []
+    for variant, rows in zip(variants, (3, 13), strict=True):
+        variant.load()
+        launches = variant.launches(rows)
+        captured.append((variant, launches, rows, ranks.capture(launches, calls=3)))
+    pick = random.Random(0)
+    for _ in range(200):
+        variant, launches, rows, graph = pick.choice(captured)
+        for pool in variant.pool:
+            pool[:rows] = torch.randn_like(pool[:rows])
+        graph.replay()
+        assert not variant.wrong(launches, rows, 0)
+        eager = variants[0].launches(5, 7)  # calls outside the graphs move the same epochs
+        ranks.run(eager)
+        assert not variants[0].wrong(eager, 5, 7)
+
+
+def _on_one_device(rank: int) -> dict:
+    import torch.distributed as dist
+
+    from tpfuse.kernels.all_reduce import all_reduce_add_norm, init_workspace, why_not
+
+    torch.cuda.set_device(0)
+    name = dist.group.WORLD.group_name
+    report: dict = {"before": why_not(name, "cuda", 1024), "ready": init_workspace(name, 64, 1024, BF16)}
+    report["after"] = why_not(name, "cuda", 1024)
+    report["results"] = []
+    for n, (rows, hidden) in enumerate([(1, 1024), (5, 2048), (0, 1024), (40, 1024), (3, 1024), (9, 4096)]):
+        g = torch.Generator().manual_seed(n)
+        xs = [torch.randn(rows, hidden, generator=g).to(BF16).cuda() for _ in range(dist.get_world_size())]
+        residual, weight = torch.randn(rows, hidden, generator=g).to(BF16).cuda(), torch.ones(hidden).to(BF16).cuda()
+        got = all_reduce_add_norm(
+            xs[rank], residual, None, weight, None, 1e-6, group_name=name, norm="rms_norm", out_dtype=BF16,
+            residual_dtype=BF16, want_sum=True, stats=True,
+        )  # fmt: skip
+        assert got is not None
+        out, total = got
+        truth = add_norm_reference(
+            torch.stack(xs).double().sum(0), residual.double(), None, weight.double(), None, 1e-6, norm="rms_norm",
+            out_dtype=F32, residual_dtype=F32,
+        )  # fmt: skip
+        torch.testing.assert_close(out.y.float(), truth.y, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(out.residual_out.float(), truth.residual_out, rtol=2e-2, atol=3e-2)
+        torch.testing.assert_close(total.float(), torch.stack(xs).float().sum(0), rtol=2e-2, atol=3e-2)
+        report["results"].append(out.y.view(torch.int16).cpu().numpy())
+    return report
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_share_a_device(world: int, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    reports = run_processes(world, _on_one_device, timeout=120)
+    for report in reports:
+        assert report["before"] == report["after"] == "" and report["ready"]
+        for mine, first in zip(report["results"], reports[0]["results"], strict=True):
+            assert (mine == first).all()
+
+
+def test_no_allocation_and_no_synchronisation_per_call() -> None:
+    """What the eager call costs the host, and that it neither asks the driver for memory nor waits for the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ranks = VirtualRanks(2)
+    variant = Variant(ranks, "one_shot", 4096, BF16, "rms_norm")
+    variant.load()
+    for _ in range(20):
+        ranks.run(variant.launches(4))
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(20):
+            ranks.run(variant.launches(4))
+    names = {event.key for event in recorded.key_averages()}
+    forbidden = [n for n in names if any(w in n for w in ("cudaMalloc", "cudaFree", "Synchronize", "cudaMemcpy"))]
+    # the profiler itself synchronises the device once when it stops
+    assert not [n for n in forbidden if n != "cudaDeviceSynchronize"], forbidden
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(200):
+        variant.launches(4)[0].kernel  # noqa: B018
+    bind = (time.perf_counter() - started) / 400
+    print(f"host: {bind * 1e6:.1f} us to bind one rank's call")
