@@ -96,7 +96,7 @@ def parallelize(
     policy = _policy(model, policy, roles)
     check_mesh(mesh, policy)
     _check_overrides(policy, roles)
-    if not roles and policy.tp_size > 1:
+    if not roles and not planned.edges and policy.tp_size > 1:
         raise PlanError(
             f"{type(model).__name__} has no module with a role: decorate its classes (tpfuse.attention, ...), or give "
             "plan={...}; it has no tp plan of its own"
