@@ -1,35 +1,54 @@
-# `make demo` and `make test` need nothing but Python and pip: they make .venv once and reuse it.
-# With packages already installed (a GPU machine without network): make demo PYTHON=python3 VENV=
+# `make demo` and `make test` need nothing but Python (3.10 or newer) and pip: they make .venv once and reuse it.
+#
+#   make demo PYTHON=python3 VENV=     use the packages that are installed, install nothing (a GPU machine, no network)
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                                      take the small CPU build of torch instead of the one with CUDA
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# Processes that run tests side by side; 0 for one after the other.
+JOBS ?= 0
 
 ifeq ($(strip $(VENV)),)
 RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
-READY :=
+READY := installed-packages
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FROM_INDEX := $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-nightly clean
+.PHONY: demo test test-nightly clean installed-packages
 
-# torch first: the pinned CPU build must be there before anything else asks for a newer torch.
-$(VENV)/.ready: setup.py pyproject.toml
+# torch first: the pinned build must be there before anything else asks for a newer one.
+ifneq ($(strip $(VENV)),)
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt
+	@echo "making $(VENV) (once; a few minutes with a slow network)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=70.1" wheel
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" "triton==3.6.0; platform_system == 'Linux'"
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[demo,test]"
-	touch $@
+	$(PIP) --upgrade pip "setuptools>=70.1" wheel
+	$(PIP) $(FROM_INDEX) torch
+	$(PIP) --no-build-isolation -e ".[demo,test]"
+	@touch $@
+endif
 
+demo: NEEDS := torch dataclasses_json transformers accelerate safetensors
 demo: $(READY)
 	$(RUN) -m tpfuse.demo
 
+test: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test: $(READY)
-	$(RUN) -m pytest tests -m "not nightly"
+	$(RUN) -m pytest tests -m "not nightly" $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
 
+test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test-nightly: $(READY)
 	$(RUN) -m pytest tests
+
+# With VENV= nothing is installed, so say at once what is not there.
+installed-packages:
+	@$(PYTHON) -c 'import importlib.util, sys; \
+	missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]; \
+	missing and sys.exit("VENV= uses the installed packages, and these are missing: " + ", ".join(missing))' $(NEEDS)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output

@@ -135,8 +135,8 @@ def _run_model(setup: Setup, family: Family, folder: str, report: Callable[[str]
     seconds = time.monotonic() - start
     say(f"compiled in {seconds:.1f} s; running it again and counting collectives")
     ours, our_counts = _counted(lambda: run(compiled))
-    logits = [tensor.float().cpu().numpy() for tensor in (eager, ours)]
-    return Result(tpfuse.reports()[seen:], eager_counts, our_counts, *logits, seconds)
+    eager_logits, our_logits = (tensor.float().cpu().numpy() for tensor in (eager, ours))
+    return Result(tpfuse.reports()[seen:], eager_counts, our_counts, eager_logits, our_logits, seconds)
 
 
 def _backend() -> str | Callable[..., Any]:
@@ -265,7 +265,7 @@ def show(family: Family, results: list[Result], reference: Any) -> tuple[int, in
 
     print(f"\n== {family.title} " + "=" * max(0, 100 - len(family.title)))
     for report in first.reports:
-        print(report)
+        print(_table(report))
     rows = [
         ("", "eager", "tpfuse"),
         ("all-reduces that ran", first.eager.get("all_reduce", 0), first.ours.get("all_reduce", 0)),
@@ -280,6 +280,15 @@ def show(family: Family, results: list[Result], reference: Any) -> tuple[int, in
     print(f"  compile time of the first call: {first.seconds:.1f} s\n", flush=True)
     _check(family, results, fused, len(feeding), errors)
     return fused, len(feeding)
+
+
+def _table(report: Report) -> str:
+    """The report's own table, or plain lines where the package that draws it (rich) is missing."""
+    try:
+        return str(report)
+    except ImportError:
+        verdicts = [f"  {b.kind}, {b.module}, {b.collective}: {b.rewrite or b.reason}" for b in report.boundaries]
+        return "\n".join([report.summary(), *verdicts])
 
 
 def _check(family: Family, results: list[Result], fused: int, feeding: int, errors: dict[str, float]) -> None:

@@ -96,7 +96,7 @@ def save_with_reference(family: Family, folder: str) -> Any:
         return model(input_ids=token_ids(), use_cache=False).logits.numpy()
 
 
-def _compute_in_own_dtype(norm: torch.nn.Module) -> None:
+def _compute_in_own_dtype(norm: Any) -> None:
     """Hugging Face's norms compute in float32, whatever the model's dtype: too coarse for a reference."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
