@@ -91,18 +91,22 @@ def test_family_equals_the_unsharded_model(family):
     plain = model_of(family)
     ids = torch.randint(0, 64, (2, 2, 3), generator=torch.Generator().manual_seed(1))
     want = plain(ids.flatten(0, 1), use_cache=False).logits
+    wanted = want.detach().unflatten(0, (2, 2))
+    names, parameters = zip(*plain.named_parameters(), strict=True)
+    grads = {}
+    for dp in (1, 2):  # the sum of all replicas' losses
+        loss = loss_of(want[: 2 * dp])
+        whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        grads[dp] = dict(zip(names, whole, strict=True))
+
+    def run(policy):
+        replicas = [model_of(family) for _ in range(policy.tp_size)]
+        return run_threads(
+            policy.tp_size, lambda r: compare(r, replicas[r], wanted, grads[policy.dp_size], ids, policy)
+        )
+
     for tp, dp, dense in CASES:
-        grads = torch.autograd.grad(
-            loss_of(want if dp == 2 else want[:2]), list(plain.parameters()), retain_graph=True, allow_unused=True
-        )
-        named = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(plain.named_parameters(), grads)}
-        replicas = [model_of(family) for _ in range(tp)]
-        policy = SharingPolicy(tp, dp, dense)
-        results = run_threads(
-            tp, lambda r: compare(r, replicas[r], want.detach().unflatten(0, (2, 2)), named, ids, policy)
-        )
-        (name, worst), cuts = max(results, key=lambda result: result[0][1])
+        (name, worst), cuts = max(run(SharingPolicy(tp, dp, dense)), key=lambda result: result[0][1])
         # These models compute their norms, softmax and router in float32 whatever the dtype.
         assert worst < 1e-5, (tp, dp, dense, name, worst)
-        assert cuts > 0 or (policy.attn_tp_size, dense) == (1, 1)
-
+        assert cuts > 0 or (tp // dp, dense) == (1, 1)

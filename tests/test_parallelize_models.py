@@ -105,10 +105,14 @@ def test_any_leading_shape(dense):
     shapes = [(HIDDEN,), (5, HIDDEN), (2, 3, HIDDEN), (2, 1, 3, HIDDEN), (0, HIDDEN), (2, 0, HIDDEN)]
     inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
     policy = SharingPolicy(4, 2, dense)
-    for module in (plain, dense_mlp):
+
+    def run(module):
         want = [module(x).detach() for x in inputs]
         models = [copy.deepcopy(module) for _ in range(4)]
-        errors = run_threads(4, lambda r: run_shapes(r, models[r], policy, inputs, want))
+        return run_threads(4, lambda r: run_shapes(r, models[r], policy, inputs, want))
+
+    for module in (plain, dense_mlp):
+        errors = run(module)
         assert max(map(max, errors)) < 1e-11, errors
 
 

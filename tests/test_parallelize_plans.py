@@ -110,7 +110,10 @@ def mesh():
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        ({"blocks.*.up": "colwise", "blocks.*.down": "ep_dispatch_experts"}, "'ep_dispatch_experts'.*expert parallelism"),
+        (
+            {"blocks.*.up": "colwise", "blocks.*.down": "ep_dispatch_experts"},
+            "'ep_dispatch_experts'.*expert parallelism",
+        ),
         ({"blocks.*.up": "grouped_gemm"}, "'grouped_gemm'.*expert parallelism"),
         ({"blocks.*.up": "sequence_parallel"}, "unknown style 'sequence_parallel'.*allowed: colwise"),
         ({"block.*.up": "colwise"}, r"'block.\*.up' matches no module"),

@@ -235,6 +235,4 @@ def _first(name: str, output: Any):
         return output, lambda value: value
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], lambda value: (value, *output[1:])
-    raise PlanError(
-        f"{name} returned {type(output).__name__}; allowed: a tensor, or a tuple that starts with one"
-    )
+    raise PlanError(f"{name} returned {type(output).__name__}; allowed: a tensor, or a tuple that starts with one")

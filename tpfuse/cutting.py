@@ -72,7 +72,7 @@ def cut_module(
                 _cut_experts(out, join(name, part), getattr(module, part), groups, planned, part == role.experts)
         return out
     heads = heads_of(name, module, role) if role.kind == "attention" else Heads(None, None, None)
-    named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}  # type: ignore[arg-type]
+    named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}
     targets = {leaf: _target(name, module, leaf) for leaf in (*role.colwise, *role.rowwise)}
     transposed = _transposed(module, role, targets)
     widest = max(_widest(targets[leaf], role.packed.get(leaf, 1), transposed) for leaf in role.colwise)
@@ -111,7 +111,8 @@ def cut_edge(
     module, group = modules[name], groups.attention
     plain = type(module) is nn.Embedding if kind == "embedding" else type(module).forward is nn.Linear.forward
     plain = plain and not getattr(module, "max_norm", None) and not getattr(module, "sparse", False)
-    divides = plain and module.weight.shape[0] % group.size == 0  # type: ignore[union-attr,operator]
+    vocabulary = _matrix_of(module).shape[0] if plain else 0
+    divides = plain and vocabulary % group.size == 0
     if group.size == 1 or (planned.trusted and not divides):
         return None
     if not plain:
@@ -119,7 +120,7 @@ def cut_edge(
     out = ModuleCut(name, "attention")
     _cut_parameters(out, name, module, 0, 1, None, groups)
     if kind == "embedding":
-        out.attributes.append((module, {"num_embeddings": module.weight.shape[0] // group.size}))  # type: ignore
+        out.attributes.append((module, {"num_embeddings": vocabulary // group.size}))
     return out
 
 
@@ -132,10 +133,8 @@ def _check_block(name: str, module: nn.Module, role: Role) -> None:
             )
 
 
-def _cut_experts(
-    out: ModuleCut, name: str, module: nn.Module, groups: Groups, planned: Planned, experts: bool
-) -> None:
-    """Cuts the MLPs in a routed block that carry no role of their own; those that do are cut as modules by themselves."""
+def _cut_experts(out: ModuleCut, name: str, module: nn.Module, groups: Groups, planned: Planned, experts: bool) -> None:
+    """Cuts the MLPs in a routed block that carry no role; those that do are cut as modules by themselves."""
     if name in planned.roles or role_of(module):
         return
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -170,6 +169,12 @@ def _target(name: str, module: nn.Module, leaf: str) -> nn.Module | nn.Parameter
     return target
 
 
+def _matrix_of(target: nn.Module | nn.Parameter) -> Tensor:
+    weight = target if isinstance(target, nn.Parameter) else target.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _weight(target: object) -> Tensor | None:
     """The matrix of a linear-like module, or the parameter itself; None for anything else."""
     if isinstance(target, nn.Parameter):
@@ -185,13 +190,13 @@ def _transposed(module: nn.Module, role: Role, targets: Mapping[str, nn.Module |
     """Whether bare parameters are [..., in, out] and not [..., out, in]; the shapes say so, an attribute if not."""
     if any(isinstance(t, nn.Module) for t in targets.values()):
         return False
-    col, row = targets[role.colwise[0]].shape, targets[role.rowwise[0]].shape  # type: ignore[union-attr]
+    col, row = _matrix_of(targets[role.colwise[0]]).shape, _matrix_of(targets[role.rowwise[0]]).shape
     straight, crossed = col[-1] == row[-2], col[-2] == row[-1]
     return bool(getattr(module, "is_transposed", False)) if straight == crossed else crossed
 
 
 def _widest(target: nn.Module | nn.Parameter, parts: Parts, transposed: bool) -> int:
-    out = _weight(target).shape[-1 if transposed else -2]  # type: ignore[union-attr]
+    out = _matrix_of(target).shape[-1 if transposed else -2]
     return out // parts if isinstance(parts, int) else max(parts)
 
 
@@ -199,13 +204,13 @@ def _cut_colwise(
     out: ModuleCut, name: str, target: nn.Module | nn.Parameter, parts: Parts, heads: Heads, widest: int,
     groups: Groups, transposed: bool,
 ) -> set[int]:  # fmt: skip
-    weight = _weight(target)
-    full = weight.shape[-1 if transposed else -2]  # type: ignore[union-attr]
+    weight = _matrix_of(target)
+    full = weight.shape[-1 if transposed else -2]
     sizes = (full // parts,) * parts if isinstance(parts, int) else parts
     by_heads = heads.q or heads.dim
     units = [heads.units(size, widest) for size in sizes]
     if isinstance(target, nn.Parameter):
-        dim = weight.ndim - (1 if transposed else 2)  # type: ignore[union-attr]
+        dim = weight.ndim - (1 if transposed else 2)
         _add(out, name, target, dim, parts, units if by_heads else None, groups)
     else:
         _cut_parameters(out, name, target, 0, parts, units if by_heads else None, groups)
@@ -216,8 +221,8 @@ def _cut_rowwise(
     out: ModuleCut, name: str, target: nn.Module | nn.Parameter, heads: Heads, groups: Groups, transposed: bool,
     nested: bool,
 ) -> set[int]:  # fmt: skip
-    weight = _weight(target)
-    full = weight.shape[-2 if transposed else -1]  # type: ignore[union-attr]
+    weight = _matrix_of(target)
+    full = weight.shape[-2 if transposed else -1]
     units = [Units(heads.q)] if heads.q and full % heads.q == 0 else None
     if isinstance(target, nn.Parameter):
         _add(out, name, target, weight.ndim - (2 if transposed else 1), 1, units, groups)  # type: ignore[union-attr]
@@ -266,11 +271,13 @@ def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups
         if stem != leaf and stem in role.colwise:
             _add(out, join(name, leaf), tensor, tensor.ndim - 1, role.packed.get(stem, 1), None, groups)
         elif stem in role.rowwise:
-            raise PlanError(f"{name}.{leaf}: a bias of fused row-wise weights would be added by every rank; not supported")
+            raise PlanError(
+                f"{name}.{leaf}: a bias of fused row-wise weights would be added by every rank; not supported"
+            )
         else:
             raise PlanError(
-                f"{name}.{leaf} of shape {tuple(tensor.shape)} stands beside weights that are cut, and no role names it; "
-                f"named: {', '.join((*role.colwise, *role.rowwise))}"
+                f"{name}.{leaf} of shape {tuple(tensor.shape)} stands beside weights that are cut, and no role names "
+                f"it; named: {', '.join((*role.colwise, *role.rowwise))}"
             )
 
 
@@ -295,11 +302,10 @@ def _add_scales(out: ModuleCut, name: str, scales: Tensor, dim: int, weight: Cut
 
 
 def _block_size(module: nn.Module) -> tuple[int, int]:
-    """Elements of a quantization block along (out, in): from the module's or its weight's `block_size`; (1, 1) if none."""
+    """Elements of a quantization block along (out, in), from a `block_size` of module or weight; (1, 1) if none."""
     block = getattr(module, "block_size", None) or getattr(getattr(module, "weight", None), "block_size", None)
     if isinstance(block, int):
         return block, block
     if isinstance(block, (tuple, list)) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return block[0], block[1]
     return 1, 1
-

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpfuse.errors import PolicyError
 from tpfuse.policy import SharingPolicy
-
-GroupKind = Literal["attention", "dp", "whole"]
-
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,8 @@ class Groups:
     dp: Group
     whole: Group
 
-    def of(self, kind: GroupKind) -> Group:
+    def of(self, kind: str) -> Group:
+        """The group called "attention", "dp" or "whole"."""
         return getattr(self, kind)
 
 
@@ -85,7 +82,7 @@ def describe_groups(mesh: DeviceMesh, policy: SharingPolicy) -> Groups:
 
 
 def create_whole_group(mesh: DeviceMesh, groups: Groups) -> Groups:
-    """The same groups, the whole one created where it was missing. A rendezvous: all ranks of the mesh call it alike."""
+    """The same groups, the whole one created where it was missing. A rendezvous: all ranks of the mesh call it."""
     if groups.whole.name:
         return groups
     return replace(groups, whole=replace(groups.whole, name=_flat(mesh).group_name))
@@ -94,9 +91,10 @@ def create_whole_group(mesh: DeviceMesh, groups: Groups) -> Groups:
 def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.mesh_dim_names is not None:
         return mesh._flatten("_".join(("tpfuse", *mesh.mesh_dim_names))).get_group()
-    return dist.group.WORLD
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
 def _group(group: dist.ProcessGroup, index: int) -> Group:
     return Group(group.group_name, tuple(dist.get_process_group_ranks(group)), index)
-

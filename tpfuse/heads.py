@@ -85,9 +85,7 @@ def local_counts(name: str, module: nn.Module, role: Role, heads: Heads, size: i
     out: dict[str, int] = {}
     if heads.q:
         if heads.q % size:
-            raise PlanError(
-                f"{name}: {heads.q} heads do not divide by the {size} ranks of the attention group"
-            )
+            raise PlanError(f"{name}: {heads.q} heads do not divide by the {size} ranks of the attention group")
         if role.heads:
             out[role.heads] = heads.q // size
     if heads.kv:

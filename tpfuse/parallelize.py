@@ -119,9 +119,9 @@ def parallelize(
     sites = []
     for name, role, cut in done:
         cut.rewrite()
-        nested = _routed_block_of(name, roles) is not None
-        _hook(name, modules[name], role, cut, groups, policy, check, nested)
-        if not nested:
+        in_block = _routed_block_of(name, roles) is not None
+        _hook(name, modules[name], role, cut, groups, policy, check, in_block)
+        if not in_block:
             sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
             modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
             modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
@@ -180,8 +180,9 @@ def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, 
         for field in same:
             if getattr(own, field) != getattr(outer, field):
                 raise PolicyError(
-                    f"@tpfuse.share_tp_group policies disagree: {field}={getattr(own, field)} on {name or 'the model'}, "
-                    f"{getattr(outer, field)} on {outer_name or 'the model'}; only the dense sizes may differ"
+                    f"@tpfuse.share_tp_group policies disagree: {field}={getattr(own, field)} on "
+                    f"{name or 'the model'}, {getattr(outer, field)} on {outer_name or 'the model'}; only the dense "
+                    "sizes may differ"
                 )
     for name, role in roles.items():
         if role.kind == "dense_mlp" and _routed_block_of(name, roles) is None:
@@ -210,9 +211,9 @@ def _over(name: str, role: Role, policy: SharingPolicy, groups: Groups, nested: 
     else:
         size = policy.dense_tp_size_of(name)
         over = "none" if size == 1 else "whole" if size == policy.tp_size else "attention"
-    if over == "none" or groups.of(over).size == 1:  # type: ignore[arg-type]
+    if over == "none" or groups.of(over).size == 1:
         return None
-    return "attention" if groups.of(over) == groups.attention else over  # type: ignore[arg-type]
+    return "attention" if groups.of(over) == groups.attention else over
 
 
 def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, Cut]:
@@ -254,7 +255,7 @@ def _hook(
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
             install(module, OwnRows(name, groups.attention))
         return
-    group = groups.of(cut.over)  # type: ignore[arg-type]
+    group = groups.of(cut.over)
     for child in cut.rowwise_modules:
         _hook_rowwise(child, group, partial=nested)
     if nested:
@@ -300,7 +301,7 @@ def _owed(
         nested = [c for n, _, c in done if n == name or inside(n, name)]
         cut_here = {p for c in nested for p in c.cuts}
         summed = {p for c in nested for p in c.biases_after_sum}
-        all_rows = cut.over is not None and groups.of(cut.over) != groups.attention and role.kind != "attention"  # type: ignore[arg-type]
+        all_rows = cut.over is not None and groups.of(cut.over) != groups.attention
         for parameter in [p for p in owed if inside(p, name)]:
             if parameter in cut_here or parameter in summed:
                 owed[parameter] = "" if all_rows else "dp"
@@ -332,5 +333,5 @@ def sum_gradients(model: nn.Module) -> None:
         cut = state.cuts.get(name)
         if cut is not None and not cut.disjoint:
             parameter.register_hook(SumGradient(state.groups.whole, cut))
-        elif (owed := state.owed.get(name)) and state.groups.of(owed).size > 1:  # type: ignore[arg-type]
-            parameter.register_hook(SumGradient(state.groups.of(owed)))  # type: ignore[arg-type]
+        elif (owed := state.owed.get(name)) and state.groups.of(owed).size > 1:
+            parameter.register_hook(SumGradient(state.groups.of(owed)))

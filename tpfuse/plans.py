@@ -76,7 +76,9 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
     styles = _match(model, plan, source, trusted)
     modules = dict(model.named_modules())
     blocks = {n.rpartition(".")[0]: n.rpartition(".")[2] for n, s in styles.items() if s in BLOCK}
-    blocks.update({_block_of(n): "experts" for n in styles if _block_of(n) is not None and not _inside(n, blocks)})  # type: ignore
+    for name in styles:
+        if (block := _block_of(name)) is not None:
+            blocks.setdefault(block, "experts")
     owned: dict[str, dict[str, str]] = defaultdict(dict)
     edges: dict[str, str] = {}
     for name, style in styles.items():

@@ -155,7 +155,7 @@ def _packed(decorator: str, packed: Mapping[str, Any] | None, colwise: tuple[str
     out: dict[str, Parts] = {}
     for name, parts in (packed or {}).items():
         if name not in colwise:
-            raise PlanError(f"@tpfuse.{decorator}(packed={dict(packed)!r}): {name!r} is not one of colwise={colwise}")
+            raise PlanError(f"@tpfuse.{decorator}(packed={packed!r}): {name!r} is not one of colwise={colwise}")
         sizes = (parts,) if isinstance(parts, int) else tuple(parts) if isinstance(parts, Iterable) else ()
         if not sizes or not all(type(size) is int and size > 0 for size in sizes):
             raise PlanError(

@@ -101,7 +101,7 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 class _Announced(threading.local):
-    # threading.local, not a ContextVar: Dynamo reads and guards it, and a test that runs ranks as threads gets one each.
+    # threading.local, not a ContextVar: Dynamo reads and guards it, and ranks that run as threads get one each.
     counts: tuple[int, ...] | None = None
 
 

@@ -113,7 +113,7 @@ def make_cut(
     Raises:
         PlanError: when a part does not divide.
     """
-    size = groups.of(over).size  # type: ignore[arg-type]
+    size = groups.of(over).size
     where = f"{name}: {{}} over the {size} ranks of the {over} group (dim {dim}, {full} elements)"
     sizes = _part_sizes(name, full, parts)
     counts = []
@@ -134,7 +134,7 @@ def make_cut(
                 f"weight's quantization block of {block}"
             )
         counts.append(count)
-    index = groups.of(over).index  # type: ignore[arg-type]
+    index = groups.of(over).index
     return Cut(dim, over, sizes, tuple(counts), size, index)
 
 

@@ -49,7 +49,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
             out[name] = tensor.detach()
             continue
         if id(tensor) not in gathered:  # tied weights travel once
-            group = state.groups.of(cut.over)  # type: ignore[arg-type]
+            group = state.groups.of(cut.over)
             flat = tensor.detach().contiguous().reshape(1, -1)
             shards = all_gather(flat, cut.size, group.name).view(cut.size, *tensor.shape)
             gathered[id(tensor)] = cut.merge(list(shards.unbind(0)))
@@ -63,7 +63,8 @@ def load_full_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | 
 
     Every rank reads the slices it holds and nothing else of a cut weight. Parameters on the meta device become real,
     with the checkpoint's device and dtype; others keep their own. Non-persistent buffers are in no checkpoint: a model
-    built on the meta device needs its own way to fill them (rotary frequencies, for instance). Fused expert weights are also found under their per-expert names (`experts.0.gate_proj.weight`).
+    built on the meta device needs its own way to fill them (rotary frequencies, for instance). Fused expert
+    weights are also found under their per-expert names (`experts.0.gate_proj.weight`).
 
     Args:
         source: the tensors by name, or a `.safetensors` file, or a folder with one or with an index of several.
@@ -136,7 +137,9 @@ def _read_experts(
         for part, (start, stop), width in zip(parts, cut.ranges(), cut.parts, strict=True):
             dim = cut.dim - 1
             if shape_of(part)[dim] != width:
-                raise PlanError(f"{part} has shape {shape_of(part)} in the checkpoint; dim {dim} of the model is {width}")
+                raise PlanError(
+                    f"{part} has shape {shape_of(part)} in the checkpoint; dim {dim} of the model is {width}"
+                )
             pieces.append(read(part, (dim, start - offset, stop - offset)))
             offset += width
         rows.append(torch.cat(pieces, cut.dim - 1) if len(pieces) > 1 else pieces[0])
@@ -184,6 +187,7 @@ def _some(names: list[str]) -> str:
 def _open(source: Mapping[str, Tensor] | str | Path):
     """(names, reader, shape of a name) of a checkpoint."""
     if isinstance(source, Mapping):
+
         def read(name: str, part: tuple[int, int, int] | None) -> Tensor:
             return source[name] if part is None else source[name].narrow(part[0], part[1], part[2] - part[1])
 
