@@ -71,9 +71,7 @@ def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
     return Collective(kind, node, wait, group if isinstance(group, str) else None, ranks, reduce_op, problem)
 
 
-def _all_reduce_problem(
-    node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object
-) -> str:
+def _all_reduce_problem(node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object) -> str:
     if name != "all_reduce":
         return f"it is written as {name}; only the functional all_reduce can be fused"
     if not isinstance(reduce_op, str) or reduce_op.lower() not in ("sum", "avg"):

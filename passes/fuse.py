@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from tpfuse.report import Report
+
 from .collectives import ResolveGroup, find_collectives
 from .plan import REWRITES, plan
 from .recognise import recognise
@@ -85,8 +86,7 @@ def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception)
     except Exception:
         collectives = []
     boundaries = [
-        Boundary("unknown", "", c.kind, c.ranks or (), reason=c.problem or reason, feeds_norm=False) for c in collectives
+        Boundary("unknown", "", c.kind, c.ranks or (), reason=c.problem or reason, feeds_norm=False)
+        for c in collectives
     ]
     return Report(boundaries, 0, len(boundaries), [reason])
-
-

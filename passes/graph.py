@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+
+from tpfuse._torch_private import tensor_leaves
 
 from . import aten_ops as ops
 
@@ -120,21 +122,11 @@ def fake_result(node: fx.Node) -> Any:
         return arg.meta["val"]
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake)
-    mode = next((v.fake_mode for v in _tensors((args, kwargs)) if hasattr(v, "fake_mode")), None)
+    mode = next((v.fake_mode for v in tensor_leaves((args, kwargs)) if hasattr(v, "fake_mode")), None)
     if mode is None:
         return node.target(*args, **kwargs)
     with mode:
         return node.target(*args, **kwargs)
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    for leaf in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-
-
-def users_of(node: fx.Node) -> list[fx.Node]:
-    return list(node.users)
 
 
 def depends_on(node: fx.Node, sources: set[fx.Node]) -> bool:

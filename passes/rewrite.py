@@ -141,7 +141,9 @@ def _operands(plan: Plan, total: Sum) -> list[fx.Node]:
         found.append(_residual_after(plan))
     # Views with symbolic sizes are repeated on other tensors and bring their size nodes with them.
     found += [parent for term in total.terms for node in term.path for parent in node.all_input_nodes[1:]]
-    found += [term.joins for term in total.replicated if term.joins is not None and not same_shape(term.leaf, term.joins)]
+    found += [
+        term.joins for term in total.replicated if term.joins is not None and not same_shape(term.leaf, term.joins)
+    ]
     return [node for node in found if node not in total.interior]
 
 
@@ -177,9 +179,7 @@ def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Col
     return partial
 
 
-def _replicated(
-    graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]
-) -> tuple[fx.Node | None, fx.Node | None]:
+def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -> tuple[fx.Node | None, fx.Node | None]:
     """(a bias per hidden unit, the residual): everything that is added to the sums, each as one tensor or None."""
     vector = residual = None
     for term in total.replicated:

@@ -7,6 +7,7 @@ from collections import deque
 from torch import fx
 
 from tpfuse.report import Boundary
+
 from . import aten_ops as ops
 from .collectives import Collective, is_collective
 from .graph import value

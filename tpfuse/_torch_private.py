@@ -1,12 +1,13 @@
 """Every private PyTorch name tpfuse uses, each with what to do when it is gone.
 
-Supported: torch 2.11 to 2.15. Nothing else in tpfuse imports a name with a leading underscore from torch, except
-`torch._dynamo`/`torch._inductor` entry points that PyTorch documents for backend authors.
+Supported: torch 2.11 to 2.15. No other file imports a module or name of torch that starts with an underscore, but for
+`torch.distributed._functional_collectives` and `torch.distributed._symmetric_memory`, the documented homes of the
+collectives and of symmetric memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,3 +125,73 @@ def compile_stopped_at_graph_break(gm: fx.GraphModule) -> bool:
 def graph_break_reason(gm: fx.GraphModule) -> str:
     reason = getattr(gm, "compile_subgraph_reason", None)
     return str(getattr(reason, "reason", "")).strip().splitlines()[0] if reason is not None else ""
+
+
+def custom_graph_pass() -> type:
+    """The base class of passes that Inductor's caches know by a key.
+
+    If `CustomGraphPass` goes: a plain callable works, at the price of bypassed caches.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor on a Dynamo graph; `patches` cover the lazily compiled backward too.
+
+    If `compile_fx` goes: `torch.compile`'s own Inductor wrapper takes the same graph and inputs.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=patches)
+
+
+def inductor_mode_options(mode: str | None = None) -> dict[str, Any]:
+    """Inductor's config for a mode, or all modes by name.
+
+    If `list_mode_options` goes: keep the table of modes here.
+    """
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode) if mode is not None else list_mode_options()
+
+
+def inductor_config() -> dict[str, Any]:
+    """Inductor's current configuration, by option name.
+
+    If `get_config_copy` goes: read the attributes of `torch._inductor.config`.
+    """
+    from torch._inductor import config
+
+    return config.get_config_copy()
+
+
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps its caches.
+
+    If `cache_dir` goes: `torch._inductor.config` and TORCHINDUCTOR_CACHE_DIR tell.
+    """
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    return cache_dir()
+
+
+def aot_autograd(**compilers: Any) -> Callable[..., Any]:
+    """A Dynamo backend out of AOTAutograd with the compilers given.
+
+    If it moves: `functorch.compile.aot_module_simplified` takes the same compilers.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(**compilers)
+
+
+def tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts.
+
+    If `_pytree` goes: `torch.utils.pytree`.
+    """
+    from torch.utils import _pytree
+
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from . import report_store
-from ._torch_private import inductor_decompositions, joint_graph_clean_up, raised_through_dynamo
 from .cache_key import cache_key
 from .errors import FusionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
@@ -46,7 +45,7 @@ def tpfuse(
     try:
         return _compile(gm, example_inputs, parse_options(options, mode))
     except TPFuseError as error:
-        raise raised_through_dynamo(error) from error.__cause__
+        raise private.raised_through_dynamo(error) from error.__cause__
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -77,6 +76,9 @@ def check(report: Report, options: Options) -> None:
 
 
 # -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+CustomGraphPass = private.custom_graph_pass()
 
 
 class FusionPass(CustomGraphPass):
@@ -117,24 +119,20 @@ class FusionPass(CustomGraphPass):
 def _with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
 ) -> Callable[..., Any]:
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
     patches = inductor_patches(options)
-    users = patches.get("joint_custom_post_pass", config.joint_custom_post_pass)
+    users = patches.get("joint_custom_post_pass", private.inductor_config()["joint_custom_post_pass"])
     fusion.before = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
     patches["joint_custom_post_pass"] = fusion
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    return private.compile_with_inductor(gm, example_inputs, patches)
 
 
 def _with_aot_eager(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
 
     def rewrite(joint: fx.GraphModule) -> None:
-        joint_graph_clean_up(joint)
+        private.joint_graph_clean_up(joint)
         fusion(joint.graph)
         joint.recompile()
 
@@ -149,12 +147,12 @@ def _with_aot_eager(
         rewrite(joint)
         return min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs)
 
-    return aot_autograd(
+    return private.aot_autograd(
         fw_compiler=boxed,
         bw_compiler=boxed,
         inference_compiler=inference,
         partition_fn=partition,
-        decompositions=inductor_decompositions(),
+        decompositions=private.inductor_decompositions(),
         keep_inference_input_mutations=True,
     )(gm, example_inputs)
 
@@ -174,5 +172,3 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     copied.meta = copy.copy(gm.meta)
     return copied
-
-

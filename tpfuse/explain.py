@@ -50,7 +50,8 @@ def explain(
     def report_and_stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         report = trace_report(gm, example_inputs, parsed)
         if private.compile_stopped_at_graph_break(gm):
-            note = f"the model has a graph break here, and what follows was not looked at: {private.graph_break_reason(gm)}"
+            why = private.graph_break_reason(gm)
+            note = f"the model has a graph break here, and what follows was not looked at: {why}"
             report = dataclasses.replace(report, notes=[*report.notes, note])
         raise private.raised_through_dynamo(_Explained(report))
 
@@ -66,9 +67,7 @@ def explain(
     return Report(notes=["nothing was compiled: the model has no operation that Dynamo could put into a graph"])
 
 
-def fuse_graph(
-    graph_module: fx.GraphModule, policy: SharingPolicy | None = None, *, strict: bool = False
-) -> Report:
+def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None, *, strict: bool = False) -> Report:
     """Rewrite `graph_module` in place and say what was done.
 
     For graphs of make_fx, torch.export or another compiler's pipeline: aten operators and functional collectives,

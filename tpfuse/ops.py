@@ -269,6 +269,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     return (*kept, None)
 
 
-torch.library.register_autograd(
-    "tpfuse::all_reduce_norm", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
+torch.library.register_autograd("tpfuse::all_reduce_norm", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from . import _torch_private as private
 from .errors import OptionError
 from .passes.plan import REWRITES
 from .policy import SharingPolicy
@@ -88,15 +89,13 @@ def inductor_patches(options: Options) -> dict[str, Any]:
 
     Raises OptionError for a mode or an Inductor option that does not exist.
     """
-    from torch._inductor import config, list_mode_options
-
     patches: dict[str, Any] = {}
     if options.mode not in (None, "default"):
-        modes = sorted({"default", *list_mode_options()})
+        modes = sorted({"default", *private.inductor_mode_options()})
         if options.mode not in modes:
             raise OptionError(f"options['mode'] is {options.mode!r}; {_nearest(options.mode, modes)}")
-        patches.update(list_mode_options(options.mode))
-    known = config.get_config_copy()
+        patches.update(private.inductor_mode_options(options.mode))
+    known = private.inductor_config()
     for key, given in options.inductor.items():
         name = str(key).replace("-", "_")
         if name not in known:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ._torch_private import inductor_cache_dir
 from .report import Report
 
 
@@ -40,7 +41,13 @@ def key(gm: fx.GraphModule, example_inputs: Sequence[Any], pass_key: bytes | Non
 
 def _describe(value: Any) -> tuple:
     if isinstance(value, torch.Tensor):
-        return type(value).__name__, str(value.dtype), tuple(map(str, value.shape)), value.requires_grad, str(value.device)
+        return (
+            type(value).__name__,
+            str(value.dtype),
+            tuple(map(str, value.shape)),
+            value.requires_grad,
+            str(value.device),
+        )
     return type(value).__name__, str(value)
 
 
@@ -68,9 +75,7 @@ def load(name: str | None) -> Report | None:
 
 
 def _path(name: str) -> Path:
-    from torch._inductor.runtime.runtime_utils import cache_dir
-
-    return Path(cache_dir()) / "tpfuse" / f"{name}.json"
+    return Path(inductor_cache_dir()) / "tpfuse" / f"{name}.json"
 
 
 def merge(reports: Sequence[Report]) -> Report:
