@@ -32,10 +32,11 @@ from tpfuse.kernels.add_norm import AddNormOut, add_norm_reference
 from tpfuse.kernels.barrier import barrier
 from tpfuse.kernels.barrier import fits as barrier_fits
 from tpfuse.kernels.compat import next_power_of_2
-from tpfuse.kernels.dispatch import bind, default_table
+from tpfuse.kernels.dispatch import Table, bind, default_table
 from tpfuse.kernels.one_shot import fits as one_shot_fits
 from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.operands import Operands
+from tpfuse.kernels.tune import measured_entries
 from tpfuse.kernels.two_shot import fits as two_shot_fits
 from tpfuse.kernels.two_shot import two_shot
 from tpfuse.kernels.virtual import VirtualRanks, time_graphs
@@ -85,15 +86,11 @@ def providers(world: int, hidden: int, tune: bool) -> list[Provider]:
     if not tune:
         return [*out, one(1, most), two(most)]
     out += [one(1, most, 0, False), two(most), two(most // 2)]
-    if world > 2:
-        out += [two(most, 64), two(most // 2, 64)]
     for split in (1, 2, 4, 8):
         for warps in (32, 16, 8, 4, 2):
             each = quads / split / (32 * warps)
-            if each == 1 or (each == 2 and split <= 4):
+            if each == 1 or (each == 2 and split == 1):
                 out.append(one(split, warps))
-                if world == 8 and warps in (16, 32):
-                    out.append(one(split, warps, 64))
     return out
 
 
@@ -285,6 +282,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="write a dispatch table with the fastest kernel at each size")
     parser.add_argument("--limit", type=float, default=100, help="seconds for one slice")
     parser.add_argument("--slice", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--load-only", action="store_true", help=argparse.SUPPRESS)
@@ -300,6 +298,9 @@ def main() -> None:
             slices[hidden, world] = rows
     records = orchestrate(slices, arguments)
     table(records)
+    if arguments.table:
+        entries = measured_entries(records, "virtual " + torch.cuda.get_device_name())
+        arguments.table.write_text(Table(entries, "measured on virtual ranks").to_json(indent=1))
     if arguments.out:
         described = machine("virtual ranks on one GPU")
         arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))

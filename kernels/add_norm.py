@@ -142,9 +142,9 @@ def add_norm(
 
 
 def _warps(block: int) -> int:
-    """16 elements a thread: two or four 16-byte loads in flight for each input, and few enough registers that several
-    rows share a multiprocessor."""
-    return min(max(block // 512, 1), 32)
+    """16-byte loads, one or two of each input a thread, and at most 16 warps, so that several rows share a
+    multiprocessor (benchmarks/norm.py --warps: 32 lose up to a tenth, 4 and 8 a few percent of short runs)."""
+    return min(max(block // 256, 1), 16)
 
 
 def empty_outputs(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_private import process_group
 from .add_norm import AddNormOut
 from .dispatch import bind, default_table
 from .groups import why_not, workspace_of
@@ -63,13 +64,9 @@ def all_reduce_add_norm(
 def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -> bool:
     """Set up the workspace of `group` now (collective), large enough for `max_rows` rows in one shot, so that no later
     call allocates. `group`: a ProcessGroup or its name. False where `why_not` has a reason."""
-    import torch.distributed as dist
-
-    from .groups import resolve
-
     name = group if isinstance(group, str) else group.group_name
-    world = dist.get_world_size(resolve(name))
-    if why_not(name, "cuda", hidden):
+    members = process_group(name)
+    if members is None or why_not(name, "cuda", hidden):
         return False
-    need = world * max_rows * hidden * dtype.itemsize
+    need = members.size() * max_rows * hidden * dtype.itemsize
     return workspace_of(name, torch.device("cuda", torch.cuda.current_device()), need) is not None

@@ -145,6 +145,16 @@ def load_words(ptr, at, width):
 
 
 @triton.jit
+def interleave(low, high):
+    """[..., W] and [..., W] as [..., 2 W], taking turns."""
+    if len(low.shape) == 1:
+        both = tl.join(low, high).reshape(2 * low.shape[0])
+    else:
+        both = tl.join(low, high).reshape(low.shape[0], 2 * low.shape[1])
+    return both
+
+
+@triton.jit
 def unpack(words, like_ptr):
     """Words as float32 elements, in memory order; `like_ptr` points to the elements' dtype."""
     if like_ptr.dtype.element_ty == tl.float32:
@@ -156,7 +166,7 @@ def unpack(words, like_ptr):
         else:
             low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        elements = tl.join(low, high).reshape(2 * words.shape[0])
+        elements = interleave(low, high)
     return elements
 
 

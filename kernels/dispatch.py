@@ -93,15 +93,19 @@ def bind(entry: Entry, op: Operands, ws: Workspace, batch_invariant: bool = Fals
     if kernel == "one_shot":
         split = entry.split if _one_shot.fits(op, ws, entry.split) else 1
         if _one_shot.fits(op, ws, split):
-            most = _one_shot.default_warps(op, split)
-            warps = min(entry.warps, most) if split == entry.split else 0
-            return _one_shot.one_shot(op, ws, split, warps, entry.registers)
+            warps = entry.warps if split == entry.split else 0
+            return _one_shot.one_shot(op, ws, split, _no_more(warps, op, split), entry.registers)
         kernel = "two_shot"
     if kernel == "two_shot" and _two_shot.fits(op, ws):
-        return _two_shot.two_shot(op, ws)
+        return _two_shot.two_shot(op, ws, _no_more(entry.warps, op, 1), entry.registers)
     if kernel == "barrier" and _barrier.fits(op, ws):
-        return _barrier.barrier(op, ws)
+        return _barrier.barrier(op, ws, _no_more(entry.warps, op, 1), entry.registers)
     return None
+
+
+def _no_more(warps: int, op: Operands, split: int) -> int:
+    """An entry may come from a wider row; more threads than 16-byte pieces would read some twice."""
+    return min(warps, _one_shot.default_warps(op, split))
 
 
 @lru_cache

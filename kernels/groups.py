@@ -1,7 +1,4 @@
-"""From a process group to its workspace: the one place that knows torch.distributed.
-
-Private names of torch used here: `torch.distributed.distributed_c10d._resolve_process_group`, and the module
-`torch.distributed._symmetric_memory` (`empty`, `rendezvous`).
+"""From a process group to its workspace: the one place of this package that knows torch.distributed.
 
 A group's first call is collective: the ranks tell each other who they are, and every rank draws the same conclusion
 from the same facts: a workspace for all, or the same refusal for all. Nothing is allocated inside graph capture.
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .._torch_private import process_group
 from .compat import HAVE_TRITON
 from .dispatch import default_table
 from .workspace import DEFAULT_SLOT_BYTES, STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
@@ -43,12 +41,6 @@ class Member:
 WORKSPACE_REGISTRY: dict[str, Member] = {}
 
 
-def resolve(group_name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(group_name)
-
-
 def why_not(group_name: str, device: torch.device | str, hidden: int | None = None) -> str:
     """One sentence saying why calls of this group cannot use the symmetric-memory kernels; empty when, for all that can
     be known without communicating, they can. Callable on one rank alone; once the group has made a call, the answer is
@@ -60,9 +52,8 @@ def why_not(group_name: str, device: torch.device | str, hidden: int | None = No
         return f"Tensors are on {device.type}; the symmetric-memory kernels need NVIDIA GPUs with peer access."
     if hidden is not None and (hidden % 8 or hidden > 16384):
         return f"Hidden size {hidden} is not a multiple of 8 up to 16384, which the symmetric-memory kernels need."
-    try:
-        group = resolve(group_name)
-    except Exception:
+    group = process_group(group_name)
+    if group is None:
         return f"No process group is named {group_name!r} in this process."
     known = WORKSPACE_REGISTRY.get(group_name)
     if known is not None and known.group() is group:
@@ -127,7 +118,9 @@ def judge(facts: list[dict[str, Any]]) -> str:
 def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> Workspace | None:
     """The group's workspace, made at the first call (collective); None where `why_not` has a reason. With `slot_bytes`
     the workspace has at least such slots: a smaller one is replaced, by all ranks together."""
-    group = resolve(group_name)
+    group = process_group(group_name)
+    if group is None:
+        return None
     known = WORKSPACE_REGISTRY.get(group_name)
     if known is not None and known.group() is not group:
         known = None

@@ -19,13 +19,14 @@ _SENTINEL = tl.constexpr(SENTINEL)
 def _spin_ptx(sources: int) -> str:
     """PTX that loads 4 words from each of `sources` ranks until no word is SENTINEL.
 
-    Outputs $0 ... $(4 * sources - 1); inputs: the address of source 0, the address to use in place of the own rank's,
-    bytes between sources, own rank. A label inside braces is local, so the text may appear several times in a kernel.
+    Outputs $0 ... $(4 * sources - 1). One source: its input is the address. Several: the address of source 0, the
+    address to use in place of the own rank's, bytes between sources, own rank. A label inside braces is local, so the
+    text may appear several times in a kernel.
     """
     n = 4 * sources
     lines = ["{", ".reg .pred p;", f".reg .b64 a<{sources}>;"]
     if sources == 1:
-        lines.append(f"mov.b64 a0, ${n + 1};")
+        lines.append(f"mov.b64 a0, ${n};")
     else:
         for s in range(sources):
             lines.append(f"mad.lo.s64 a{s}, ${n + 2}, {s}, ${n};")
@@ -42,7 +43,7 @@ def _spin_ptx(sources: int) -> str:
 
 def _constraints(sources: int) -> str:
     # outputs are written before the inputs are used for the last time: "&" keeps their registers apart
-    return ",".join(["=&r"] * (4 * sources) + ["l", "l", "l", "r"])
+    return ",".join(["=&r"] * (4 * sources) + (["l"] if sources == 1 else ["l", "l", "l", "r"]))
 
 
 # Two ranks have one peer. More ranks read one peer twice, in place of the own part: the number of sources and the
@@ -67,13 +68,31 @@ def receive(base, W: tl.constexpr, width, SPIN: tl.constexpr):
     if SPIN:
         at = tl.arange(0, W // 4) * 4
         here = (base + tl.where(at < width, at, 0)).to(tl.int64)
-        none = tl.zeros([W // 4], tl.int64)
-        words = _quad(tl.inline_asm_elementwise(_SPIN1, _REGS1, [none, here, none, 0], _INTS1, False, 1), 0)
+        words = _quad(tl.inline_asm_elementwise(_SPIN1, _REGS1, [here], _INTS1, False, 1), 0)
     else:
         at = tl.arange(0, W)
         words = tl.load(base + at, mask=at < width, other=0, volatile=True)
         while tl.sum((words == _SENTINEL).to(tl.int32), axis=0) > 0:
             words = tl.load(base + at, mask=at < width, other=0, volatile=True)
+    return words
+
+
+@triton.jit
+def receive_block(base, N: tl.constexpr, stride, W: tl.constexpr, width, SPIN: tl.constexpr):
+    """`receive` for N pieces that lie `stride` words apart: [N, W]."""
+    if SPIN:
+        at = tl.arange(0, W // 4) * 4
+        at = tl.where(at < width, at, 0)
+        here = (base + tl.arange(0, N)[:, None] * stride + at[None, :]).to(tl.int64)
+        quads = tl.inline_asm_elementwise(_SPIN1, _REGS1, [here], _INTS1, False, 1)
+        left, right = tl.join(quads[0], quads[2]), tl.join(quads[1], quads[3])
+        words = tl.join(left, right).reshape(N, W)
+    else:
+        at = tl.arange(0, W)[None, :]
+        here = base + tl.arange(0, N)[:, None] * stride + at
+        words = tl.load(here, mask=at < width, other=0, volatile=True)
+        while tl.sum((words == _SENTINEL).to(tl.int32)) > 0:
+            words = tl.load(here, mask=at < width, other=0, volatile=True)
     return words
 
 

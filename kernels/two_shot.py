@@ -1,28 +1,90 @@
-"""Lamport two-shot: each rank adds up its own share of the rows, then tells the others.
+"""Lamport two-shot: each rank adds up its own columns of every row, then tells the others.
 
-Rows are cut in chunks of ceil(rows / N), one a rank. First every rank pushes its rows to their owners; owners add them
-up in rank order. Then one of two endings:
+A row is cut in N chunks. First every rank pushes chunk q of its rows to rank q; each rank adds up the N pieces of its
+own chunk; then it pushes the sum, rounded to the dtype of x as a plain all-reduce rounds it, to every rank. Every rank
+then holds the same whole rows, adds the residual and normalises. This moves 2(N-1)/N of the tensor where the one-shot
+moves N-1 of it, in two trips instead of one. Every program does an equal part of each step, however few the rows.
 
-* replicated (SHARDED=False): owners push the sums, rounded to the dtype of x as a plain all-reduce rounds them, and
-  every rank adds the residual and normalises all rows;
-* sharded (SHARDED=True): owners add their rows of a residual that holds nothing but those, normalise, and push y.
-
-Either moves 2(N-1)/N of the tensor where the one-shot moves N-1 of it, in two trips instead of one. Slots, sentinels
-and epochs are the one-shot's: the two kernels may alternate on one workspace.
+Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one workspace.
 """
 
 from __future__ import annotations
 
-from .add_norm import AddNormOut
-from .compat import tl, triton
-from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer, unpack
+from .compat import next_power_of_2, tl, triton
+from .device import (
+    SENTINEL,
+    advance_epoch,
+    as_words,
+    finish_row,
+    load_eps,
+    load_row,
+    pack,
+    peer,
+    unpack,
+)
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
-from .receive import clear, clear_one, receive, receive_sum
+from .receive import clear_one, receive, receive_block
 from .workspace import CHANNELS, SLOTS, Workspace
 
+_SENTINEL = tl.constexpr(SENTINEL)
 _SLOTS = tl.constexpr(SLOTS)
 _CHANNELS = tl.constexpr(CHANNELS)
+
+
+@triton.jit
+def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr):
+    """Chunk q of one row to the q-th of `targets` [WORLD, 1], the own chunk to oneself."""
+    at = tl.arange(0, C)[None, :]
+    words = tl.load(x_row + tl.arange(0, WORLD)[:, None] * CHUNK + at, mask=at < CHUNK, other=0)
+    tl.store(targets + at, tl.where(words == _SENTINEL, 0, words), mask=at < CHUNK)
+
+
+@triton.jit
+def _reduce(pieces, targets, stride, like_ptr, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr,
+            SPIN: tl.constexpr):  # fmt: skip
+    """Add up the pieces of the own chunk of one row and store the rounded sum at all `targets`. Only this rank adds
+    these columns, so the order, a fixed one, need not be the rank order for all ranks to hold the same."""
+    at = tl.arange(0, C)[None, :]
+    words = receive_block(pieces, WORLD, stride, C, CHUNK, SPIN)
+    total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr)
+    tl.store(targets + at, tl.broadcast_to(total[None, :], (WORLD, C)), mask=at < CHUNK)
+
+
+@triton.jit
+def _finish(
+    there, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps, weight_offset, alpha, like_ptr, pid,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, NORM: tl.constexpr,
+    POST: tl.constexpr, SPIN: tl.constexpr,
+):  # fmt: skip
+    """Wait for the sums of one row, from all ranks, and finish it."""
+    cols = tl.arange(0, EL)
+    mask = cols < H
+    residual_row = residual_ptr
+    if residual_ptr is not None:
+        residual_row = residual_ptr + row * H
+    residual, pre_bias, weight, bias = load_row(
+        residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+    )
+    s = unpack(receive(there, W, ROW_WORDS, SPIN), like_ptr)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+    finish_row(
+        s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+        row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _empty(pieces, there, stride, C: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, ROW_WORDS: tl.constexpr,
+           WORLD: tl.constexpr):  # fmt: skip
+    """Empty what was read of one row, once every warp of the program has read it."""
+    at = tl.arange(0, C)[None, :]
+    tl.debug_barrier()
+    here = pieces + tl.arange(0, WORLD)[:, None] * stride + at
+    tl.store(here, tl.full([WORLD, C], _SENTINEL, tl.int32), mask=at < CHUNK)
+    clear_one(there, W, ROW_WORDS)
 
 
 @triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "slot_words"],
@@ -31,128 +93,69 @@ def _two_shot_kernel(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
-    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, SHARDED: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
     slot = tl.multiple_of((epoch % _SLOTS) * slot_words, 4)
-    at = tl.arange(0, W)
-    cols = tl.arange(0, EL)
-    mask = cols < H
-    eps = load_eps(eps_ptr, eps)
+    totals = slot + rows * ROW_WORDS  # the second part of the slot: whole rows of sums
     x_words = as_words(x_ptr)
-    chunk = tl.cdiv(rows, WORLD)
-    share = chunk * ROW_WORDS  # of one source, in the first part of a slot; the second part holds the totals
-    totals = slot + WORLD * share
-    begin = tl.minimum(rank * chunk, rows)
-    count = tl.minimum(begin + chunk, rows) - begin
-    # 1: my rows to their owners, the next rank's first, so that no owner is everyone's first
-    i = pid
-    while i < (WORLD - 1) * chunk:
-        place = (rank + 1) * chunk + i
-        row = place % (WORLD * chunk)
-        if row < rows:
-            words = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
-            owner = row // chunk
-            out = peer(peers_ptr, owner) + slot + rank * share + (row - owner * chunk) * ROW_WORDS
-            tl.store(out + at, words, mask=at < ROW_WORDS)
-        i += programs
-    # 2: the rows I own
-    bases = other_ranks(peers_ptr, rank, WORLD)
+    bases = tl.load(peers_ptr + tl.arange(0, WORLD)).to(tl.pointer_type(tl.int32))
+    bases = tl.multiple_of(bases, 16)[:, None]
     mine = peer(peers_ptr, rank)
-    residual_row = residual_ptr
-    local = pid
-    while local < count:
-        row = begin + local
-        place = local if SHARDED else row
-        if residual_ptr is not None:
-            residual_row = residual_ptr + place * H
-        residual, pre_bias, weight, bias = load_row(
-            residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
-        )
-        own = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
-        here = mine + slot + local * ROW_WORDS
-        s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, WORLD, SPIN)
-        if SHARDED:
-            n = finish_row(
-                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-                row, place, cols, mask, H, NORM, POST, None, pid, 0, 1,
+    stride = rows * CHUNK  # between the pieces of different ranks
+    eps = load_eps(eps_ptr, eps)
+    row = pid
+    _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
+    if MANY:
+        row += programs
+        while row < rows:
+            _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
+            row += programs
+        row = pid
+        while row < rows:
+            there = bases + totals + row * ROW_WORDS + rank * CHUNK
+            _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, C, CHUNK, WORLD, SPIN)
+            row += programs
+        row = pid
+        while row < rows:
+            _finish(
+                mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
+                residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
+                H, ROW_WORDS, W, EL, NORM, POST, SPIN,
             )  # fmt: skip
-            words = pack(n, x_ptr)
-        else:
-            words = pack(s, x_ptr)
-        for b in tl.static_range(WORLD - 1):
-            tl.store(bases[b] + totals + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
-        if not SHARDED:
-            s = unpack(words, x_ptr)
-            if sum_ptr is not None:
-                tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
-            finish_row(
-                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-                row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
-            )  # fmt: skip
-        tl.debug_barrier()  # every warp has read its words
-        clear(here, W, ROW_WORDS, share, rank, WORLD)
-        local += programs
-    # 3: the rows others own
-    i = pid
-    while i < rows - count:
-        row = tl.where(i < begin, i, i + count)
-        if not SHARDED and residual_ptr is not None:
-            residual_row = residual_ptr + row * H
-        there = mine + totals + row * ROW_WORDS
-        if SHARDED:
-            words = receive(there, W, ROW_WORDS, SPIN)
-            tl.store(as_words(y_ptr) + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
-        else:
-            residual, pre_bias, weight, bias = load_row(
-                residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
-            )
-            s = unpack(receive(there, W, ROW_WORDS, SPIN), x_ptr)
-            if sum_ptr is not None:
-                tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
-            finish_row(
-                s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-                row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
-            )  # fmt: skip
-        tl.debug_barrier()
-        clear_one(there, W, ROW_WORDS)
-        i += programs
+            _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
+            row += programs
+    else:
+        there = bases + totals + row * ROW_WORDS + rank * CHUNK
+        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, C, CHUNK, WORLD, SPIN)
+        _finish(
+            mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
+            residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
+            H, ROW_WORDS, W, EL, NORM, POST, SPIN,
+        )  # fmt: skip
+        _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 
-def chunk_of(rows: int, rank: int, world: int) -> tuple[int, int]:
-    """(first row, rows) that `rank` owns: chunks of ceil(rows / world), the last ranks may have fewer or none."""
-    chunk = -(-rows // world)
-    begin = min(rank * chunk, rows)
-    return begin, min(begin + chunk, rows) - begin
+def fits(op: Operands, ws: Workspace) -> bool:
+    """Whether a slot holds the call and a row divides into chunks of whole 16 bytes."""
+    return 2 * op.rows * op.row_words <= ws.slot_words and op.row_words % (4 * ws.world) == 0
 
 
-def fits(op: Operands, ws: Workspace, sharded: bool = False) -> bool:
-    """Whether a slot holds the call, and the ending can do what is asked."""
-    chunk = -(-op.rows // ws.world)
-    if sharded and (op.out_dtype != op.x.dtype or op.want_sum or op.stats):
-        return False
-    return (ws.world * chunk + op.rows) * op.row_words <= ws.slot_words
-
-
-def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, sharded: bool = False,
-             first: int | None = None, spin: bool | None = None) -> Launch:  # fmt: skip
-    """The kernel bound to this rank's operands, as `one_shot` binds its own. With `sharded`, op.residual is
-    [own rows, H] (see `chunk_of`) and so is the residual_out that comes back; y has the dtype of x and all rows."""
+def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, first: int | None = None,
+             spin: bool | None = None) -> Launch:  # fmt: skip
+    """The kernel bound to this rank's operands, as `one_shot` binds its own."""
     ready = prepare(op)
-    residual_out = ready.out.residual_out
-    if sharded and residual_out is not None:
-        _, count = chunk_of(op.rows, ws.rank, ws.world)
-        residual_out = residual_out.reshape(-1, op.hidden)[:count]
-    out = AddNormOut(ready.out.y, residual_out, ready.out.mean, ready.out.rstd)
     programs = min(op.rows, ws.max_blocks)
     args = (
-        *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.slot_words,
-        op.rows, ws.rank, programs, first or 0,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slot_words, op.rows, ws.rank, programs,
+        first or 0,
     )  # fmt: skip
-    settings = constants(op, ws.world, 1, False, spin) | {"SHARDED": sharded}
-    del settings["SPLIT"], settings["MANY"]
+    settings = constants(op, ws.world, 1, programs < op.rows, spin)
+    settings |= {"C": next_power_of_2(op.row_words // ws.world)}
+    del settings["SPLIT"]
     settings |= launch_options(warps or default_warps(op, 1), registers)
     kernel = _two_shot_kernel if op.rows else None
-    return Launch(kernel, programs if first is None else 1, args, settings, out, ready.sum)
+    return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)

@@ -13,7 +13,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels of this process are interpreted", allow_module_level=True)
 
 from tpfuse.kernels.add_norm import _add_norm_kernel
+from tpfuse.kernels.barrier import _barrier_kernel
 from tpfuse.kernels.compat import next_power_of_2
+from tpfuse.kernels.one_shot import _one_shot_kernel
+from tpfuse.kernels.sharded import _sharded_kernel
+from tpfuse.kernels.two_shot import _two_shot_kernel
 
 from .sm90 import compile_sm90
 
@@ -34,6 +38,38 @@ def test_add_norm_is_vectorised(H: int, norm: int) -> None:
     ptx = compile_sm90(_add_norm_kernel, args, constants, 8).asm["ptx"]
     assert not scalar_accesses(ptx)
     assert "local.depot" not in ptx
+
+
+I32, I64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, 0.0, 1.0, I64, I32)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("many", [False, True])
+def test_one_shot_moves_16_bytes_and_waits_in_one_loop(world: int, many: bool) -> None:
+    for H, split, warps in ((4096, 1, 16), (7168, 4, 8)):
+        words = H // 2
+        W = next_power_of_2(words // split)
+        constants = {"H": H, "ROW_WORDS": words, "W": W, "EL": 2 * W, "SPLIT": split, "WORLD": world, "NORM": 0,
+                     "POST": False, "MANY": many, "SPIN": True}  # fmt: skip
+        ptx = compile_sm90(_one_shot_kernel, (*COMMON, 1 << 22, 8, 0, 8, 0), constants, warps).asm["ptx"]
+        assert not scalar_accesses(ptx) and "local.depot" not in ptx
+        sources = 1 if world == 2 else world
+        assert ptx.count("ld.volatile.global.v4.b32") == sources  # one loop, all ranks in flight
+
+
+def test_two_shot_sharded_and_barrier_compile_without_spilling() -> None:
+    H, world, warps = 8192, 8, 16
+    words = H // 2
+    shared = {"H": H, "ROW_WORDS": words, "W": words, "EL": H, "WORLD": world, "NORM": 0, "POST": False}
+    tail = (1 << 22, 8, 0, 8, 0)
+    two = compile_sm90(
+        _two_shot_kernel, (*COMMON, *tail), {**shared, "SPIN": True, "MANY": True, "C": words // world}, warps
+    )
+    sharded = compile_sm90(_sharded_kernel, (*COMMON, *tail), {**shared, "SPIN": True}, warps)
+    barrier = compile_sm90(_barrier_kernel, (*COMMON, 3 << 22, 1 << 20, *tail), {**shared, "ROTATE": True}, warps)
+    for compiled in (two, sharded, barrier):
+        assert not scalar_accesses(compiled.asm["ptx"]) and "local.depot" not in compiled.asm["ptx"]
 
 
 def test_kernel_files_can_be_imported_without_triton() -> None:

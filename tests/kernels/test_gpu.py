@@ -74,7 +74,6 @@ class Variant:
                 out.append(two_shot(op, ws))
             else:
                 out.append(barrier(op, ws, rotate=self.kernel == "rotating"))
-        self.op = op
         return out
 
     def load(self) -> None:
@@ -84,7 +83,9 @@ class Variant:
 
     def wrong(self, launches: list, rows: int, start: int) -> torch.Tensor:
         """0 or 1 on the device: any rank's result unequal to the first's, or far from float32."""
-        truth = reference([p[start : start + rows] for p in self.pool], self.op, F32)
+        op = Operands(self.pool[0], self.residual[start : start + rows], None, self.weight, None, 1e-6, self.norm,
+                      self.dtype, self.dtype)  # fmt: skip
+        truth = reference([p[start : start + rows] for p in self.pool], op, F32)
         first = launches[0].out
         tolerance = 1e-4 if self.dtype == F32 else 2e-2
         bad = torch.zeros((), device="cuda", dtype=torch.bool)

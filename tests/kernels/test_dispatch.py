@@ -1,0 +1,119 @@
+"""The dispatch table: what is chosen, that ranks agree, that it survives JSON, and how measurements become entries."""
+
+import pytest
+
+from tpfuse.errors import OptionError
+from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
+from tpfuse.kernels.groups import judge, why_not
+from tpfuse.kernels.tables import SHIPPED
+from tpfuse.kernels.tune import linked_entries, measured_entries
+
+TABLE = Table(
+    [
+        Entry("H", 4, 4096, 8, "one_shot", split=4),
+        Entry("H", 4, 4096, 64, "one_shot"),
+        Entry("H", 4, 4096, 512, "two_shot", source="derived"),
+        Entry("H", 4, 8192, 16, "one_shot"),
+        Entry("*", 4, 4096, 2, "one_shot", source="published"),
+    ]
+)
+
+
+def chosen(device="H", world=4, hidden=4096, itemsize=2, rows=1):
+    entry = TABLE.choose(device, world, hidden, itemsize, rows)
+    return entry.kernel, entry.split
+
+
+def test_the_smallest_entry_that_holds_the_rows_wins():
+    assert chosen(rows=1) == chosen(rows=8) == ("one_shot", 4)
+    assert chosen(rows=9) == chosen(rows=64) == ("one_shot", 1)
+    assert chosen(rows=65) == chosen(rows=512) == ("two_shot", 1)
+    assert chosen(rows=513) == ("functional", 1)
+
+
+def test_other_devices_worlds_and_widths():
+    assert chosen(device="unheard of", rows=2) == ("one_shot", 1)
+    assert chosen(device="unheard of", rows=3)[0] == "functional"
+    assert chosen(world=2)[0] == "functional"
+    # a float32 row of 4096 is as wide as a 16-bit row of 8192, and rows of 16384 count double there
+    assert chosen(itemsize=4, rows=16)[0] == "one_shot" and chosen(itemsize=4, rows=17)[0] == "functional"
+    assert chosen(hidden=16384, rows=8)[0] == "one_shot" and chosen(hidden=16384, rows=9)[0] == "functional"
+
+
+def test_json_keeps_the_table_and_its_digest(tmp_path, monkeypatch):
+    assert Table.from_json(TABLE.to_json()) == TABLE
+    assert Table.from_json(TABLE.to_json()).digest == TABLE.digest != SHIPPED.digest
+    default_table.cache_clear()
+    try:
+        path = tmp_path / "table.json"
+        path.write_text(TABLE.to_json())
+        monkeypatch.setenv(TABLE_VARIABLE, str(path))
+        assert default_table() == TABLE
+        path.write_text("{]")
+        default_table.cache_clear()
+        with pytest.raises(OptionError, match=r"table\.json"):
+            default_table()
+    finally:
+        default_table.cache_clear()
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(OptionError, match="three_shot"):
+        Entry("H", 4, 4096, 8, "three_shot")
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [2048, 4096, 7168, 8192])
+def test_the_shipped_table_covers_decode_and_ends_somewhere(world, hidden):
+    for device in ("NVIDIA H200", "a GPU of another kind"):
+        assert SHIPPED.choose(device, world, hidden, 2, 1).kernel == "one_shot"
+        assert SHIPPED.choose(device, world, hidden, 2, 1 << 20).kernel == "functional"
+
+
+def record(rows, provider, us, note=""):
+    return {"world": 4, "hidden": 4096, "rows": rows, "provider": provider, "us": us, "note": note}
+
+
+def test_measurements_become_entries():
+    records = [
+        record(1, "empty", 1.0), record(1, "unfused", 2.0), record(1, "dispatched", 2.0), record(1, "barrier", 2.5),
+        record(1, "one_shot s4 w4", 3.0), record(1, "one_shot s1 w16", 3.1), record(1, "one_shot s8 w2", None, "hung"),
+        record(64, "one_shot s1 w16", 9.0), record(64, "two_shot w16", 8.0), record(64, "one_shot s1 w8", 7.0, "wrong"),
+        record(512, "one_shot s1 w16", 90.0), record(512, "barrier rotating", 60.0),
+    ]  # fmt: skip
+    assert measured_entries(records, "H") == [
+        Entry("H", 4, 4096, 1, "one_shot", 4, 4),
+        Entry("H", 4, 4096, 64, "two_shot", 1, 16),
+        Entry("H", 4, 4096, 512, "barrier"),
+    ]
+    linked = linked_entries(records, "H")
+    assert [(e.kernel, e.rows, e.split, e.source) for e in linked] == [
+        ("one_shot", 1, 4, "measured"), ("one_shot", 64, 1, "measured"),
+        ("one_shot", 97, 1, "derived"), ("two_shot", 1024, 1, "derived"),
+    ]  # fmt: skip
+
+
+FACTS = {"host": "a", "boot": "1", "device": "H200", "uuid": "u0", "multiprocessors": 132, "capability": (9, 0),
+         "torch": "2", "table": "t", "slot_bytes": 1, "overlap": False}  # fmt: skip
+
+
+def test_ranks_that_cannot_share_memory_are_refused_alike():
+    def verdict(**other):
+        facts = [FACTS, {**FACTS, "uuid": "u1", **other}]
+        assert judge(facts) == judge(facts[:])
+        return judge(facts)
+
+    assert verdict() == ""
+    assert "several hosts (a, b)" in verdict(host="b")
+    assert "several hosts" in verdict(boot="2")
+    assert "differ in table" in verdict(table="other")
+    assert "differ in device" in verdict(device="A100")
+    assert "share one GPU" in verdict(uuid="u0")
+    assert "share one GPU" in verdict(uuid="u0", overlap=True)  # one of the two did not allow it
+    assert "older" in judge([{**FACTS, "capability": (7, 5)}])
+
+
+def test_reasons_are_sentences_a_user_can_act_on():
+    assert why_not("0", "cpu").startswith("Tensors are on cpu")
+    assert "100" in why_not("0", "cuda", hidden=100)
+    assert "nobody" in why_not("nobody", "cuda")
