@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from tpfuse.report import Report
+from tpfuse.report import Boundary, Report
 
-from .collectives import ResolveGroup, find_collectives
-from .plan import REWRITES, plan
+from .collectives import ResolveGroup, find_collectives, is_collective
+from .groups import names_of_groups, own_rank
+from .plan import REWRITES, Decisions, plan
 from .recognise import recognise
+from .relayout import Moved, relayout
 from .rewrite import apply, restore_order
+from .stream import calls
 from .verdicts import verdicts
 
 log = logging.getLogger(__name__)
@@ -24,10 +27,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What the pass is told besides the graph. `strict` raises internal errors instead of keeping the old graph."""
+    """What the pass is told besides the graph.
+
+    strict: raise internal errors instead of keeping the old graph. residual, rows: the policy's preference for the
+    layout of the residual stream, and its maximum of rows (both equal on all ranks).
+    """
 
     rewrites: tuple[str, ...] = REWRITES
     strict: bool = False
+    residual: str = "auto"
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,27 +68,62 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 
 def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
     recognition = recognise(graph, resolve)
-    decisions = plan(recognition, options.rewrites)
-    report = Report(
-        verdicts(recognition, decisions), len(recognition.norms), collectives_after=len(recognition.collectives)
-    )
-    if not decisions.plans:
-        return graph, report
-    # A second recognition on the copy costs less than carrying every node over by hand.
+    if not recognition.collectives:
+        return graph, Report([], len(recognition.norms))
+    before = verdicts(recognition, plan(recognition, options.rewrites))
+    names = [collective.node.name for collective in recognition.collectives]
+
     changed = copy.deepcopy(graph)
-    for chosen in plan(recognise(changed, resolve), options.rewrites).plans:
+    moved = _relayout(changed, resolve, options) if not recognition.backward else Moved()
+    # Recognising the copy again costs less than carrying every node over by hand, and the layouts may have changed.
+    decisions = plan(recognise(changed, resolve), options.rewrites)
+    boundaries = _after(before, names, moved, decisions)
+    for chosen in decisions.plans:
         apply(changed, chosen)
+    if not decisions.plans and not moved.verdicts:
+        return graph, Report(before, len(recognition.norms), len(before))
     restore_order(changed)
     changed.lint()
-    fused_ops = len(decisions.plans)
-    left = len(report.boundaries) - sum(len(chosen.paid) for chosen in decisions.plans)
-    return changed, replace(report, collectives_after=left + fused_ops)
+    return changed, Report(boundaries, len(recognition.norms), _communicating(changed))
+
+
+def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> Moved:
+    rank = own_rank()
+    if rank is None:
+        return Moved()
+    return relayout(graph, resolve, rank, names_of_groups(), options.residual, options.rows, options.rewrites)
+
+
+def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: Decisions) -> list[Boundary]:
+    """The verdicts on the original collectives, once layouts were changed and boundaries fused."""
+    fused = {
+        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): chosen.rewrite
+        for chosen in decisions.plans
+        for owed in chosen.paid
+    }
+    refused = {
+        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): reason
+        for owed, reason in decisions.refusals
+    }
+    boundaries = []
+    for boundary, name in zip(before, names, strict=True):
+        rewrite, done, reason = moved.verdicts.get(name, (None, False, boundary.reason))
+        if name in fused:
+            rewrite, done, reason = rewrite or fused[name], True, ""
+        elif not done and rewrite is None:
+            reason = refused.get(name, reason) or "its boundary was laid out anew, and no norm follows it any more"
+        boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason))
+    return boundaries
+
+
+def _communicating(graph: fx.Graph) -> int:
+    """How many collectives the graph performs; a fused operation performs one."""
+    ours = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
+    return sum(is_collective(node) or any(calls(node, name) for name in ours) for node in graph.nodes)
 
 
 def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception) -> Report:
     """Verdicts without recognition, for a graph the recogniser itself stumbled over."""
-    from tpfuse.report import Boundary
-
     reason = f"an internal error of tpfuse kept the whole graph as it was ({type(error).__name__}: {error})"
     try:
         collectives = find_collectives(graph, resolve)

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from .recognise import Owed, Recognition, Site
 
 #: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
-REWRITES = ("all_reduce_norm", "merge_all_reduces", "all_reduce_post_norm")
+REWRITES = (
+    "all_reduce_norm",
+    "merge_all_reduces",
+    "all_reduce_post_norm",
+    "share_attention_group",
+    "scatter_dense",
+    "gather_full_tp",
+)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writes: list[_Write]) -> Site | None:
-    hidden = _hidden(norm, owed)
+    hidden = hidden_of(norm, set(owed))
     total = decompose(hidden, set(owed), fixed)
     if not total.owed or hidden in fixed:
         return None
@@ -104,7 +104,7 @@ def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writ
     return Site(norm, hidden, collectives, add_after, residual_after, problem)
 
 
-def _hidden(norm: Norm, owed: dict[fx.Node, Collective]) -> fx.Node:
+def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
     """The residual stream's node: the norm's source without the views and casts on top that keep its last dimension."""
     node = norm.source
     while node not in owed and is_call(node, ops.VIEWS | ops.CASTS) and isinstance(node.args[0], fx.Node):

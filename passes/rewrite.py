@@ -80,7 +80,7 @@ def _wanted(plan: Plan, total: Sum, waits: dict[fx.Node, Collective]) -> _Wanted
     """Which old values are read by anything but the old chain, and which nodes nobody reads any more."""
     norm, hidden = plan.site.norm, plan.site.hidden
     out = plan.site.add_after if plan.post else norm.output
-    region = _region(out, set(waits))
+    region = region_between(out, set(waits))
     dead: set[fx.Node] = set()
     read: set[fx.Node] = set()
     replaced = {out, hidden, norm.mean, norm.rstd, *waits}
@@ -107,7 +107,7 @@ def _wanted(plan: Plan, total: Sum, waits: dict[fx.Node, Collective]) -> _Wanted
     )
 
 
-def _region(out: fx.Node, waits: set[fx.Node]) -> set[fx.Node]:
+def region_between(out: fx.Node, waits: set[fx.Node]) -> set[fx.Node]:
     """The nodes on a way from one of `waits` to `out`, `out` included."""
     first = min(waits)
     known: dict[fx.Node, bool] = {}

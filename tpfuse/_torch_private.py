@@ -40,6 +40,13 @@ def process_group(name: str) -> dist.ProcessGroup | None:
         return None
 
 
+def group_size(name: str) -> int:
+    """How many ranks the group registered under `name` has; raises where there is none."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name).size()
+
+
 def all_group_members() -> dict[str, tuple[int, ...]]:
     """Name -> members of every process group this rank belongs to.
 

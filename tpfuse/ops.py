@@ -12,7 +12,12 @@ Gradients follow the tensor-parallel convention: every rank holds the same outpu
 the gradient of `x` is that of `s`, without a collective (the conjugate of the all-reduce is the identity). Replicated
 arguments get the gradient of the replicated computation.
 
-One operator, `tpfuse::all_reduce_norm`, holds every variant; the passes insert it, the functions below wrap it.
+Three operators with the same arguments hold every variant; the passes insert them, the functions below wrap the first:
+
+    tpfuse::all_reduce_norm       s = the sum over the group
+    tpfuse::reduce_scatter_norm   s = this rank's share of the rows of that sum: ceil(rows / n) of them, the last ranks'
+                                  padded with zero rows; residual and results have the share's shape, [share, H]
+    tpfuse::rows_norm             s = x, nothing is communicated
 """
 
 from __future__ import annotations
@@ -23,16 +28,15 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ._torch_private import register_local_tensor_rule, resolve_group_name
+from ._torch_private import group_size, register_local_tensor_rule, resolve_group_name
 from .errors import OpError
 from .kernels.add_norm import add_norm
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
-_LIBRARY.define(
-    "all_reduce_norm(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *,"
+_ARGUMENTS = (
+    "(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *,"
     " str norm, float eps, float weight_offset, float alpha, bool post, ScalarType out_dtype, ScalarType? hidden_dtype,"
-    " bool want_sum, bool stats, str group_name) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " bool want_sum, bool stats, str group_name) -> Tensor[]"
 )
 
 
@@ -148,11 +152,40 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
         raise OpError(f"eps is a {type(eps).__name__}; needed: a float or a 0-d tensor")
 
 
-# -- the operator -----------------------------------------------------------------------------------------------------
+# -- the operators ----------------------------------------------------------------------------------------------------
 
 
-def _run(
-    x: Tensor,
+def _all_reduced(x: Tensor, group_name: str) -> Tensor:
+    return funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name))
+
+
+def _own_share(x: Tensor, group_name: str) -> Tensor:
+    ranks = group_size(group_name)
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -rows.shape[0] % ranks
+    # The padding lives inside the boundary: every rank pads alike, since all hold the same rows.
+    rows = torch.constant_pad_nd(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    return funcol.wait_tensor(torch.ops._c10d_functional.reduce_scatter_tensor(rows, "sum", ranks, group_name))
+
+
+def _own_share_shape(x: Tensor, group_name: str) -> tuple:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    ranks = group_size(group_name)
+    return (rows + ranks - 1) // ranks, x.shape[-1]
+
+
+def _unchanged(x: Tensor, group_name: str) -> Tensor:
+    return x
+
+
+def _same_shape(x: Tensor, group_name: str) -> tuple:
+    return tuple(x.shape)
+
+
+def _add_norm(
+    total: Tensor,
     residual: Tensor | None,
     pre_bias: Tensor | None,
     weight: Tensor | None,
@@ -171,7 +204,6 @@ def _run(
     group_name: str,
 ) -> list[Tensor]:
     """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm)]."""
-    total = funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name))
     out = add_norm(
         total,
         residual,
@@ -191,35 +223,36 @@ def _run(
     return [tensor for tensor in outputs if tensor is not None]
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps_tensor: Tensor | None,
-    *,
-    norm: str,
-    out_dtype: torch.dtype,
-    hidden_dtype: torch.dtype | None,
-    want_sum: bool,
-    stats: bool,
-    **_: Any,
-) -> list[Tensor]:
-    outputs = [x.new_empty(x.shape, dtype=out_dtype)]
-    if hidden_dtype is not None:
-        outputs.append(x.new_empty(x.shape, dtype=hidden_dtype))
-    if want_sum:
-        outputs.append(x.new_empty(x.shape))
-    if stats:
-        count = 2 if norm == "layer_norm" else 1
-        outputs += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(count)]
+def _fake_outputs(x: Tensor, shape: tuple, options: dict[str, Any]) -> list[Tensor]:
+    outputs = [x.new_empty(shape, dtype=options["out_dtype"])]
+    if options["hidden_dtype"] is not None:
+        outputs.append(x.new_empty(shape, dtype=options["hidden_dtype"]))
+    if options["want_sum"]:
+        outputs.append(x.new_empty(shape))
+    if options["stats"]:
+        count = 2 if options["norm"] == "layer_norm" else 1
+        outputs += [x.new_empty((*shape[:-1], 1), dtype=torch.float32) for _ in range(count)]
     return outputs
 
 
-_LIBRARY.impl("all_reduce_norm", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("tpfuse::all_reduce_norm", _fake, lib=_LIBRARY)
-register_local_tensor_rule("tpfuse::all_reduce_norm", _run)
+def _define(name: str, pay: Any, shape_of: Any) -> None:
+    """Define the operator `name`, which pays the sum by `pay` and then adds and normalises."""
+
+    def run(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
+        return _add_norm(pay(x, options["group_name"]), *operands, **options)
+
+    def fake(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
+        return _fake_outputs(x, shape_of(x, options["group_name"]), options)
+
+    _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
+    register_local_tensor_rule(f"tpfuse::{name}", run)
+
+
+_define("all_reduce_norm", _all_reduced, _same_shape)
+_define("reduce_scatter_norm", _own_share, _own_share_shape)
+_define("rows_norm", _unchanged, _same_shape)
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------

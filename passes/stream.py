@@ -1,0 +1,187 @@
+"""Recognise the residual stream: the chain of norms whose hidden states could be held in either layout. Reads only.
+
+A stage is a norm over
+
+    h = addend + residual [+ bias]
+
+whose addend carries a group: an all-reduced sum over the attention group, a sum scattered over it, or own rows that
+were gathered over it. Stages of one group follow one another along the residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import aten_ops as ops
+from .collectives import Collective, ResolveGroup, find_collectives, is_collective
+from .graph import is_call, value
+from .norms import Norm, find_norms
+from .recognise import hidden_of
+from .rewrite import region_between
+from .sums import Sum, Term, decompose
+
+CUT_ROWS, TRIM_ROWS = "tpfuse::cut_rows", "tpfuse::trim_rows"
+
+
+@dataclass(frozen=True)
+class Addend:
+    """What a stage adds to the residual.
+
+    kind: "owed" (an all-reduce pays it), "gathered" (own rows, gathered), "scattered" (a reduce-scatter pays it; the
+    stage works on own rows). leaf: the node whose value is added; source: the partial tensor, or the own rows.
+    """
+
+    kind: str
+    leaf: fx.Node
+    source: fx.Node
+    collective: Collective
+
+
+@dataclass(frozen=True)
+class StreamStage:
+    """One norm of the chain. `previous` is the index of the stage whose hidden states are the residual, or None.
+
+    cuts: readers of the normed value that take the own rows of it; gathers: all-gathers that follow it (over the
+    replicas' group in the full form, over the attention group in the scattered form).
+    """
+
+    norm: Norm
+    hidden: fx.Node
+    total: Sum
+    addend: Addend
+    term: Term
+    previous: int | None
+    cuts: tuple[fx.Node, ...]
+    gathers: tuple[Collective, ...]
+
+    @property
+    def scattered_form(self) -> bool:
+        return self.addend.kind == "scattered"
+
+
+def calls(node: object, name: str) -> bool:
+    """Whether `node` calls the operator called `name`."""
+    target = getattr(node, "target", None)
+    return getattr(node, "op", "") == "call_function" and getattr(target, "_schema", None) is not None and (
+        target._schema.name == name
+    )
+
+
+def moves_rows(graph: fx.Graph) -> bool:
+    """Whether rows are cut or scattered anywhere in the graph: without, there is only one layout."""
+    return any(
+        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in node.target._schema.name)
+        for node in graph.nodes
+    )
+
+
+def find_streams(graph: fx.Graph, resolve: ResolveGroup, rank: int) -> dict[tuple[int, ...], list[StreamStage]]:
+    """The stages of every group that pays sums before norms, in graph order."""
+    collectives = find_collectives(graph, resolve)
+    norms = find_norms(graph)
+    groups = dict.fromkeys(c.ranks for c in collectives if c.ranks and rank in c.ranks and len(c.ranks) > 1)
+    found = {}
+    for ranks in groups:
+        addends = {a.leaf: a for c in collectives if c.ranks == ranks and (a := _addend(c)) is not None}
+        stages = _stages(norms, addends, collectives, ranks, rank)
+        if stages:
+            found[ranks] = stages
+    return found
+
+
+def _addend(collective: Collective) -> Addend | None:
+    wait = collective.wait
+    if collective.problem or wait is None:
+        return None
+    if collective.kind == "all_reduce":
+        return Addend("owed", wait, collective.input, collective) if collective.reduce_op.lower() == "sum" else None
+    if collective.kind == "reduce_scatter" and str(collective.reduce_op).lower() == "sum":
+        return Addend("scattered", wait, collective.input, collective)
+    if collective.kind == "all_gather" and value(wait) is not None and value(wait).dim() == 2:
+        trims = [user for user in wait.users if calls(user, TRIM_ROWS)]
+        readers = [user for user in wait.users if user.target is not ops.aten.sym_size.int]
+        leaf = trims[0] if len(trims) == 1 and len(readers) == 1 else wait
+        return Addend("gathered", leaf, collective.input, collective)
+    return None
+
+
+def _stages(
+    norms: list[Norm],
+    addends: dict[fx.Node, Addend],
+    collectives: list[Collective],
+    ranks: tuple[int, ...],
+    rank: int,
+) -> list[StreamStage]:
+    stages: list[StreamStage] = []
+    hidden_at: dict[fx.Node, int] = {}
+    taken: set[fx.Node] = set()
+    for norm in norms:
+        hidden = hidden_of(norm, set(addends))
+        total = decompose(hidden, set(addends) - taken, set(hidden_at))
+        if norm.problem or hidden in hidden_at or len(total.owed) != 1:
+            continue
+        (term,) = total.owed
+        addend = addends[term.leaf]
+        residuals = [t for t in total.replicated if value(t.leaf).dim() > 1]
+        links = [hidden_at[t.leaf] for t in residuals if t.leaf in hidden_at]
+        previous = links[0] if len(links) == 1 else None
+        if not _fits(norm, hidden, total, addend, previous):
+            continue
+        cuts, gathers = _readers(norm, addend, collectives, ranks, rank)
+        taken.add(term.leaf)
+        hidden_at[hidden] = len(stages)
+        stages.append(StreamStage(norm, hidden, total, addend, term, previous, cuts, gathers))
+    return stages
+
+
+def _fits(norm: Norm, hidden: fx.Node, total: Sum, addend: Addend, previous: int | None) -> bool:
+    """Whether the stage can change its layout: nothing else reads the steps in between, and its statistics are its own."""
+    inside = total.interior
+    if addend.kind != "scattered" and any(user not in inside for user in addend.leaf.users if not _is_size(user)):
+        return False
+    if any(user not in inside for node in inside if node is not hidden for user in node.users):
+        return False
+    if addend.kind == "gathered" and previous is None:
+        return False
+    chain = inside | region_between(norm.output, {hidden})
+    if addend.kind == "scattered" and any(is_call(node, ops.VIEWS) for node in chain):
+        return False
+    if any(term.scale != 1.0 for term in total.replicated if value(term.leaf).dim() > 1):
+        return False
+    return value(hidden) is not None and all(value(term.leaf) is not None for term in total.terms)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is ops.aten.sym_size.int
+
+
+def _readers(
+    norm: Norm, addend: Addend, collectives: list[Collective], ranks: tuple[int, ...], rank: int
+) -> tuple[tuple[fx.Node, ...], tuple[Collective, ...]]:
+    """The cuts and the gathers that read the normed value, seen through views."""
+    by_node = {c.node: c for c in collectives if c.kind == "all_gather" and not c.problem and c.wait is not None}
+    cuts: list[fx.Node] = []
+    gathers: list[Collective] = []
+    pending = [norm.output]
+    while pending:
+        for user in pending.pop().users:
+            if is_call(user, ops.VIEWS):
+                pending.append(user)
+            elif calls(user, CUT_ROWS) and user.args[1:] == (len(ranks), ranks.index(rank)):
+                cuts.append(user)
+            elif user in by_node and (by_node[user].ranks == ranks) == (addend.kind == "scattered"):
+                gathers.append(by_node[user])
+    return tuple(cuts), tuple(gathers)
+
+
+def divides(parts: int, size: object) -> bool:
+    """Whether `size` (a number or a symbolic size) is a multiple of `parts` for certain."""
+    if isinstance(size, int):
+        return size % parts == 0
+    expression = getattr(getattr(size, "node", None), "expr", None)
+    return expression is not None and (expression / parts).is_integer is True
+
+
+__all__ = ["Addend", "StreamStage", "calls", "divides", "find_streams"]
