@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.policy_harness import build, loss_of, relative, run_threads
 from tpfuse.parallelize import parallelize
 from tpfuse.policy import SharingPolicy
+from tpfuse.rows import rows
 
 COMMON = dict(
     vocab_size=64,
@@ -72,8 +73,9 @@ def model_of(family: str) -> torch.nn.Module:
 def compare(rank, model, want, grads, ids, policy):
     dp, attn = policy.dp_size, policy.attn_tp_size
     parallelize(model, init_device_mesh("cpu", (dp, attn), mesh_dim_names=("dp", "attn_tp")), policy)
-    logits = model(ids[rank // attn], use_cache=False).logits
-    loss_of(logits).backward()
+    with rows([len(i) * i.shape[1] for i in ids[:dp]]):
+        logits = model(ids[rank // attn], use_cache=False).logits
+        loss_of(logits).backward()
     errors = {"logits": relative(logits, want[rank // attn])}
     for name, parameter in model.named_parameters():
         cut = model._tpfuse.cuts.get(name)
@@ -110,3 +112,23 @@ def test_family_equals_the_unsharded_model(family):
         # These models compute their norms, softmax and router in float32 whatever the dtype.
         assert worst < 1e-5, (tp, dp, dense, name, worst)
         assert cuts > 0 or (tp // dp, dense) == (1, 1)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (0, 2)])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe"])
+def test_uneven_and_idle_replicas(family, counts):
+    plain = model_of(family)
+    ids = torch.randint(0, 64, (sum(counts), 3), generator=torch.Generator().manual_seed(1))
+    want = plain(ids, use_cache=False).logits
+    names, parameters = zip(*plain.named_parameters(), strict=True)
+    whole = torch.autograd.grad(loss_of(want), parameters, allow_unused=True, materialize_grads=True)
+    grads = dict(zip(names, whole, strict=True))
+    wanted, split = want.detach().split(counts), ids.split(counts)
+
+    def run(policy):
+        replicas = [model_of(family) for _ in range(4)]
+        return run_threads(4, lambda r: compare(r, replicas[r], wanted, grads, split, policy))
+
+    for dense in (1, 2, 4):
+        (name, worst), _ = max(run(SharingPolicy(4, 2, dense)), key=lambda result: result[0][1])
+        assert worst < 1e-5, (dense, name, worst)

@@ -134,7 +134,37 @@ class AllRows:
         return max(counts) if min(counts) != max(counts) else None
 
 
-def install(module: nn.Module, boundary: OwnRows | AllRows) -> None:
+@dataclass(frozen=True)
+class IdleAttention:
+    """Around the attention of a Hugging Face model, which cannot reshape zero rows (`view(0, length, -1, head_dim)`).
+
+    An idle replica runs it on one row of zeros and drops the result. It runs the very operations of the other replicas
+    and not a shortcut, because gradients are summed over replicas in the order in which backward reaches them.
+    """
+
+    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if 0 not in x.shape[:-1]:
+            return forward(*args, **kwargs)
+        args = tuple(_at_least_one(a) for a in args)
+        # An idle replica has nothing to remember.
+        kwargs = {k: None if k == "past_key_values" else _at_least_one(v) for k, v in kwargs.items()}
+        y, *rest = forward(*args, **kwargs)
+        return (y[tuple(slice(0, size) for size in x.shape[:-1])], *rest)
+
+
+def _at_least_one(value: Any) -> Any:
+    """Tensors without elements, padded to one along every empty dimension; also those in tuples."""
+    if isinstance(value, tuple):
+        return tuple(_at_least_one(v) for v in value)
+    if not isinstance(value, Tensor) or 0 not in value.shape:
+        return value
+    pads = [pad for size in reversed(value.shape) for pad in (0, int(size == 0))]
+    # True in a mask lets a row see itself; a row that sees nothing is NaN, in backward too.
+    return F.pad(value, pads, value=value.dtype == torch.bool)
+
+
+def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention) -> None:
     """Puts a boundary around the module's forward.
 
     By a subclass of its class, as FSDP2 does, and not by hooks: what follows the module needs the shape of what came

@@ -16,6 +16,7 @@ from tpfuse.boundary import (
     AllRows,
     CopyIn,
     GatherColumns,
+    IdleAttention,
     OwnRows,
     PartialLinear,
     ReduceOut,
@@ -121,6 +122,8 @@ def parallelize(
         cut.rewrite()
         in_block = _routed_block_of(name, roles) is not None
         _hook(name, modules[name], role, cut, groups, policy, check, in_block)
+        if planned.trusted and role.kind == "attention":
+            install(modules[name], IdleAttention())
         if not in_block:
             sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
             modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
