@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py --out results.json                       the lines of the table in docs/kernels.md
     python benchmarks/kernels.py --worlds 2 4 --hidden 4096 --rows 1 64   a slice
-    python benchmarks/kernels.py --tune                                   every variant of every kernel
+    python benchmarks/kernels.py --tune --table table.json                a dispatch table from this machine
 
 One (world, hidden) slice is one process under a time limit, so that a hang costs that slice alone. All slices compile
 first, in parallel. Each call is checked against float64 before it is timed. Times are microseconds a call, medians of
@@ -74,17 +74,17 @@ def two(warps: int, registers: int = 0) -> Provider:
 
 
 def providers(world: int, hidden: int, tune: bool) -> list[Provider]:
-    """What to time; with `tune`, every plausible number of programs a row and warps a program."""
+    """What to time: every plausible number of programs a row and warps a program; and, unless it is only to `tune` a
+    table, what dispatch picks and the baselines."""
     quads = next_power_of_2(hidden) // 8
     most = min(quads // 32, 32)
-    out = [
-        Provider("dispatched", dispatched),
-        Provider("unfused", unfused),
-        Provider("barrier", when(barrier_fits, barrier, rotate=False)),
-        Provider("barrier rotating", when(barrier_fits, barrier)),
-    ]
+    out = [Provider("barrier rotating", when(barrier_fits, barrier))]
     if not tune:
-        return [*out, one(1, most), two(most)]
+        out += [
+            Provider("dispatched", dispatched),
+            Provider("unfused", unfused),
+            Provider("barrier", when(barrier_fits, barrier, rotate=False)),
+        ]
     out += [one(1, most, 0, False), two(most), two(most // 2)]
     for split in (1, 2, 4, 8):
         for warps in (32, 16, 8, 4, 2):
@@ -194,7 +194,7 @@ def run_slice(world: int, hidden: int, rows_list: list[int], tune: bool, load_on
         ops, truth = operands(world, hidden, rows)
         bound: dict[str, list] = {}
         notes: dict[str, str] = {}
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for provider in providers(world, hidden, tune):
             try:
                 launches = ranks.bind(lambda ws, p=provider, o=ops: p.bind(o[ws.rank], ws))
@@ -236,7 +236,7 @@ def orchestrate(slices: dict[tuple[int, int], tuple[int, ...]], arguments: argpa
         tune = ["--tune"] if arguments.tune else []
         return [sys.executable, __file__, "--slice", f"{hidden}", f"{world}", *map(str, rows), *tune, *more]
 
-    env = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     loading = [
         subprocess.Popen(command(hidden, world, rows, "--load-only"), env=env, stdout=subprocess.DEVNULL)
         for (hidden, world), rows in slices.items()
@@ -246,21 +246,39 @@ def orchestrate(slices: dict[tuple[int, int], tuple[int, ...]], arguments: argpa
             process.wait(timeout=arguments.limit)
         except subprocess.TimeoutExpired:
             process.kill()
-    records = []
+    records: list[dict] = []
     for (hidden, world), rows in slices.items():
-        try:
-            done = subprocess.run(command(hidden, world, rows), env=env, capture_output=True, text=True,
-                                  timeout=arguments.limit)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            print(f"hidden {hidden} world {world}: HUNG", flush=True)
-            continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
-        if done.returncode or not lines:
-            print(f"hidden {hidden} world {world}: failed\n{done.stderr[-3000:]}", flush=True)
-            continue
-        records += json.loads(lines[-1])
+        if arguments.one_process:
+            records += run_slice(world, hidden, list(rows), arguments.tune, load_only=False)
+        else:
+            records += run_apart(command(hidden, world, rows), env, arguments.limit)
         print(f"hidden {hidden} world {world}: {len(records)} records", flush=True)
+        save(records, arguments)
     return records
+
+
+def run_apart(command: list[str], env: dict[str, str], limit: float) -> list[dict]:
+    """One slice in a process of its own; nothing when it hangs or fails."""
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print("HUNG:", *command[2:], flush=True)
+        return []
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+    if done.returncode or not lines:
+        print("failed:", *command[2:], done.stderr[-3000:], flush=True)
+        return []
+    return json.loads(lines[-1])
+
+
+def save(records: list[dict], arguments: argparse.Namespace) -> None:
+    """After each slice, so that a run that is cut short leaves what it measured."""
+    if arguments.table:
+        entries = measured_entries(records, "virtual " + torch.cuda.get_device_name())
+        arguments.table.write_text(Table(entries, "measured on virtual ranks").to_json(indent=1))
+    if arguments.out:
+        described = machine("virtual ranks on one GPU")
+        arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))
 
 
 def table(records: list[dict]) -> None:
@@ -275,18 +293,57 @@ def table(records: list[dict]) -> None:
         print(*size, f"empty {here['empty']['us']:.1f} |", cells, f"!! {bad}" if bad else "")
 
 
+def plot(results: Path, picture: Path) -> None:
+    """Microseconds over rows, one panel a (hidden, world): the fastest variant of each kernel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [r for r in json.loads(results.read_text())["records"] if r["us"] is not None]
+    hiddens, worlds = sorted({r["hidden"] for r in records}), sorted({r["world"] for r in records})
+    figure, panels = plt.subplots(len(worlds), len(hiddens), figsize=(3.2 * len(hiddens), 2.6 * len(worlds)),
+                                  sharex=True, squeeze=False, layout="constrained")  # fmt: skip
+    for line, world in zip(panels, worlds, strict=True):
+        for panel, hidden in zip(line, hiddens, strict=True):
+            here = [r for r in records if (r["world"], r["hidden"]) == (world, hidden)]
+            for kernel in ("one_shot", "two_shot", "barrier rotating", "unfused", "empty"):
+                best: dict[int, float] = {}
+                for r in here:
+                    if r["provider"].startswith(kernel) and "portable" not in r["provider"]:
+                        best[r["rows"]] = min(best.get(r["rows"], r["us"]), r["us"])
+                if best:
+                    panel.plot(*zip(*sorted(best.items()), strict=True), marker=".", label=kernel.replace("_", "-"))
+            panel.set(title=f"{world} ranks, hidden {hidden}")
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log", base=2)
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter("{x:g}")
+            panel.grid(True, alpha=0.3)
+    panels[0][0].legend(fontsize="small")
+    figure.supxlabel("rows")
+    figure.supylabel("µs a call, virtual ranks on one GPU")
+    figure.savefig(picture, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="*")
     parser.add_argument("--hidden", type=int, nargs="*")
     parser.add_argument("--rows", type=int, nargs="*")
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="leave out dispatch and the baselines")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="write a dispatch table with the fastest kernel at each size")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"), help="draw a results file")
     parser.add_argument("--limit", type=float, default=100, help="seconds for one slice")
+    parser.add_argument("--one-process", action="store_true", help="faster, but a hang costs everything after it")
     parser.add_argument("--slice", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--load-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
+    if arguments.plot:
+        plot(*arguments.plot)
+        return
     if arguments.slice:
         hidden, world, *rows = arguments.slice
         print(json.dumps(run_slice(world, hidden, rows, arguments.tune, arguments.load_only)))
@@ -298,12 +355,6 @@ def main() -> None:
             slices[hidden, world] = rows
     records = orchestrate(slices, arguments)
     table(records)
-    if arguments.table:
-        entries = measured_entries(records, "virtual " + torch.cuda.get_device_name())
-        arguments.table.write_text(Table(entries, "measured on virtual ranks").to_json(indent=1))
-    if arguments.out:
-        described = machine("virtual ranks on one GPU")
-        arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))
 
 
 if __name__ == "__main__":

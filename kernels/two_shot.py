@@ -156,6 +156,6 @@ def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *,
     settings = constants(op, ws.world, 1, programs < op.rows, spin)
     settings |= {"C": next_power_of_2(op.row_words // ws.world)}
     del settings["SPLIT"]
-    settings |= launch_options(warps or default_warps(op, 1), registers)
+    settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 32 lose with many rows
     kernel = _two_shot_kernel if op.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
