@@ -57,9 +57,9 @@ STACK_PLAN = {
 }
 
 
-def run_plan(rank, model, plan, ids, want, grads):
+def run_plan(rank, model, plan, policy, ids, want, grads):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "attn_tp"))
-    parallelize(model, mesh, SharingPolicy(4, 2), plan=plan)
+    parallelize(model, mesh, policy, plan=plan)
     out = model(ids[rank // 2])
     logits = getattr(out, "logits", out)
     loss_of(logits).backward()
@@ -71,33 +71,35 @@ def run_plan(rank, model, plan, ids, want, grads):
     return max(errors), sorted(model._tpfuse.cuts)
 
 
-def check_plan(plain, plan, ids):
+def check_plan(plain, plan, policy, ids):
     models = [copy.deepcopy(plain) for _ in range(4)]
     out = plain(ids.flatten(0, 1))
     logits = getattr(out, "logits", out)
     loss_of(logits).backward()
     grads = {n: p.grad for n, p in plain.named_parameters()}
     want = logits.detach().unflatten(0, ids.shape[:2])
-    results = run_threads(4, lambda r: run_plan(r, models[r], plan, ids, want, grads))
+    results = run_threads(4, lambda r: run_plan(r, models[r], plan, policy, ids, want, grads))
     return max(error for error, _ in results), results[0][1]
 
 
 def test_a_plan_with_names_of_its_own():
-    worst, cuts = check_plan(build(Stack), STACK_PLAN, torch.arange(8).view(2, 2, 2))
+    worst, cuts = check_plan(build(Stack), STACK_PLAN, SharingPolicy(4, 2), torch.arange(8).view(2, 2, 2))
     assert worst < 1e-11
     assert {"embed.weight", "head.weight", "head.bias", "blocks.1.up.bias", "blocks.0.down.weight"} <= set(cuts)
 
 
-def test_a_model_that_reshapes_by_its_head_count_is_cut_right():
+def opt():
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32,
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
         max_position_embeddings=32, dropout=0.0, attn_implementation="eager",
     )  # fmt: skip
-    plain = build(lambda: transformers.OPTForCausalLM(config).eval())
-    # fc1 and fc2 belong to the layer itself, which is attention too; a plan cuts what a module of its own holds.
-    plan = {name: style for name, style in OPT_PLAN.items() if "fc" not in name}
-    worst, cuts = check_plan(plain, plan, torch.randint(4, 64, (2, 2, 3)))
-    assert worst < 1e-5 and any("out_proj" in name for name in cuts)
+    return build(lambda: transformers.OPTForCausalLM(config).eval())
+
+
+def test_a_model_that_reshapes_by_its_head_count_and_has_its_mlp_in_the_layer():
+    worst, cuts = check_plan(opt(), OPT_PLAN, SharingPolicy(4, 2, 2), torch.randint(4, 64, (2, 2, 3)))
+    assert worst < 1e-5
+    assert {f"model.decoder.layers.1.{n}.weight" for n in ("fc1", "fc2", "self_attn.out_proj")} <= set(cuts)
 
 
 @pytest.fixture
@@ -128,6 +130,13 @@ def test_bad_plans_are_refused(mesh, plan, words):
     with pytest.raises(PlanError, match=words):
         parallelize(model, mesh, SharingPolicy(4, 2), plan=plan)
     assert model.head.weight.shape == (8, 16) and not hasattr(model, "_tpfuse")
+
+
+@pytest.mark.parametrize("dense", [1, 4])
+def test_an_mlp_that_is_no_module_cannot_have_rows_of_its_own(mesh, dense):
+    words = rf"layers.0 .OPTDecoderLayer. holds .'fc1', 'fc2'. beside other roles.*2 ranks; {dense} needs"
+    with pytest.raises(PlanError, match=words):
+        parallelize(opt(), mesh, SharingPolicy(4, 2, dense), plan=OPT_PLAN)
 
 
 def test_the_models_own_expert_parallel_plan_is_refused_by_name(mesh):

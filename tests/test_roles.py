@@ -206,6 +206,14 @@ def test_roles_inside_roles_and_two_calls_are_refused(mesh):
         parallelize(nn.Linear(8, 8), mesh, SharingPolicy(8, 2))
 
 
+def test_models_on_one_mesh_share_its_groups(mesh):
+    first, second = (parallelize(build(Model), mesh, SharingPolicy(8, 2))._tpfuse.groups for _ in range(2))
+    assert first == second
+    assert (first.attention.ranks, first.attention.index) == ((4, 5, 6, 7), 1)
+    assert (first.dp.ranks, first.dp.index) == ((1, 5), 1)
+    assert (first.whole.ranks, first.whole.index) == (tuple(range(8)), 5)
+
+
 def test_blocks_of_a_quantised_weight_are_cut_with_it(mesh):
     model = nn.ModuleDict({"mlp": Quantised(256)})
     parallelize(model, mesh, SharingPolicy(8, 2))

@@ -110,6 +110,8 @@ def parallelize(
     for name, role in roles.items():
         nested = _routed_block_of(name, roles)
         over = _over(name, role, policy, groups, nested)
+        if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
+            _refuse_spread(name, modules[name], role, policy)
         done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
     edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
     cuts = _one_cut_each(model, [c for _, _, c in done] + edges)
@@ -153,7 +155,7 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
         role = planned.roles.get(name) or role_of(module)
         if role is None:
             continue
-        outer = next((o for o in roles if inside(name, o)), None)
+        outer = next((o for o in roles if inside(name, o) and not roles[o].spread), None)
         if outer is not None and not (roles[outer].kind == "moe" and role.kind == "dense_mlp"):
             raise PlanError(f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind})")
         roles[name] = role
@@ -203,6 +205,14 @@ def _check_overrides(policy: SharingPolicy, roles: Mapping[str, Role]) -> None:
             f"SharingPolicy.overrides[{pattern!r}] matches no dense MLP of the model; "
             f"dense MLPs: {', '.join(dense) or 'none'}"
         )
+
+
+def _refuse_spread(name: str, module: nn.Module, role: Role, policy: SharingPolicy) -> None:
+    raise PlanError(
+        f"{name} ({type(module).__name__}) holds {role.colwise + role.rowwise} beside other roles, so its MLP can only "
+        f"be cut over the attention group of {policy.attn_tp_size} ranks; {policy.dense_tp_size_of(name)} needs an MLP "
+        "that is a module of its own"
+    )
 
 
 def _over(name: str, role: Role, policy: SharingPolicy, groups: Groups, nested: str | None) -> str | None:
@@ -264,6 +274,10 @@ def _hook(
     if nested:
         return
     owes = ReduceOut(group) if cut.sum_at_output else None
+    if role.spread:
+        for leaf in role.colwise:
+            module.get_submodule(leaf).register_forward_pre_hook(CopyIn(group), with_kwargs=True)
+        return
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
         install(module, AllRows(name, groups.dp, policy.max_rows, check, CopyIn(group), owes))
         return
@@ -299,7 +313,7 @@ def _owed(
     """
     owed = {name: "dp" for name, _ in model.named_parameters()}
     for name, role, cut in done:
-        if _routed_block_of(name, roles):
+        if _routed_block_of(name, roles) or role.spread:
             continue
         nested = [c for n, _, c in done if n == name or inside(n, name)]
         cut_here = {p for c in nested for p in c.cuts}

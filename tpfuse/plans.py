@@ -94,6 +94,9 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
     }
     for owner, leaves in owned.items():
         roles[owner] = _role(owner, modules[owner], leaves, source, nested=_inside(owner, blocks))
+    for name, role in roles.items():
+        if role.kind == "dense_mlp" and any(inside(other, name) for other in roles):
+            roles[name] = replace(role, spread=True)
     return Planned(roles, edges, trusted)
 
 

@@ -33,6 +33,8 @@ class Role:
         heads, kv_heads: attributes that hold head counts, rewritten to this rank's counts (attention only).
         packed: for a colwise weight that holds several matrices: how many equal parts, or their sizes.
         experts, shared: submodules of a routed block.
+        spread: whether the module holds other roles too (a layer with its MLP's projections beside its attention), so
+            that only the projections themselves are its own. Comes from plans, not from decorators.
     """
 
     kind: Kind
@@ -43,6 +45,7 @@ class Role:
     packed: Mapping[str, Parts] = FrozenDict()
     experts: str | None = None
     shared: str | None = None
+    spread: bool = False
 
 
 def attention(
