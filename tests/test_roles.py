@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.policy_harness import HIDDEN, MLP, Attention, Layer, Model, MoE, build, relative, run_threads
@@ -204,6 +205,14 @@ def test_roles_inside_roles_and_two_calls_are_refused(mesh):
         parallelize(model, mesh, SharingPolicy(8, 2))
     with pytest.raises(PlanError, match="no module with a role"):
         parallelize(nn.Linear(8, 8), mesh, SharingPolicy(8, 2))
+
+
+def test_a_model_that_is_distributed_already_is_refused(mesh):
+    model = build(Model)
+    weight = DTensor.from_local(model.norm.weight.detach(), mesh["attn_tp"])
+    model.norm.weight = nn.Parameter(weight)
+    with pytest.raises(PlanError, match=r"norm\.weight is a DTensor"):
+        parallelize(model, mesh, SharingPolicy(8, 2))
 
 
 def test_models_on_one_mesh_share_its_groups(mesh):

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tpfuse.boundary import (
     AllRows,
@@ -29,7 +30,7 @@ from tpfuse.collectives import all_reduce
 from tpfuse.cutting import ModuleCut, cut_edge, cut_module
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.groups import Group, Groups, check_mesh, create_whole_group, describe_groups
-from tpfuse.plans import Planned, inside, model_plan, read_plan
+from tpfuse.plans import Planned, ancestors, model_plan, read_plan
 from tpfuse.policy import SharingPolicy
 from tpfuse.roles import Kind, Role, policy_of, role_of
 from tpfuse.sharding import Cut
@@ -92,6 +93,9 @@ def parallelize(
         raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
     if hasattr(model, "_tpfuse_policy"):
         raise PolicyError(f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
     planned = _plan_of(model, plan)
     roles = _roles(model, planned)
     policy = _policy(model, policy, roles)
@@ -155,7 +159,7 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
         role = planned.roles.get(name) or role_of(module)
         if role is None:
             continue
-        outer = next((o for o in roles if inside(name, o) and not roles[o].spread), None)
+        outer = next((o for o in ancestors(name) if o in roles and not roles[o].spread), None)
         if outer is not None and not (roles[outer].kind == "moe" and role.kind == "dense_mlp"):
             raise PlanError(f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind})")
         roles[name] = role
@@ -163,7 +167,7 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
 
 
 def _routed_block_of(name: str, roles: Mapping[str, Role]) -> str | None:
-    return next((o for o, r in roles.items() if r.kind == "moe" and inside(name, o)), None)
+    return next((o for o in ancestors(name) if o in roles and roles[o].kind == "moe"), None)
 
 
 def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, Role]) -> SharingPolicy:
@@ -191,8 +195,7 @@ def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, 
                 )
     for name, role in roles.items():
         if role.kind == "dense_mlp" and _routed_block_of(name, roles) is None:
-            around = [n for n in found if n == name or inside(name, n)]
-            innermost = found[max(around, key=len)] if around else outer
+            innermost = next((found[n] for n in (name, *ancestors(name)) if n in found), outer)
             if innermost is not outer:
                 overrides[name] = innermost.dense_tp_size_of(name)
     return dataclasses.replace(outer, overrides=overrides)
@@ -233,16 +236,15 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
     """The cut of each parameter by name; parameters that share one tensor must share one cut."""
     cuts: dict[str, Cut] = {}
     seen: dict[int, tuple[str, Cut]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for module_cut in module_cuts:
         for name, cut in module_cut.cuts.items():
-            tensor = model.get_parameter(name) if name in dict(model.named_parameters(remove_duplicate=False)) else (
-                model.get_buffer(name)
-            )  # fmt: skip
+            tensor = parameters[name] if name in parameters else model.get_buffer(name)
             other, before = seen.setdefault(id(tensor), (name, cut))
             if before != cut:
                 raise PlanError(f"{name} and {other} share one tensor, but are cut differently: {cut} and {before}")
             cuts[name] = cut
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    for name, tensor in parameters.items():
         if name not in cuts and id(tensor) in seen:
             other, cut = seen[id(tensor)]
             raise PlanError(f"{name} shares its tensor with {other}, which is cut ({cut}), but is not cut itself")
@@ -311,19 +313,18 @@ def _owed(
     Each replica's loss sees that replica's rows, so outside of modules that gather rows over dp every gradient is
     owed over dp. A parameter that is whole inside a cut module sees only this rank's heads, features or rows.
     """
-    owed = {name: "dp" for name, _ in model.named_parameters()}
-    for name, role, cut in done:
-        if _routed_block_of(name, roles) or role.spread:
+    own = {p for _, _, cut in done for p in (*cut.cuts, *cut.biases_after_sum)}
+    sites = {n: (r, cut) for n, r, cut in done if not r.spread and _routed_block_of(n, roles) is None}
+    owed: dict[str, str] = {}
+    for parameter, _ in model.named_parameters():
+        owed[parameter] = "dp"
+        role, cut = next((sites[n] for n in ancestors(parameter) if n in sites), (None, None))
+        if role is None or cut is None:
             continue
-        nested = [c for n, _, c in done if n == name or inside(n, name)]
-        cut_here = {p for c in nested for p in c.cuts}
-        summed = {p for c in nested for p in c.biases_after_sum}
-        all_rows = cut.over is not None and groups.of(cut.over) != groups.attention
-        for parameter in [p for p in owed if inside(p, name)]:
-            if parameter in cut_here or parameter in summed:
-                owed[parameter] = "" if all_rows else "dp"
-            elif cut.over is not None or role.kind == "dense_mlp":
-                owed[parameter] = "whole"
+        if parameter in own:
+            owed[parameter] = "" if cut.over is not None and groups.of(cut.over) != groups.attention else "dp"
+        elif cut.over is not None or role.kind == "dense_mlp":
+            owed[parameter] = "whole"
     return owed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
@@ -93,9 +93,12 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
         name: Role("moe", experts=experts, shared=_shared(modules[name])) for name, experts in blocks.items()
     }
     for owner, leaves in owned.items():
-        roles[owner] = _role(owner, modules[owner], leaves, source, nested=_inside(owner, blocks))
+        roles[owner] = _role(
+            owner, modules[owner], leaves, source, nested=any(outer in blocks for outer in ancestors(owner))
+        )
+    around = {outer for name in roles for outer in ancestors(name)}
     for name, role in roles.items():
-        if role.kind == "dense_mlp" and any(inside(other, name) for other in roles):
+        if role.kind == "dense_mlp" and name in around:
             roles[name] = replace(role, spread=True)
     return Planned(roles, edges, trusted)
 
@@ -156,13 +159,11 @@ def _shared(block: nn.Module) -> str | None:
     return next((n for n in ("shared_experts", "shared_expert", "shared_mlp") if hasattr(block, n)), None)
 
 
-def _inside(name: str, blocks: Mapping[str, str]) -> bool:
-    return any(inside(name, block) for block in blocks)
-
-
-def inside(name: str, outer: str) -> bool:
-    """Whether a module or parameter lies within a module, both by qualified name; "" is the model itself."""
-    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+def ancestors(name: str) -> Iterator[str]:
+    """The qualified names of the modules around a module or parameter, innermost first, ending with "", the model."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def join(outer: str, leaf: str) -> str:
