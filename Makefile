@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 JOBS ?= 0
 
 ifeq ($(strip $(VENV)),)
-RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 READY := installed-packages
 else
 RUN := $(VENV)/bin/python
@@ -44,11 +44,13 @@ test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensor
 test-nightly: $(READY)
 	$(RUN) -m pytest tests
 
-# With VENV= nothing is installed, so say at once what is not there.
+# With VENV= nothing is installed, so say at once what is not there. The metadata in tpfuse.egg-info is what lets torch
+# find the backend by its name; without it the demo names the function instead.
 installed-packages:
 	@$(PYTHON) -c 'import importlib.util, sys; \
 	missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]; \
 	missing and sys.exit("VENV= uses the installed packages, and these are missing: " + ", ".join(missing))' $(NEEDS)
+	@$(PYTHON) setup.py -q egg_info 2>/dev/null || echo "(no setuptools: the backend is not found by its name)"
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output

@@ -43,7 +43,6 @@ setup(
         "console_scripts": ["tpfuse = tpfuse.__main__:app"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
     ],
 )

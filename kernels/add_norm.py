@@ -29,7 +29,8 @@ MAX_HIDDEN = 16384
 
 @dataclass(frozen=True)
 class AddNormOut:
-    """`y` and `residual_out` have the shape of `s`; `mean` and `rstd` are float32 of shape s.shape[:-1] + (1,).
+    """`y` and `residual_out` have the shape of `s`; `mean` and `rstd` are float32 (float64 when an input is) of
+    shape s.shape[:-1] + (1,).
     What was not asked for is None (and `mean` always is for RMSNorm)."""
 
     y: Tensor
@@ -211,6 +212,6 @@ def add_norm_reference(
     return AddNormOut(
         y=n.to(out_dtype, **keep),
         residual_out=None if residual_dtype is None else h.to(residual_dtype, **keep),
-        mean=mean.to(torch.float32) if stats and mean is not None else None,
-        rstd=rstd.to(torch.float32) if stats else None,
+        mean=mean if stats else None,
+        rstd=rstd if stats else None,
     )

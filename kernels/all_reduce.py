@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torch_private import process_group
 from .add_norm import AddNormOut
-from .dispatch import bind, default_table
+from .dispatch import bind, choose
 from .groups import why_not, workspace_of
 from .operands import Operands
 
@@ -56,7 +56,7 @@ def all_reduce_add_norm(
     if ws is None:
         return None
     device = torch.cuda.get_device_name(x.device)
-    entry = default_table().choose(device, ws.world, op.hidden, x.element_size(), op.rows)
+    entry = choose(device, ws.world, op.hidden, x.element_size(), op.rows)
     launch = bind(entry, op, ws, batch_invariant)
     return None if launch is None else launch.run()
 

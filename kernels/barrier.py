@@ -12,7 +12,7 @@ and reads. Flags carry the epoch, so they are never lowered. Two ways to know wh
 from __future__ import annotations
 
 from .compat import tl, triton
-from .device import advance_epoch, as_words, finish_row, load_eps, load_row, peer, unpack
+from .device import advance_epoch, as_words, count_of, finish_row, load_eps, load_row, peer, unpack
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .workspace import CHANNELS, Workspace
@@ -23,14 +23,15 @@ _CHANNELS = tl.constexpr(CHANNELS)
 @triton.jit
 def _meet(peers_ptr, flags, pid, rank, value, WORLD: tl.constexpr):
     """Raise this program's flag at every peer and wait until every peer has raised its own here. A peer may already be
-    one call ahead, so "at least" is what is waited for (in wrapping arithmetic)."""
+    one call ahead, so this call's value or the next one's is waited for; "at least" would in time take a flag that was
+    last raised half a wrap ago for a new one."""
     lanes = tl.arange(0, WORLD)
     theirs = tl.load(peers_ptr + lanes).to(tl.pointer_type(tl.int32)) + flags + pid * WORLD + rank
     here = peer(peers_ptr, rank) + flags + pid * WORLD + lanes
     tl.debug_barrier()  # all of the program's stores come before the release
     tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + value, sem="release", scope="sys")
     seen = tl.load(here, volatile=True)
-    while tl.sum((seen - value < 0).to(tl.int32), axis=0) > 0:
+    while tl.sum((((seen - value) & -5) != 0).to(tl.int32), axis=0) > 0:  # neither this call's flag nor the next's
         seen = tl.load(here, volatile=True)
     tl.atomic_add(here, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
@@ -48,7 +49,7 @@ def _barrier_kernel(
     epoch = tl.load(state_ptr + pid)
     stage = stages
     if ROTATE:
-        stage += (epoch % 2) * stage_words
+        stage += ((epoch >> 2) & 1) * stage_words
     stage = tl.multiple_of(stage, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
@@ -60,7 +61,7 @@ def _barrier_kernel(
         words = tl.load(as_words(x_ptr) + row * ROW_WORDS + at, mask=at < ROW_WORDS, other=0)
         tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         row += programs
-    _meet(peers_ptr, flags, pid, rank, epoch + 1, WORLD)
+    _meet(peers_ptr, flags, pid, rank, count_of(epoch) + 4, WORLD)
     residual_row = residual_ptr
     row = pid
     while row < rows:
@@ -84,7 +85,7 @@ def _barrier_kernel(
         )  # fmt: skip
         row += programs
     if not ROTATE:
-        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch + 1, WORLD)
+        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, count_of(epoch) + 4, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 

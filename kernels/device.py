@@ -183,8 +183,23 @@ def pack(elements, like_ptr):
 
 
 @triton.jit
+def slot_of(epoch):
+    """Which of the three slots this call uses: the epoch's low two bits."""
+    return epoch & 3
+
+
+@triton.jit
+def count_of(epoch):
+    """The number of this call, times 4, in wrapping 32-bit arithmetic: the epoch's high 30 bits."""
+    return epoch & -4
+
+
+@triton.jit
 def advance_epoch(state_ptr, epoch, pid, programs, CHANNELS: tl.constexpr):
-    """Add one to every channel's epoch, each written by one program and read by the next kernel: all channels always
-    agree, whatever the grid of a call, with no atomic and no last program to wait for."""
+    """The next epoch into every channel, each written by one program and read by the next kernel: all channels always
+    agree, whatever the grid of a call, with no atomic and no last program to wait for. The slot is kept beside the
+    count because 3 does not divide the 2^30 calls after which the count starts again."""
     channel = tl.arange(0, CHANNELS) * programs + pid
-    tl.store(state_ptr + channel, tl.zeros([CHANNELS], tl.int32) + epoch + 1, mask=channel < CHANNELS)
+    slot = slot_of(epoch) + 1
+    after = count_of(epoch) + 4 + tl.where(slot == 3, 0, slot)
+    tl.store(state_ptr + channel, tl.zeros([CHANNELS], tl.int32) + after, mask=channel < CHANNELS)

@@ -108,6 +108,12 @@ def _no_more(warps: int, op: Operands, split: int) -> int:
     return min(warps, _one_shot.default_warps(op, split))
 
 
+@lru_cache(maxsize=4096)
+def choose(device: str, world: int, hidden: int, itemsize: int, rows: int) -> Entry:
+    """`default_table().choose(...)`, looked up once for each size."""
+    return default_table().choose(device, world, hidden, itemsize, rows)
+
+
 @lru_cache
 def default_table() -> Table:
     """The table of this process: the file that TPFUSE_DISPATCH_TABLE names, else the shipped one."""

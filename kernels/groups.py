@@ -134,11 +134,18 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
     workspace, refusal = _meet(group, group_name, device, max(slot_bytes, DEFAULT_SLOT_BYTES))
     outgrown = [*known.outgrown, known.workspace] if known is not None and known.workspace is not None else []
     if known is None:
-        weakref.finalize(group, WORKSPACE_REGISTRY.pop, group_name, None)
+        weakref.finalize(group, _forget, group_name, weakref.ref(group)).atexit = False
     WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal, outgrown)
     if refusal:
         log.info("group %s: %s", group_name, refusal)
     return workspace
+
+
+def _forget(group_name: str, group: Any) -> None:
+    """The group is gone; a younger one may have taken its name."""
+    known = WORKSPACE_REGISTRY.get(group_name)
+    if known is not None and known.group == group:
+        del WORKSPACE_REGISTRY[group_name]
 
 
 def _gather(group: Any, value: Any) -> list[Any]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from .add_norm import NORMS
 from .compat import INTERPRETED, next_power_of_2, tl, triton
-from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer
+from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer, slot_of
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, receive_sum
-from .workspace import CHANNELS, MAX_SPLIT, SLOTS, Workspace
+from .workspace import CHANNELS, MAX_SPLIT, Workspace
 
-_SLOTS = tl.constexpr(SLOTS)
 _CHANNELS = tl.constexpr(CHANNELS)
 
 
@@ -71,7 +70,7 @@ def _one_shot_kernel(
     row = pid // SPLIT
     step = programs // SPLIT
     epoch = tl.load(state_ptr + pid)
-    slot = tl.multiple_of((epoch % _SLOTS) * slot_words, 4)
+    slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     at = tl.arange(0, W)
     x_part = as_words(x_ptr) + part * PW
     out = slot + rank * rows * ROW_WORDS + part * PW

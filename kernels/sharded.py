@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from .add_norm import AddNormOut
 from .compat import tl, triton
-from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer
+from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer, slot_of
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, clear_one, receive, receive_sum
-from .workspace import CHANNELS, SLOTS, Workspace
+from .workspace import CHANNELS, Workspace
 
-_SLOTS = tl.constexpr(SLOTS)
 _CHANNELS = tl.constexpr(CHANNELS)
 
 
@@ -30,7 +29,7 @@ def _sharded_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
-    slot = tl.multiple_of((epoch % _SLOTS) * slot_words, 4)
+    slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
     mask = cols < H

@@ -20,15 +20,15 @@ from .device import (
     load_row,
     pack,
     peer,
+    slot_of,
     unpack,
 )
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear_one, receive, receive_block
-from .workspace import CHANNELS, SLOTS, Workspace
+from .workspace import CHANNELS, Workspace
 
 _SENTINEL = tl.constexpr(SENTINEL)
-_SLOTS = tl.constexpr(SLOTS)
 _CHANNELS = tl.constexpr(CHANNELS)
 
 
@@ -98,7 +98,7 @@ def _two_shot_kernel(
     CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
-    slot = tl.multiple_of((epoch % _SLOTS) * slot_words, 4)
+    slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     totals = slot + rows * ROW_WORDS  # the second part of the slot: whole rows of sums
     x_words = as_words(x_ptr)
     bases = tl.load(peers_ptr + tl.arange(0, WORLD)).to(tl.pointer_type(tl.int32))

@@ -6,7 +6,7 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
     2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel)
 
-`state` is the owner's alone: CHANNELS epochs (always equal to each other), then two sets of inboxes through which the
+`state` is the owner's alone: CHANNELS epochs (always equal to each other; slot in the low two bits, count above), then two sets of inboxes through which the
 programs of one row talk to each other. At rest every word of slots and inboxes holds SENTINEL.
 
 The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import OpError
 from .device import SENTINEL
 
 SLOTS = 3
@@ -81,6 +82,8 @@ def from_buffers(
     """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer. `peers`: int64
     [world] memory to keep them in, else allocated."""
     world = len(addresses)
+    if buffer_words(slot_words, world) >= 1 << 31:
+        raise OpError(f"a workspace of {4 * buffer_words(slot_words, world):,} bytes is more than kernels address")
     listed = torch.tensor(list(addresses), dtype=torch.int64)
     peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
     stage = stage_words_of(slot_words, world)

@@ -2,6 +2,8 @@
 
     own rows of one dp replica of all_reduce(whole, x)  =  all_reduce(attention, reduce_scatter(dp, x))
 
+With one rank in the attention group the reduce-scatter alone is left.
+
 The ranks of the whole group are laid out dp slowest: whole = dp x attention. Selecting rows is linear, so a bias added
 in between is added afterwards.
 """
@@ -21,11 +23,10 @@ from .sums import Term, decompose
 
 @dataclass(frozen=True)
 class Factored:
-    """One all-reduce that was paid in factors: the old collective's name, and the new all-reduce."""
+    """One all-reduce that was paid in factors: the old collective's name, and the last of the new collectives."""
 
     name: str
-    all_reduce: fx.Node
-    reduce_scatter: fx.Node
+    last: fx.Node
 
 
 def factor_sums(graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str]) -> list[Factored]:
@@ -73,9 +74,11 @@ def _factor(
         scattered = insert_call(
             graph, c10d.reduce_scatter_tensor.default, (partial, "sum", parts, dp), like=collective.node
         )
-        waited = insert_call(graph, ops.WAIT, (scattered,), like=collective.node)
-        reduced = insert_call(graph, c10d.all_reduce.default, (waited, "sum", attention), like=collective.node)
-        out = insert_call(graph, ops.WAIT, (reduced,), like=collective.node)
+        out = insert_call(graph, ops.WAIT, (scattered,), like=collective.node)
+        last = scattered
+        if attention:
+            last = insert_call(graph, c10d.all_reduce.default, (out, "sum", attention), like=collective.node)
+            out = insert_call(graph, ops.WAIT, (last,), like=collective.node)
         for vector in vectors:
             leaf = vector.leaf
             if vector.scale != 1.0:
@@ -91,7 +94,7 @@ def _factor(
         if dead.users:
             raise RuntimeError(f"{dead} is still read after its sum was factored")
         graph.erase_node(dead)
-    return Factored(collective.node.name, reduced, scattered)
+    return Factored(collective.node.name, last)
 
 
 def _factors(
@@ -99,14 +102,14 @@ def _factors(
 ) -> tuple[str, str] | None:
     """The names of the dp and the attention group whose product the collective's group is, seen from `rank`."""
     whole = collective.ranks
-    if len(whole) % parts or len(whole) == parts:
+    if len(whole) % parts:
         return None
     attn = len(whole) // parts
     own_dp, own_attn = divmod(whole.index(rank), attn)
     dp, attention = whole[own_attn::attn], whole[own_dp * attn : (own_dp + 1) * attn]
-    if own_dp != index or dp not in names or attention not in names:
+    if own_dp != index or dp not in names or (attn > 1 and attention not in names):
         return None
-    return names[dp], names[attention]
+    return names[dp], names[attention] if attn > 1 else ""
 
 
 def _flat_size(node: fx.Node) -> object:

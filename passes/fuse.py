@@ -74,7 +74,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     names = [collective.node.name for collective in recognition.collectives]
 
     changed = copy.deepcopy(graph)
-    moved = _relayout(changed, resolve, options) if not recognition.backward else Moved()
+    moved = _relayout(changed, resolve, options, inference=not recognition.backward)
     # Recognising the copy again costs less than carrying every node over by hand, and the layouts may have changed.
     decisions = plan(recognise(changed, resolve), options.rewrites)
     boundaries = _after(before, names, moved, decisions)
@@ -87,11 +87,12 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     return changed, Report(boundaries, len(recognition.norms), _communicating(changed))
 
 
-def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> Moved:
+def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
     rank = own_rank()
     if rank is None:
         return Moved()
-    return relayout(graph, resolve, rank, names_of_groups(), options.residual, options.rows, options.rewrites)
+    names = names_of_groups()
+    return relayout(graph, resolve, rank, names, options.residual, options.rows, options.rewrites, inference)
 
 
 def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: Decisions) -> list[Boundary]:

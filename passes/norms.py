@@ -265,9 +265,18 @@ def _scaled_by(inverse: fx.Node, centred: fx.Node, divides: bool) -> fx.Node | N
             other = left if right is factor else right
             if divides and right is not factor:
                 continue
-            if isinstance(other, fx.Node) and strip(other, _TRANSPARENT) is root:
+            if isinstance(other, fx.Node) and _same_value(strip(other, _TRANSPARENT), root):
                 return user
     return None
+
+
+def _same_value(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are one, or the same subtraction written twice (Cohere centres once for each use)."""
+    if a is b:
+        return True
+    if not (is_call(a, ops.SUBS) and is_call(b, ops.SUBS)) or a.target is not b.target or a.kwargs != b.kwargs:
+        return False
+    return all(strip(x, _TRANSPARENT) is strip(y, _TRANSPARENT) for x, y in zip(a.args, b.args, strict=True))
 
 
 def _with_affine(norm: Norm) -> Norm:

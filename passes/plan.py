@@ -18,6 +18,7 @@ REWRITES = (
     "share_attention_group",
     "scatter_dense",
     "gather_full_tp",
+    "reduce_scatter_norm",
 )
 
 

@@ -2,7 +2,8 @@
 
 A stage that changes its layout is built anew beside the old one; readers are moved over one by one, each to the layout
 it wants, and a gather or a cut is added only where somebody wants the other layout. What is left of the old stage is
-erased, its collectives explicitly. Only for graphs without a backward pass: saved statistics have no second layout.
+erased, its collectives explicitly. Layouts change only in graphs without a backward pass, whose saved values would
+need a second layout too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .collectives import Collective, ResolveGroup, is_collective
 from .factor import Factored, factor_sums
 from .graph import argument, fake_result, insert_call, is_call, same_shape, same_size, value
 from .layouts import FULL, NOMINAL_ROWS, SCATTERED, Sizes, Stage, choose
-from .rewrite import region_between
+from .rewrite import region_between, sizes_of
 from .stream import StreamStage, divides, find_streams, moves_rows
 
 aten, c10d = ops.aten, ops.c10d
@@ -39,23 +40,29 @@ class Moved:
 def relayout(
     graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str], residual: str, rows: int | None,
     rewrites: tuple[str, ...],
+    inference: bool,
 ) -> Moved:
-    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use."""
+    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use.
+
+    In a joint graph of training only sums are factored: no gradient reads a sum or its rows.
+    """
     moved = Moved()
     if not moves_rows(graph):
         return moved
     if "gather_full_tp" in rewrites:
         for factored in factor_sums(graph, resolve, rank, names):
             _note_factored(moved, factored)
-    for ranks, stages in find_streams(graph, resolve, rank).items():
+    streams = find_streams(graph, resolve, rank) if inference else {}
+    for ranks, stages in streams.items():
         layouts = _layouts(graph, stages, ranks, residual, rows)
         layouts = [_allowed(stage, layout, rewrites) for stage, layout in zip(stages, layouts, strict=True)]
-        _Builder(graph, stages, layouts, names, ranks, rank, moved).build()
+        fuse_scattered = "reduce_scatter_norm" in rewrites
+        _Builder(graph, stages, layouts, names, ranks, rank, moved, fuse_scattered).build()
     return moved
 
 
 def _note_factored(moved: Moved, factored: Factored) -> None:
-    moved.stands_for[factored.all_reduce.name] = factored.name
+    moved.stands_for[factored.last.name] = factored.name
     reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
     moved.verdicts[factored.name] = ("gather_full_tp", False, reason)
 
@@ -63,7 +70,7 @@ def _note_factored(moved: Moved, factored: Factored) -> None:
 def _allowed(stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
     """The layout, or the one the stage is written in where the rewrite to change it is switched off."""
     own = SCATTERED if stage.scattered_form else FULL
-    if layout == own:
+    if layout == own or (stage.scattered_form and not stage.clonable):
         return own
     rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
     return layout if rewrite in rewrites else own
@@ -107,7 +114,9 @@ class _Builder:
         ranks: tuple[int, ...],
         rank: int,
         moved: Moved,
+        fuse_scattered: bool,
     ):
+        self.fuse_scattered = fuse_scattered
         self.graph, self.stages, self.layouts, self.moved = graph, stages, layouts, moved
         self.names, self.ranks, self.group = names, ranks, names[ranks]
         self.parts, self.index = len(ranks), ranks.index(rank)
@@ -125,6 +134,8 @@ class _Builder:
                 self._scatter(stage)
             elif changes:
                 self._replicate(stage)
+            elif stage.scattered_form and self.fuse_scattered:
+                self._fuse_scattered(stage)
         self._hand_out_hidden()
         self._erase()
 
@@ -243,6 +254,48 @@ class _Builder:
                 copied.meta["val"] = fake_result(copied)
                 known[node] = copied
         return known[out]
+
+    # -- scattered form, kept -----------------------------------------------------------------------------------------
+
+    def _fuse_scattered(self, stage: StreamStage) -> None:
+        """Reduce-scatter, addition and norm in one operation; the layout stays."""
+        norm, addend, graph = stage.norm, stage.addend, self.graph
+        hidden = stage.hidden
+        residuals = [t for t in stage.total.replicated if value(t.leaf).dim() > 1]
+        if not divides(self.parts, value(addend.source).shape[0]) or value(addend.source).dim() != 2:
+            return
+        if any(not same_shape(t.leaf, hidden) or t.views for t in residuals) or not same_shape(norm.output, hidden):
+            return
+        if not residuals and value(hidden).dim() != 2:
+            return
+        with graph.inserting_after(norm.output):
+            place = graph.call_function(_here)
+        with graph.inserting_before(place):
+            vector = residual = None
+            for term in stage.total.replicated:
+                if value(term.leaf).dim() == 1:
+                    vector = self._added(vector, self._scaled(term.leaf, term.scale))
+                else:
+                    residual = self._added(residual, term.leaf)
+            sizes = None
+            if residual is not None and value(hidden).dim() != 2:
+                sizes = sizes_of(graph, residual)
+                residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
+            op = torch.ops.tpfuse.reduce_scatter_norm.default
+            results = self._norm_op(stage, op, addend.source, residual, vector, self.group)
+            if sizes is not None:
+                results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
+            y, h = results
+            chain = region_between(norm.output, {hidden})
+            norm.output.replace_all_uses_with(y, propagate_meta=False)
+            for reader in [user for user in hidden.users if user not in chain]:
+                reader.replace_input_with(hidden, h)
+        graph.erase_node(place)
+        self.replaced |= {addend.collective.node, addend.collective.wait}
+        name = addend.collective.node.name
+        original = self.moved.stands_for.get(name, name)
+        rewrite = "reduce_scatter_norm" if original == name else "gather_full_tp"
+        self.moved.verdicts[original] = (rewrite, True, "")
 
     # -- one layout from the other ------------------------------------------------------------------------------------
 

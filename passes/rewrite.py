@@ -189,7 +189,7 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
         node = term.leaf
         if term.joins is not None and not same_shape(node, term.joins):
             # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
-            sizes = _sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
+            sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
         residual = _added(graph, residual, _scaled(graph, _replay_views(graph, term.views, node), term.scale))
     return vector, residual
@@ -287,7 +287,7 @@ def _hand_out(
         for old, new in statistics:
             if old is not None and old.users:
                 if chain:
-                    sizes = [*_sizes_of(graph, normed)[:-1], 1]
+                    sizes = [*sizes_of(graph, normed)[:-1], 1]
                     new = insert_call(graph, aten.reshape.default, (new, sizes), like=old)
                 old.replace_all_uses_with(_cast_like(graph, new, old), propagate_meta=False)
 
@@ -311,10 +311,10 @@ def _cast_like(graph: fx.Graph, node: fx.Node, old: fx.Node) -> fx.Node:
 def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     if same_shape(node, like):
         return node
-    return insert_call(graph, aten.reshape.default, (node, _sizes_of(graph, like)), like=like)
+    return insert_call(graph, aten.reshape.default, (node, sizes_of(graph, like)), like=like)
 
 
-def _sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
+def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
     """The sizes of `node`, with a node of its own for each symbolic one."""
     return [
         size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, (node, dim), like=node)

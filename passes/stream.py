@@ -60,6 +60,12 @@ class StreamStage:
     def scattered_form(self) -> bool:
         return self.addend.kind == "scattered"
 
+    @property
+    def clonable(self) -> bool:
+        """Whether the steps can be repeated on other rows: views have their sizes written into them."""
+        chain = self.total.interior | region_between(self.norm.output, {self.hidden})
+        return not any(is_call(node, ops.VIEWS) for node in chain)
+
 
 def calls(node: object, name: str) -> bool:
     """Whether `node` calls the operator called `name`."""
@@ -144,9 +150,6 @@ def _fits(norm: Norm, hidden: fx.Node, total: Sum, addend: Addend, previous: int
     if any(user not in inside for node in inside if node is not hidden for user in node.users):
         return False
     if addend.kind == "gathered" and previous is None:
-        return False
-    chain = inside | region_between(norm.output, {hidden})
-    if addend.kind == "scattered" and any(is_call(node, ops.VIEWS) for node in chain):
         return False
     if any(term.scale != 1.0 for term in total.replicated if value(term.leaf).dim() > 1):
         return False

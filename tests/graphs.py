@@ -79,12 +79,18 @@ def relative_error(got: Sequence[Tensor], reference: Sequence[Tensor]) -> list[f
     ]
 
 
+#: c10d's own names, as a substring, and the word for each.
+_C10D_NAMES = {"allreduce": "all_reduce", "reduce_scatter": "reduce_scatter", "allgather": "all_gather"}
+
+
 def executed_collectives(fn: Callable[..., Any], *args: Any) -> Counter:
-    """Which collectives a call really performs, by c10d's own names (`allreduce_`, `_allgather_base_`, ...).
+    """Which collectives a call really performs.
 
     Counted by the profiler below all wrappers, so that a collective nobody reads is seen as well.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fn(*args)
-    names = (event.name for event in profile.events())
-    return Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::") and "barrier" not in name)
+    names = [e.name.removeprefix("c10d::") for e in profile.events() if e.name.startswith("c10d::")]
+    return Counter(
+        next((word for part, word in _C10D_NAMES.items() if part in name), name) for name in names if "barrier" not in name
+    )

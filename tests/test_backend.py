@@ -53,7 +53,7 @@ def test_every_boundary_of_a_stack_is_fused(inner, dynamic):
     assert [b.fused for b in last().boundaries] == [True] * 4
     assert last().boundaries[0].module == "layers.0"
     with torch.no_grad():
-        assert executed_collectives(fn, x) == {"allreduce_": 4}
+        assert executed_collectives(fn, x) == {"all_reduce": 4}
 
 
 @pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])

@@ -11,8 +11,12 @@ from .errors import (
     TPFuseError,
 )
 from .explain import explain, fuse_graph
+from .parallelize import parallelize
 from .policy import SharingPolicy
 from .report import Boundary, Report, reports
+from .roles import attention, dense_mlp, moe, share_tp_group
+from .rows import rows
+from .state import full_state_dict, load_full_state_dict
 
 __version__ = "0.1.0"
 
@@ -27,8 +31,16 @@ __all__ = [
     "Report",
     "SharingPolicy",
     "TPFuseError",
+    "attention",
+    "dense_mlp",
     "explain",
+    "full_state_dict",
     "fuse_graph",
+    "load_full_state_dict",
+    "moe",
     "ops",
+    "parallelize",
     "reports",
+    "rows",
+    "share_tp_group",
 ]

@@ -81,6 +81,17 @@ def check(report: Report, options: Options) -> None:
 CustomGraphPass = private.custom_graph_pass()
 
 
+def pass_options(options: Options) -> PassOptions:
+    """What of the backend's options concerns the pass."""
+    policy = options.policy
+    return PassOptions(
+        rewrites=options.rewrites,
+        strict=options.strict,
+        residual=policy.residual if policy is not None else "auto",
+        rows=policy.max_rows if policy is not None else None,
+    )
+
+
 class FusionPass(CustomGraphPass):
     """The pass as Inductor calls it. `before` is the user's own pass at the same stage, run first."""
 
@@ -94,9 +105,7 @@ class FusionPass(CustomGraphPass):
         owner = graph.owning_module
         for user_pass in self.before:
             user_pass(owner.graph)
-        outcome = fuse(
-            owner.graph, resolve_group, PassOptions(rewrites=self.options.rewrites, strict=self.options.strict)
-        )
+        outcome = fuse(owner.graph, resolve_group, pass_options(self.options))
         if outcome.graph is not owner.graph:
             owner.graph = outcome.graph
         self.reports.append(outcome.report)

@@ -8,6 +8,7 @@ process computes the same model in float64 and says how far both are from it.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import queue
 import sys
@@ -93,12 +94,15 @@ def _rank_main(rank: int, setup: Setup, folder: str, families: list[str], result
         if rank == 0:
             results.put((rank, "", text))
 
+    faulthandler.enable()
     try:
         _quiet()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK="0" if setup.shared else str(rank))
         torch.set_num_threads(max(1, (os.cpu_count() or WORLD) // WORLD))
         if setup.device == "cuda":
             torch.cuda.set_device(0 if setup.shared else rank)
+            if setup.shared:
+                demo_models.repair_gloo_all_gather()
         dist.init_process_group(setup.backend, init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
         for name in families:
             results.put((rank, name, _run_model(setup, FAMILIES[name], folder, say)))
@@ -115,7 +119,7 @@ def _run_model(setup: Setup, family: Family, folder: str, report: Callable[[str]
         report(f"{family.title}: {text}")
 
     say(f'loading with tp_plan="auto" on {WORLD} ranks')
-    model = demo_models.load_sharded(os.path.join(folder, family.name)).eval()
+    model = demo_models.load_sharded(os.path.join(folder, family.name))
     ids = demo_models.token_ids().to(setup.device)
 
     def run(call: Callable[..., Any]) -> torch.Tensor:
@@ -130,7 +134,7 @@ def _run_model(setup: Setup, family: Family, folder: str, report: Callable[[str]
     torch.compiler.reset()
     seen = len(tpfuse.reports())
     start = time.monotonic()
-    compiled = torch.compile(model, backend=_backend(), options={"inner": setup.inner, "strict": True})
+    compiled = torch.compile(model, backend=_backend(), options={"inner": setup.inner})
     run(compiled)
     seconds = time.monotonic() - start
     say(f"compiled in {seconds:.1f} s; running it again and counting collectives")
@@ -293,12 +297,15 @@ def _table(report: Report) -> str:
 
 def _check(family: Family, results: list[Result], fused: int, feeding: int, errors: dict[str, float]) -> None:
     first = results[0]
+    if len(first.reports) > 1:
+        raise DemoError(f"{family.title}: graph breaks cut the model into {len(first.reports)} graphs")
     expected = sum(report.collectives_after for report in first.reports)
     ran = sum(count for kind, count in first.ours.items() if kind != "fused")
     if ran != expected:
         raise DemoError(f"{family.title}: {ran} collectives ran, but the report says that {expected} are left")
-    if fused < family.must_fuse:
-        raise DemoError(f"{family.title}: {fused} all-reduces fused, but {family.must_fuse} of {feeding} can be")
+    if fused < max(family.must_fuse, feeding - family.may_miss):
+        wanted = max(family.must_fuse, feeding - family.may_miss)
+        raise DemoError(f"{family.title}: {fused} of {feeding} all-reduces before a norm fused, expected {wanted}")
     if any((result.our_logits != first.our_logits).any() for result in results):
         raise DemoError(f"{family.title}: the ranks disagree about the logits")
     allowed = ERROR_FACTOR * errors["eager"] + ROUNDING

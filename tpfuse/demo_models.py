@@ -25,12 +25,16 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A model of the demo. `must_fuse`: how many all-reduces must be fused, or the demo fails."""
+    """A model of the demo. It fails when fewer than `must_fuse` all-reduces are fused, or more than `may_miss` are not.
+
+    How many there are depends on the version of transformers: older ones do not shard the embedding.
+    """
 
     name: str
     title: str
     config_class: str
     must_fuse: int
+    may_miss: int = 0
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
@@ -57,9 +61,9 @@ _DEEPSEEK = {
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", "Llama, 2 layers", "LlamaConfig", 5),
-        Family("qwen3", "Qwen3, 2 layers", "Qwen3Config", 5, {"head_dim": 16}),
-        Family("deepseek_v3", "DeepSeek-V3, 1 dense + 1 MoE layer", "DeepseekV3Config", 2, _DEEPSEEK),
+        Family("llama", "Llama, 2 layers", "LlamaConfig", 4),
+        Family("qwen3", "Qwen3, 2 layers", "Qwen3Config", 4, sizes={"head_dim": 16}),
+        Family("deepseek_v3", "DeepSeek-V3, 1 dense + 1 MoE layer", "DeepseekV3Config", 1, 2, _DEEPSEEK),
     )
 }
 
@@ -106,10 +110,36 @@ def _compute_in_own_dtype(norm: Any) -> None:
 
 
 def load_sharded(folder: str) -> Any:
-    """This rank's part of the model, cut as its own tensor-parallel plan says."""
+    """This rank's part of the model, cut as its own tensor-parallel plan says, for inference."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=DTYPE)
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=DTYPE).eval()
+    for module in model.modules():
+        # Some versions of transformers hang hooks for training on q/k norms, and Dynamo breaks the graph at each.
+        module._backward_hooks.clear()
+    return model
+
+
+def repair_gloo_all_gather() -> None:
+    """Gloo's functional all-gather dies on CUDA tensors (torch 2.11); its other all-gather works, so take that one.
+
+    For the demo on one shared GPU only. lm_head's logits go this way.
+    """
+    import torch.distributed as dist
+
+    from ._torch_private import process_group
+
+    def all_gather(x: torch.Tensor, group_size: int, group_name: str) -> torch.Tensor:
+        gathered = x.new_empty((x.shape[0] * group_size, *x.shape[1:]))
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=process_group(group_name))
+        return gathered
+
+    _LIBRARIES.append(torch.library.Library("_c10d_functional", "IMPL"))
+    _LIBRARIES[-1].impl("all_gather_into_tensor", all_gather, "CUDA")
+
+
+#: Libraries take their operators back when they go.
+_LIBRARIES: list[torch.library.Library] = []
 
 
 def why_inductor_cannot_compile_for_cpu() -> str:

@@ -223,7 +223,8 @@ def _add_norm(
     return [tensor for tensor in outputs if tensor is not None]
 
 
-def _fake_outputs(x: Tensor, shape: tuple, options: dict[str, Any]) -> list[Tensor]:
+def _fake_outputs(x: Tensor, operands: tuple, shape: tuple, options: dict[str, Any]) -> list[Tensor]:
+    exact = any(t is not None and t.dtype == torch.float64 for t in (x, *operands[:-1]))
     outputs = [x.new_empty(shape, dtype=options["out_dtype"])]
     if options["hidden_dtype"] is not None:
         outputs.append(x.new_empty(shape, dtype=options["hidden_dtype"]))
@@ -231,7 +232,8 @@ def _fake_outputs(x: Tensor, shape: tuple, options: dict[str, Any]) -> list[Tens
         outputs.append(x.new_empty(shape))
     if options["stats"]:
         count = 2 if options["norm"] == "layer_norm" else 1
-        outputs += [x.new_empty((*shape[:-1], 1), dtype=torch.float32) for _ in range(count)]
+        dtype = torch.float64 if exact else torch.float32
+        outputs += [x.new_empty((*shape[:-1], 1), dtype=dtype) for _ in range(count)]
     return outputs
 
 
@@ -242,7 +244,7 @@ def _define(name: str, pay: Any, shape_of: Any) -> None:
         return _add_norm(pay(x, options["group_name"]), *operands, **options)
 
     def fake(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        return _fake_outputs(x, shape_of(x, options["group_name"]), options)
+        return _fake_outputs(x, operands, shape_of(x, options["group_name"]), options)
 
     _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

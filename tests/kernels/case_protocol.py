@@ -17,6 +17,7 @@ from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.operands import Operands
 from tpfuse.kernels.sharded import chunk_of, sharded
 from tpfuse.kernels.two_shot import two_shot
+from tpfuse.kernels.workspace import CHANNELS
 
 from .protocol import Seat, run
 
@@ -161,12 +162,25 @@ def test_two_calls_without_rows_beside_a_late_rank() -> None:
 
 def count_epochs(seat: Seat, calls: list[Call]) -> int:
     play(seat, calls)
-    return int(seat.ws.state[0])
+    return int(seat.ws.state[0]) >> 2
 
 
 def test_a_call_without_rows_leaves_the_epoch_alone() -> None:
     calls = [Call(kernel, rows=0) for kernel in ("one_shot", "two_shot", "barrier")]
     assert run(2, count_epochs, [*calls, Call(rows=1)]) == [[1], [1]]
+
+
+def play_late(seat: Seat, calls: list[Call], epoch: int) -> list[Any]:
+    """As if a great many calls had been made."""
+    seat.ws.state[:CHANNELS] = epoch
+    return play(seat, calls)
+
+
+@pytest.mark.parametrize("epoch", [0x7FFFFFFC - 8 + 1, -4 * 3 + 2])  # the count's sign flips; it starts again from 0
+def test_epochs_wrap(epoch: int) -> None:
+    pick = random.Random(epoch)
+    kernels = [pick.choice(["one_shot", "two_shot", "barrier", "barrier_twice"]) for _ in range(10)]
+    equal_on_all_ranks(run(2, play_late, [Call(k, 1 + n % 6, seed=n) for n, k in enumerate(kernels)], epoch))
 
 
 def play_split(seat: Seat, calls: list[Call], split: int) -> list[Any]:

@@ -81,6 +81,13 @@ def layer_written_out(x, weight, bias):
     return (weight.to(h.dtype) * h).to(x.dtype)
 
 
+def layer_centred_twice(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = h.mean(-1, keepdim=True)
+    variance = (h - mean).pow(2).mean(-1, keepdim=True)
+    return (weight.to(h.dtype) * ((h - mean) * torch.rsqrt(variance + EPS))).to(x.dtype)
+
+
 def layer_with_variance(x, weight, bias):
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     h = (h - h.mean(-1, keepdim=True)) * torch.rsqrt(h.var(-1, keepdim=True, unbiased=False) + EPS)

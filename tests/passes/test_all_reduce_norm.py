@@ -128,8 +128,8 @@ def test_the_fused_graph_executes_one_all_reduce(four_ranks):
     partials, *rest = inputs(0, torch.float32)
     before = trace(boundary(spellings.rms_llama), partials[0], *rest)
     after, _ = fused(before)
-    assert executed_collectives(before, partials[0], *rest) == {"allreduce_": 1}
-    assert executed_collectives(after, partials[0], *rest) == {"allreduce_": 1}
+    assert executed_collectives(before, partials[0], *rest) == {"all_reduce": 1}
+    assert executed_collectives(after, partials[0], *rest) == {"all_reduce": 1}
     assert not [n for n in after.graph.nodes if "c10d" in str(n.target)]
 
 
@@ -160,7 +160,7 @@ def test_a_chain_of_layers_fuses_every_boundary(four_ranks):
     assert len(report.fused) == 4 and report.collectives_after == 4
     expected, got = (on_ranks(gm, 4, partials, *rest)[2] for gm in (before, after))
     torch.testing.assert_close(got, expected)
-    assert executed_collectives(after, partials[0], *rest) == {"allreduce_": 4}
+    assert executed_collectives(after, partials[0], *rest) == {"all_reduce": 4}
 
 
 def test_zero_rows(four_ranks):
