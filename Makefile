@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 # Processes that run tests side by side; 0 for one after the other.
-JOBS ?= 0
+JOBS ?= 2
 
 ifeq ($(strip $(VENV)),)
 RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
