@@ -10,7 +10,18 @@ from __future__ import annotations
 
 from .add_norm import AddNormOut
 from .compat import tl, triton
-from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, pack, peer, slot_of
+from .device import (
+    advance_epoch,
+    as_words,
+    finish_row,
+    load_eps,
+    load_row,
+    load_words,
+    other_ranks,
+    pack,
+    peer,
+    slot_of,
+)
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, clear_one, receive, receive_sum

@@ -6,8 +6,9 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
     2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel)
 
-`state` is the owner's alone: CHANNELS epochs (always equal to each other; slot in the low two bits, count above), then two sets of inboxes through which the
-programs of one row talk to each other. At rest every word of slots and inboxes holds SENTINEL.
+`state` is the owner's alone: CHANNELS epochs (always equal to each other; the slot in the low two bits, the count of
+calls above), then two sets of inboxes through which the programs of one row talk to each other. At rest every word of
+slots and inboxes holds SENTINEL.
 
 The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of
 several ranks that live on a single device, or on CPU tensors in shared memory. docs/kernels.md has the protocol.
