@@ -29,3 +29,7 @@ class FusionError(TPFuseError):
 
 class PlanMismatchError(TPFuseError):
     """The ranks of one group compiled different plans for the same boundary."""
+
+
+class PeerTimeoutError(TPFuseError, TimeoutError):
+    """A rank waited longer than allowed for a peer of its group; names group, rank, boundary and epoch."""
