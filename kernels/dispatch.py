@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from dataclasses_json import DataClassJsonMixin
-
 from ..errors import OptionError
+from ..strict_json import StrictJson, check_integer, show
 from . import barrier as _barrier
 from . import one_shot as _one_shot
 from . import two_shot as _two_shot
@@ -25,10 +24,13 @@ from .workspace import Workspace
 KERNELS = ("one_shot", "two_shot", "barrier", "functional")
 SOURCES = ("measured", "derived", "published")
 TABLE_VARIABLE = "TPFUSE_DISPATCH_TABLE"
+#: The least and the most that the numbers of an entry may be.
+_LEAST = {"world": 1, "hidden": 1, "rows": 0, "split": 1, "warps": 0, "registers": 0}
+MAX_SIZE = 1 << 40
 
 
 @dataclass(frozen=True)
-class Entry(DataClassJsonMixin):
+class Entry(StrictJson):
     """Up to `rows` rows of `hidden` 16-bit elements (a float32 row counts as one twice as wide) run `kernel`.
 
     `split`, `warps`, `registers`: how, as the kernel's function takes them. `source`: "measured" (on virtual ranks or
@@ -47,14 +49,16 @@ class Entry(DataClassJsonMixin):
     source: str = "measured"
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS or self.source not in SOURCES:
-            raise OptionError(
-                f"dispatch table entry {self}: kernel must be one of {KERNELS} and source one of {SOURCES}"
-            )
+        for name, least in _LEAST.items():
+            check_integer(f"Entry.{name}", getattr(self, name), least, MAX_SIZE, OptionError)
+        for name, allowed in (("kernel", KERNELS), ("source", SOURCES)):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise OptionError(f"Entry.{name}={show(given)}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
-class Table(DataClassJsonMixin):
+class Table(StrictJson):
     """Entries in any order. `digest` is what ranks compare."""
 
     entries: list[Entry] = field(default_factory=list)
@@ -123,6 +127,6 @@ def default_table() -> Table:
     if not path:
         return SHIPPED
     try:
-        return Table.from_json(Path(path).read_text())
-    except (OSError, KeyError, ValueError) as error:
+        return Table.from_json(Path(path).read_bytes())
+    except (OSError, OptionError) as error:
         raise OptionError(f"{TABLE_VARIABLE}={path} is no dispatch table: {error}") from error

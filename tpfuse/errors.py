@@ -8,7 +8,8 @@ class TPFuseError(Exception):
 
 
 class OptionError(TPFuseError, ValueError):
-    """An option of the backend has an unknown name or a value that is not allowed."""
+    """An option of the backend, or a field of a table or report read from JSON, is unknown or has a value that is not
+    allowed."""
 
 
 class PolicyError(TPFuseError, ValueError):

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
-from dataclasses_json import DataClassJsonMixin
-
-from tpfuse.errors import PolicyError
+from .errors import PolicyError
+from .strict_json import StrictJson, check_integer, show
 
 Residual = Literal["replicated", "scattered", "auto"]
 
@@ -24,9 +22,6 @@ RESIDUALS = ("replicated", "scattered", "auto")
 # No machine has more ranks than this, and no batch more rows; a larger number is a typing error, not a wish.
 MAX_RANKS = 1 << 20
 MAX_ROWS = 1 << 40
-# A policy nests two levels deep ({"overrides": {...}}).
-MAX_JSON_DEPTH = 8
-MAX_JSON_DIGITS = 18
 
 
 class FrozenDict(dict):
@@ -48,7 +43,7 @@ class FrozenDict(dict):
 
 
 @dataclass(frozen=True)
-class SharingPolicy(DataClassJsonMixin):
+class SharingPolicy(StrictJson):
     """Over how many ranks each kind of layer is sharded.
 
     Args:
@@ -65,8 +60,11 @@ class SharingPolicy(DataClassJsonMixin):
             differ and are not announced with `tpfuse.rows`. None: no padding.
 
     Raises:
-        PolicyError: for a value of the wrong type, or sizes that cannot work together.
+        PolicyError: for a value of the wrong type, or sizes that cannot work together; and, from `from_json` and
+            `from_dict`, for unknown, missing or repeated fields and for text that is not JSON.
     """
+
+    json_error: ClassVar = PolicyError
 
     tp_size: int
     dp_size: int = 1
@@ -76,8 +74,8 @@ class SharingPolicy(DataClassJsonMixin):
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("tp_size", self.tp_size, MAX_RANKS)
-        _check_int("dp_size", self.dp_size, MAX_RANKS)
+        self._check_int("tp_size", self.tp_size, MAX_RANKS)
+        self._check_int("dp_size", self.dp_size, MAX_RANKS)
         if self.tp_size % self.dp_size:
             raise PolicyError(
                 f"SharingPolicy.dp_size={self.dp_size} does not divide tp_size={self.tp_size}; "
@@ -86,25 +84,28 @@ class SharingPolicy(DataClassJsonMixin):
         self._check_dense_size("moe_dense_tp_size", self.moe_dense_tp_size)
         if not isinstance(self.overrides, Mapping):
             raise PolicyError(
-                f"SharingPolicy.overrides={_show(self.overrides)} is a {type(self.overrides).__name__}; "
+                f"SharingPolicy.overrides={show(self.overrides)} is a {type(self.overrides).__name__}; "
                 "allowed: a mapping from module-name globs to sizes"
             )
         for pattern, size in self.overrides.items():
             if not isinstance(pattern, str) or not pattern:
                 raise PolicyError(
-                    f"SharingPolicy.overrides has the key {_show(pattern)}; allowed: a non-empty module-name glob"
+                    f"SharingPolicy.overrides has the key {show(pattern)}; allowed: a non-empty module-name glob"
                 )
             self._check_dense_size(f"overrides[{pattern!r}]", size)
         object.__setattr__(self, "overrides", FrozenDict(self.overrides))
         if not isinstance(self.residual, str) or self.residual not in RESIDUALS:
-            raise PolicyError(f"SharingPolicy.residual={_show(self.residual)}; allowed: {', '.join(RESIDUALS)}")
+            raise PolicyError(f"SharingPolicy.residual={show(self.residual)}; allowed: {', '.join(RESIDUALS)}")
         if self.max_rows is not None:
-            _check_int("max_rows", self.max_rows, MAX_ROWS)
+            self._check_int("max_rows", self.max_rows, MAX_ROWS)
+
+    def _check_int(self, name: str, size: Any, most: int, also: str = "") -> None:
+        check_integer(f"SharingPolicy.{name}", size, 1, most, PolicyError, also)
 
     def _check_dense_size(self, name: str, size: Any) -> None:
         if size is None:
             return
-        _check_int(name, size, MAX_RANKS, also="None")
+        self._check_int(name, size, MAX_RANKS, also="None")
         allowed = sorted({1, self.attn_tp_size, self.tp_size})
         if size not in allowed:
             raise PolicyError(
@@ -135,98 +136,3 @@ class SharingPolicy(DataClassJsonMixin):
         """The fields as plain Python values."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**plain, "overrides": dict(self.overrides)}
-
-    @classmethod
-    def from_dict(cls, kvs: Any, *, infer_missing: bool = False) -> SharingPolicy:
-        """The policy with these fields.
-
-        Raises:
-            PolicyError: for an unknown or missing field, or any value the constructor refuses.
-        """
-        if isinstance(kvs, cls):
-            return kvs
-        if not isinstance(kvs, Mapping):
-            raise PolicyError(f"a SharingPolicy is read from an object with fields, not from {_show(kvs)}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in kvs:
-            if name not in known:
-                raise PolicyError(f"unknown field {_show(name)} of SharingPolicy; allowed: {', '.join(known)}")
-        if "tp_size" not in kvs:
-            raise PolicyError("the field 'tp_size' of SharingPolicy is missing")
-        return cls(**kvs)
-
-    @classmethod
-    def from_json(
-        cls, s: str | bytes | bytearray, *, parse_float=None, parse_int=None, parse_constant=None,
-        infer_missing: bool = False, **kw: Any,
-    ) -> SharingPolicy:  # fmt: skip
-        """The policy written by `to_json`.
-
-        Raises:
-            PolicyError: for text that is not JSON, and as `from_dict`; the message names the field.
-        """
-        try:
-            text = s.decode() if isinstance(s, (bytes, bytearray)) else s
-            _check_depth(text)
-            fields = json.loads(text, parse_int=_bounded_int, object_pairs_hook=_unique)
-        except PolicyError:
-            raise
-        except (ValueError, TypeError, AttributeError) as error:
-            raise PolicyError(f"SharingPolicy.from_json: not a JSON text: {error}") from None
-        return cls.from_dict(fields)
-
-
-class _Huge(float):
-    """A number with more digits than any field may have; no field accepts it, so its field's check names it."""
-
-    def __repr__(self) -> str:
-        return "a number of too many digits"
-
-
-def _bounded_int(digits: str) -> int | _Huge:
-    # Python refuses to convert some thousands of digits, and takes quadratic time below that.
-    return int(digits) if len(digits) <= MAX_JSON_DIGITS else _Huge()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in out:
-            raise PolicyError(f"the field {_show(name)} is given twice in SharingPolicy's JSON")
-        out[name] = value
-    return out
-
-
-def _check_depth(text: str) -> None:
-    """Refuses deep nesting before the JSON parser meets it, naming the top-level field that holds it."""
-    depth, start, inside, escaped, name = 0, 0, False, False, ""
-    for at, char in enumerate(text):
-        if inside:
-            if escaped or char == "\\":
-                escaped = not escaped
-            elif char == '"':
-                inside = False
-                name = text[start:at] if depth == 1 else name
-        elif char == '"':
-            inside, start = True, at + 1
-        elif char in "[{":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise PolicyError(f"the field {_show(name)} of SharingPolicy nests deeper than {MAX_JSON_DEPTH} levels")
-        elif char in "]}":
-            depth -= 1
-
-
-def _check_int(name: str, value: Any, most: int, also: str = "") -> None:
-    allowed = f"allowed: {also + ' or ' if also else ''}an integer from 1 to {most}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PolicyError(f"SharingPolicy.{name}={_show(value)} is a {type(value).__name__}; {allowed}")
-    if not 1 <= value <= most:
-        raise PolicyError(f"SharingPolicy.{name}={_show(value)}; {allowed}")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, int) and not -(10**MAX_JSON_DIGITS) < value < 10**MAX_JSON_DIGITS:
-        return "a number of too many digits"  # repr() of a huge int raises
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 
-from dataclasses_json import DataClassJsonMixin
+from .strict_json import StrictJson
 
 
 @dataclass(frozen=True)
-class Boundary(DataClassJsonMixin):
+class Boundary(StrictJson):
     """The verdict on one collective.
 
     kind: "attention→dense_mlp", "dense_mlp→attention", "embedding→attention", "...→final_norm" and so on, or "unknown".
@@ -37,7 +37,7 @@ class Boundary(DataClassJsonMixin):
 
 
 @dataclass(frozen=True)
-class Report(DataClassJsonMixin):
+class Report(StrictJson):
     """All verdicts on one graph, in graph order.
 
     norms: how many norms the graph has. notes: sentences about the whole graph (a graph break, an internal error).

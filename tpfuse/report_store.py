@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ._torch_private import inductor_cache_dir
+from .errors import OptionError
 from .report import Report
 
 
@@ -69,8 +70,8 @@ def load(name: str | None) -> Report | None:
     if name is None:
         return None
     try:
-        return Report.from_json(_path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Report.from_json(_path(name).read_bytes())
+    except (OSError, OptionError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from tpfuse.collectives import all_gather
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallelize import Parallelized, sum_gradients
 from tpfuse.sharding import Cut
+from tpfuse.strict_json import parse
 
 # Reads `name` whole, or a part of it: (dim, start, stop).
 Reader = Callable[[str, tuple[int, int, int] | None], Tensor]
@@ -211,8 +211,12 @@ def _files(path: Path) -> list[str]:
         return [str(path)]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
+        fields = parse(index.read_bytes(), str(index), PlanError)
+        shards = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise PlanError(f"{index} has no 'weight_map' from weight names to file names")
+        names = sorted(set(shards.values()))
+        if any(Path(name).name != name or name == ".." for name in names):
             raise PlanError(f"{index} names files outside of its folder: {_some(names)}")
         return [str(path / name) for name in names]
     found = sorted(str(p) for p in path.glob("*.safetensors"))
