@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_private import process_group
-from .add_norm import AddNormOut
+from .._torch_private import process_group, resolve_group_name
+from ..errors import OpError
+from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
 from .dispatch import bind, choose
 from .groups import why_not, workspace_of
 from .operands import Operands
@@ -44,7 +45,8 @@ def all_reduce_add_norm(
     x, residual: [..., H], the same shape on every rank of the group; H a multiple of 8 up to 16384; float16, bfloat16
     or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
     symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
-    neither. `batch_invariant`: a row's result does not depend on how many rows there are.
+    neither. Without rows nobody is waited for and nothing is touched. `batch_invariant`: a row's result does not depend
+    on how many rows there are.
     """
     if not x.is_cuda:
         return None
@@ -52,6 +54,9 @@ def all_reduce_add_norm(
                   want_sum, stats)  # fmt: skip
     if not op.supported():
         return None
+    if op.rows == 0:
+        out = empty_outputs(x, norm, out_dtype, residual_dtype, stats)
+        return out, torch.empty_like(x, memory_format=torch.contiguous_format) if want_sum else None
     ws = workspace_of(group_name, x.device)
     if ws is None:
         return None
@@ -62,11 +67,43 @@ def all_reduce_add_norm(
 
 
 def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -> bool:
-    """Set up the workspace of `group` now (collective), large enough for `max_rows` rows in one shot, so that no later
-    call allocates. `group`: a ProcessGroup or its name. False where `why_not` has a reason."""
-    name = group if isinstance(group, str) else group.group_name
-    members = process_group(name)
-    if members is None or why_not(name, "cuda", hidden):
+    """Set up the workspace of `group` now, so that no later call of up to `max_rows` rows in one shot allocates.
+
+    Collective: every rank of the group calls it, with the same arguments, outside CUDA-graph capture. Optional: without
+    it a group's first fused call does the same with 16 MB slots. Calling it again with a larger size makes the
+    workspace grow; a smaller size changes nothing.
+
+    Args:
+        group: a ProcessGroup, a group's name, a 1-D DeviceMesh, or (mesh, dim).
+        max_rows: the most rows (tokens) of one call, at least 1.
+        hidden: elements a row, at least 1.
+        dtype: torch.bfloat16, torch.float16 or torch.float32.
+
+    Returns: whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence) they
+        take the functional path, and nothing needs to be set up.
+
+    Raises:
+        OpError: an argument that is not allowed, a group that is not known on this rank, or a call inside capture.
+    """
+    for name, given in (("max_rows", max_rows), ("hidden", hidden)):
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise OpError(f"init_workspace: {name}={given!r}; allowed: an integer of at least 1")
+    if dtype not in KERNEL_DTYPES:
+        raise OpError(f"init_workspace: dtype={dtype!r}; allowed: {', '.join(map(str, KERNEL_DTYPES))}")
+    try:
+        group_name = resolve_group_name(group)
+    except Exception as error:
+        raise OpError(
+            f"init_workspace: group={group!r} is no group on this rank; allowed: a ProcessGroup, a group's name, a 1-D "
+            f"DeviceMesh or (mesh, dim) ({error})"
+        ) from error
+    members = process_group(group_name)
+    if members is None:
+        raise OpError(f"init_workspace: group={group!r}: no process group is named {group_name!r} on this rank")
+    if not torch.cuda.is_available() or why_not(group_name, "cuda", hidden, dtype):
         return False
+    if torch.cuda.is_current_stream_capturing():
+        raise OpError("init_workspace: called inside CUDA-graph capture; allowed: before it, since it allocates")
     need = members.size() * max_rows * hidden * dtype.itemsize
-    return workspace_of(name, torch.device("cuda", torch.cuda.current_device()), need) is not None
+    ws = workspace_of(group_name, torch.device("cuda", torch.cuda.current_device()), need)
+    return ws is not None and ws.slot_words * 4 >= need

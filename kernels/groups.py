@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .._torch_private import process_group
+from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .dispatch import default_table
 from .workspace import DEFAULT_SLOT_BYTES, STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
@@ -41,7 +42,9 @@ class Member:
 WORKSPACE_REGISTRY: dict[str, Member] = {}
 
 
-def why_not(group_name: str, device: torch.device | str, hidden: int | None = None) -> str:
+def why_not(
+    group_name: str, device: torch.device | str, hidden: int | None = None, dtype: torch.dtype | None = None
+) -> str:
     """One sentence saying why calls of this group cannot use the symmetric-memory kernels; empty when, for all that can
     be known without communicating, they can. Callable on one rank alone; once the group has made a call, the answer is
     what its ranks found out."""
@@ -50,8 +53,10 @@ def why_not(group_name: str, device: torch.device | str, hidden: int | None = No
         return "Triton is not installed, so all-reduce and norm run as separate operations."
     if device.type != "cuda":
         return f"Tensors are on {device.type}; the symmetric-memory kernels need NVIDIA GPUs with peer access."
-    if hidden is not None and (hidden % 8 or hidden > 16384):
-        return f"Hidden size {hidden} is not a multiple of 8 up to 16384, which the symmetric-memory kernels need."
+    if hidden is not None and (hidden % 8 or not 0 < hidden <= MAX_HIDDEN):
+        return f"Hidden size {hidden} is not a multiple of 8 up to {MAX_HIDDEN}, as the symmetric-memory kernels need."
+    if dtype is not None and dtype not in KERNEL_DTYPES:
+        return f"The dtype is {dtype}; the symmetric-memory kernels take bfloat16, float16 and float32."
     group = process_group(group_name)
     if group is None:
         return f"No process group is named {group_name!r} in this process."
@@ -132,13 +137,16 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
         log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
         return known.workspace if known is not None else None
     workspace, refusal = _meet(group, group_name, device, max(slot_bytes, DEFAULT_SLOT_BYTES))
-    outgrown = [*known.outgrown, known.workspace] if known is not None and known.workspace is not None else []
-    if known is None:
-        weakref.finalize(group, _forget, group_name, weakref.ref(group)).atexit = False
-    WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal, outgrown)
     if refusal:
         log.info("group %s: %s", group_name, refusal)
-    return workspace
+    if known is None:
+        weakref.finalize(group, _forget, group_name, weakref.ref(group)).atexit = False
+        WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal)
+    elif workspace is not None:
+        # Captured graphs may address the old one. (Where there is no memory for a larger one, it stays in use.)
+        known.outgrown.append(known.workspace)
+        known.workspace = workspace
+    return WORKSPACE_REGISTRY[group_name].workspace
 
 
 def _forget(group_name: str, group: Any) -> None:

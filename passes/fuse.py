@@ -19,6 +19,7 @@ from .plan import REWRITES, Decisions, plan
 from .recognise import recognise
 from .relayout import Moved, relayout
 from .rewrite import apply, restore_order
+from .runs import NO_KERNEL, how_it_runs
 from .stream import calls
 from .verdicts import verdicts
 
@@ -98,7 +99,7 @@ def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, infe
 def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: Decisions) -> list[Boundary]:
     """The verdicts on the original collectives, once layouts were changed and boundaries fused."""
     fused = {
-        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): chosen.rewrite
+        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): chosen
         for chosen in decisions.plans
         for owed in chosen.paid
     }
@@ -109,11 +110,12 @@ def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: De
     boundaries = []
     for boundary, name in zip(before, names, strict=True):
         rewrite, done, reason = moved.verdicts.get(name, (None, False, boundary.reason))
+        runs = NO_KERNEL if done else ""
         if name in fused:
-            rewrite, done, reason = rewrite or fused[name], True, ""
+            rewrite, done, reason, runs = rewrite or fused[name].rewrite, True, "", how_it_runs(fused[name])
         elif not done and rewrite is None:
             reason = refused.get(name, reason) or "its boundary was laid out anew, and no norm follows it any more"
-        boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason))
+        boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason, runs=runs))
     return boundaries
 
 

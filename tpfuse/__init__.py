@@ -12,6 +12,7 @@ from .errors import (
     TPFuseError,
 )
 from .explain import explain, fuse_graph
+from .kernels.all_reduce import init_workspace
 from .parallelize import parallelize
 from .policy import SharingPolicy
 from .report import Boundary, Report, reports
@@ -38,6 +39,7 @@ __all__ = [
     "explain",
     "full_state_dict",
     "fuse_graph",
+    "init_workspace",
     "load_full_state_dict",
     "moe",
     "ops",

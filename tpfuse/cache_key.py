@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ._torch_private import all_group_members
+from .kernels.all_reduce import why_not
 from .options import Options
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -29,6 +30,7 @@ def cache_key(options: Options) -> bytes:
         "triton": _triton_version(),
         "world": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         "groups": sorted(all_group_members().items()),
+        "runs": _how_groups_communicate(),
         "device": _device(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).digest()
@@ -59,6 +61,11 @@ def _source_digest(stamp: tuple[tuple[str, int, int], ...]) -> str:
         path = Path(name)
         digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _how_groups_communicate() -> list[tuple[str, str]]:
+    """What the report's word on symmetric memory depends on, for it is kept with the compiled graph."""
+    return [(name, why_not(name, "cuda")) for name in sorted(all_group_members())]
 
 
 def _device() -> str:

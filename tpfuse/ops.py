@@ -18,6 +18,9 @@ Three operators with the same arguments hold every variant; the passes insert th
     tpfuse::reduce_scatter_norm   s = this rank's share of the rows of that sum: ceil(rows / n) of them, the last ranks'
                                   padded with zero rows; residual and results have the share's shape, [share, H]
     tpfuse::rows_norm             s = x, nothing is communicated
+
+On GPUs with peer access the first of them is one kernel (docs/kernels.md). Where that cannot be, and for the other two,
+it is a functional collective and the local kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from torch import Tensor
 
 from ._torch_private import group_size, register_local_tensor_rule, resolve_group_name
 from .errors import OpError
-from .kernels.add_norm import add_norm
+from .kernels.add_norm import AddNormOut, add_norm
+from .kernels.all_reduce import all_reduce_add_norm
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _ARGUMENTS = (
@@ -203,7 +207,6 @@ def _add_norm(
     stats: bool,
     group_name: str,
 ) -> list[Tensor]:
-    """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm)]."""
     out = add_norm(
         total,
         residual,
@@ -219,8 +222,34 @@ def _add_norm(
         residual_dtype=hidden_dtype,
         stats=stats,
     )
-    outputs = [out.y, out.residual_out, total if want_sum else None, out.mean, out.rstd]
-    return [tensor for tensor in outputs if tensor is not None]
+    return _outputs(out, total if want_sum else None)
+
+
+def _outputs(out: AddNormOut, total: Tensor | None) -> list[Tensor]:
+    """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm)]."""
+    return [tensor for tensor in (out.y, out.residual_out, total, out.mean, out.rstd) if tensor is not None]
+
+
+def _in_one_kernel(
+    x: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps_tensor: Tensor | None,
+    *,
+    eps: float,
+    hidden_dtype: torch.dtype | None,
+    **options: Any,
+) -> list[Tensor] | None:
+    """The outputs of `_add_norm` by a symmetric-memory kernel; None, on all ranks alike, where there is none."""
+    eps_given = eps if eps_tensor is None else eps_tensor
+    done = all_reduce_add_norm(x, residual, pre_bias, weight, bias, eps_given, residual_dtype=hidden_dtype, **options)
+    return None if done is None else _outputs(*done)
+
+
+def _never(*_: Any, **__: Any) -> None:
+    return None
 
 
 def _fake_outputs(x: Tensor, operands: tuple, shape: tuple, options: dict[str, Any]) -> list[Tensor]:
@@ -237,11 +266,16 @@ def _fake_outputs(x: Tensor, operands: tuple, shape: tuple, options: dict[str, A
     return outputs
 
 
-def _define(name: str, pay: Any, shape_of: Any) -> None:
-    """Define the operator `name`, which pays the sum by `pay` and then adds and normalises."""
+def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> None:
+    """Define the operator `name`, which pays the sum by `pay` and then adds and normalises, unless `in_one_kernel` does
+    all of it."""
+
+    def functional(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
+        return _add_norm(pay(x, options["group_name"]), *operands, **options)
 
     def run(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        return _add_norm(pay(x, options["group_name"]), *operands, **options)
+        done = in_one_kernel(x, *operands, **options)
+        return functional(x, *operands, **options) if done is None else done
 
     def fake(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
         return _fake_outputs(x, operands, shape_of(x, options["group_name"]), options)
@@ -249,10 +283,10 @@ def _define(name: str, pay: Any, shape_of: Any) -> None:
     _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
-    register_local_tensor_rule(f"tpfuse::{name}", run)
+    register_local_tensor_rule(f"tpfuse::{name}", functional)
 
 
-_define("all_reduce_norm", _all_reduced, _same_shape)
+_define("all_reduce_norm", _all_reduced, _same_shape, _in_one_kernel)
 _define("reduce_scatter_norm", _own_share, _own_share_shape)
 _define("rows_norm", _unchanged, _same_shape)
 

@@ -22,6 +22,8 @@ class Boundary(StrictJson):
     reason: empty when fused; otherwise one sentence a user can act on.
     direction: "forward" or "backward".
     feeds_norm: whether a norm reads the result with only row-wise arithmetic in between (what `strict` asks about).
+    runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
+        kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Boundary(StrictJson):
     reason: str = ""
     direction: str = "forward"
     feeds_norm: bool = False
+    runs: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Report(StrictJson):
         from rich.table import Table
 
         table = Table(title=self.summary(), title_justify="left", title_style="bold", expand=False)
-        for column in ("#", "kind", "module", "collective", "ranks", "norm", "fused by", "reason"):
+        for column in ("#", "kind", "module", "collective", "ranks", "norm", "fused by", "runs", "reason"):
             table.add_column(column, overflow="fold")
         for index, boundary in enumerate(self.boundaries):
             collective = boundary.collective + (" (backward)" if boundary.direction == "backward" else "")
@@ -88,11 +91,14 @@ class Report(StrictJson):
                 _ranks(boundary.group),
                 boundary.norm or "-",
                 boundary.rewrite or "not fused",
+                boundary.runs.partition(":")[0] or "-",
                 boundary.reason,
             )
         out = io.StringIO()
         console = Console(file=out, width=160, color_system=None)
         console.print(table if self.boundaries else self.summary())
+        for why in dict.fromkeys(boundary.runs for boundary in self.boundaries if ":" in boundary.runs):
+            console.print(why)
         for note in self.notes:
             console.print(f"note: {note}")
         return out.getvalue().rstrip()

@@ -1,0 +1,103 @@
+"""Workspaces of process groups: one each, grown together, gone with the group. Rendezvous itself needs GPUs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.graphs import fake_world
+from tpfuse.kernels import groups
+from tpfuse.kernels.groups import WORKSPACE_REGISTRY, judge, why_not, workspace_of
+from tpfuse.kernels.workspace import virtual_ranks
+
+CPU = torch.device("cpu")
+FACTS = {
+    "host": "a", "boot": "1", "device": "H", "uuid": "0", "multiprocessors": 132, "capability": (9, 0), "torch": "2",
+    "table": "t", "slot_bytes": 1024, "overlap": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def meetings(monkeypatch):
+    """Ranks always agree on a workspace of the size asked for, unless told to refuse; the sizes asked for."""
+    asked: list[int] = []
+
+    def meet(group, group_name, device, slot_bytes):
+        asked.append(slot_bytes)
+        refusal = "No memory is left." if slot_bytes > 1 << 20 else ""
+        return (None if refusal else virtual_ranks(2, "cpu", 4, slot_bytes)[0]), refusal
+
+    monkeypatch.setattr(groups, "_meet", meet)
+    monkeypatch.setattr(groups, "_static_refusal", lambda group: "")
+    monkeypatch.setattr(groups, "DEFAULT_SLOT_BYTES", 1 << 12)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return asked
+
+
+def test_the_first_call_of_a_group_sets_up_and_later_ones_reuse(four_ranks, meetings):
+    first = workspace_of("0", CPU)
+    assert workspace_of("0", CPU) is first and meetings == [1 << 12]
+    pair = dist.new_group([0, 1])
+    assert workspace_of(pair.group_name, CPU) is not first and len(meetings) == 2
+
+
+def test_growth_keeps_the_old_workspace_for_graphs_that_address_it(four_ranks, meetings):
+    small = workspace_of("0", CPU)
+    large = workspace_of("0", CPU, 1 << 16)
+    assert large.slot_words * 4 == 1 << 16 and workspace_of("0", CPU, 1 << 13) is large
+    assert WORKSPACE_REGISTRY["0"].outgrown == [small]
+
+
+def test_growth_that_fails_leaves_the_workspace_in_use(four_ranks, meetings):
+    small = workspace_of("0", CPU)
+    assert workspace_of("0", CPU, 1 << 21) is small
+    assert why_not("0", "cuda") == "" and workspace_of("0", CPU) is small
+
+
+def test_nothing_is_allocated_inside_capture(four_ranks, meetings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert workspace_of("0", CPU) is None and not meetings
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    small = workspace_of("0", CPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert workspace_of("0", CPU, 1 << 16) is small  # it does not grow there either
+
+
+def test_a_workspace_goes_with_its_group_and_a_new_group_of_that_name_gets_its_own(meetings):
+    with fake_world(2):
+        first = workspace_of("0", CPU)
+        assert set(WORKSPACE_REGISTRY) == {"0"}
+    gc.collect()
+    assert not WORKSPACE_REGISTRY
+    with fake_world(2):
+        assert workspace_of("0", CPU) is not first
+
+
+def test_ranks_conclude_from_facts_alone():
+    def verdict(**changes):
+        return judge([FACTS, {**FACTS, "uuid": "1", **changes}])
+
+    assert verdict() == ""
+    assert "spans several hosts (a, b)" in verdict(host="b")
+    assert "differ in table" in verdict(table="u")
+    assert "differ in slot_bytes" in verdict(slot_bytes=2048)
+    assert "share one GPU" in verdict(uuid="0")
+    assert "older" in judge([{**FACTS, "capability": (7, 5)}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("0", "cpu"), "Tensors are on cpu"),
+        (("0", "cuda", 12), "Hidden size 12 is not a multiple of 8"),
+        (("0", "cuda", 16, torch.float64), "The dtype is torch.float64"),
+        (("nobody", "cuda", 16), "No process group is named 'nobody'"),
+        (("0", "cuda", 16), "The group communicates through fake"),
+    ],
+)
+def test_why_not_answers_on_one_rank_alone(four_ranks, arguments, reason):
+    pytest.importorskip("triton")
+    assert reason in why_not(*arguments)
