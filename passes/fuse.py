@@ -15,6 +15,7 @@ from tpfuse.report import Boundary, Report
 
 from .collectives import ResolveGroup, find_collectives, is_collective
 from .groups import names_of_groups, own_rank
+from .merge import merge_all_reduces
 from .plan import REWRITES, Decisions, plan
 from .recognise import recognise
 from .relayout import Moved, relayout
@@ -81,8 +82,10 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     boundaries = _after(before, names, moved, decisions)
     for chosen in decisions.plans:
         apply(changed, chosen)
-    if not decisions.plans and not moved.verdicts:
-        return graph, Report(before, len(recognition.norms), len(before))
+    merged = _merge(changed, resolve, options) if recognition.backward else {}
+    boundaries = _with_merges(boundaries, names, merged)
+    if not decisions.plans and not moved.verdicts and "" not in merged.values():
+        return graph, Report(boundaries, len(recognition.norms), len(boundaries))
     restore_order(changed)
     changed.lint()
     return changed, Report(boundaries, len(recognition.norms), _communicating(changed))
@@ -117,6 +120,20 @@ def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: De
             reason = refused.get(name, reason) or "its boundary was laid out anew, and no norm follows it any more"
         boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason, runs=runs))
     return boundaries
+
+
+def _merge(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> dict[str, str]:
+    return merge_all_reduces(graph, resolve) if "merge_all_reduces" in options.rewrites else {}
+
+
+def _with_merges(boundaries: list[Boundary], names: list[str], merged: dict[str, str]) -> list[Boundary]:
+    """The verdicts once the backward pass's all-reduces were merged; `merged`: name -> '' or why not."""
+    return [
+        replace(boundary, fused=True, rewrite="merge_all_reduces", reason="")
+        if merged.get(name) == ""
+        else replace(boundary, reason=merged.get(name, boundary.reason))
+        for boundary, name in zip(boundaries, names, strict=True)
+    ]
 
 
 def _communicating(graph: fx.Graph) -> int:

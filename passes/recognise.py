@@ -61,7 +61,7 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     collectives = find_collectives(graph, resolve)
     norms = find_norms(graph) if collectives else []
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
-    writes = _writes(graph) if collectives else []
+    writes = find_writes(graph) if collectives else []
     sites: list[Site] = []
     taken: set[fx.Node] = set()
     fixed: set[fx.Node] = set()
@@ -91,7 +91,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 # -- one site ---------------------------------------------------------------------------------------------------------
 
 
-def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writes: list[_Write]) -> Site | None:
+def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writes: list[Write]) -> Site | None:
     hidden = hidden_of(norm, set(owed))
     total = decompose(hidden, set(owed), fixed)
     if not total.owed or hidden in fixed:
@@ -213,14 +213,15 @@ def site_problem(site: Site, total: Sum) -> str:
 
 
 @dataclass(frozen=True)
-class _Write:
+class Write:
     """An operator that writes in place, and the storages it writes to."""
 
     node: fx.Node
     storages: frozenset[int]
 
 
-def _writes(graph: fx.Graph) -> list[_Write]:
+def find_writes(graph: fx.Graph) -> list[Write]:
+    """Every node that writes in place."""
     found = []
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -235,28 +236,29 @@ def _writes(graph: fx.Graph) -> list[_Write]:
         ]
         written += [node.kwargs[a.name] for a in schema.arguments if a.name in node.kwargs and a.alias_info is not None]
         storages = frozenset(s for argument in written for s in _storages(argument))
-        found.append(_Write(node, storages))
+        found.append(Write(node, storages))
     return found
 
 
 def _storages(argument: object) -> list[int]:
     nodes = argument if isinstance(argument, (list, tuple)) else [argument]
-    return [_storage(node) for node in nodes if value(node) is not None]
+    return [storage(node) for node in nodes if value(node) is not None]
 
 
-def _storage(node: fx.Node) -> int:
+def storage(node: fx.Node) -> int:
+    """The address of the (fake) storage `node`'s value lies in."""
     val = value(node)
     return val.untyped_storage()._cdata
 
 
-def _write_problem(site: Site, total: Sum, writes: list[_Write]) -> str:
+def _write_problem(site: Site, total: Sum, writes: list[Write]) -> str:
     """Fusing moves reads later; a write in between to anything that is read would change the result."""
     if not writes:
         return ""
     read = [owed.collective.input for owed in site.owed] + [owed.collective.result for owed in site.owed]
     read += [term.leaf for term in total.replicated] + [site.hidden, site.norm.output]
     read += [node for node in (site.norm.weight, site.norm.bias, site.residual_after) if node is not None]
-    storages = {_storage(node) for node in read if value(node) is not None}
+    storages = {storage(node) for node in read if value(node) is not None}
     first = min(owed.collective.node for owed in site.owed)
     last = max([site.norm.output, *([site.add_after] if site.add_after is not None else [])])
     for write in writes:
@@ -265,4 +267,4 @@ def _write_problem(site: Site, total: Sum, writes: list[_Write]) -> str:
     return ""
 
 
-__all__ = ["Owed", "Recognition", "Site", "backward_nodes", "recognise"]
+__all__ = ["Owed", "Recognition", "Site", "Write", "backward_nodes", "find_writes", "recognise", "storage"]

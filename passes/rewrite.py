@@ -167,7 +167,7 @@ def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Col
     partial = None
     for term in total.owed:
         collective = waits[term.leaf]
-        node = _replay_views(graph, term.views, collective.input)
+        node = replay_views(graph, term.views, collective.input)
         factor = term.scale / scale
         if collective.reduce_op.lower() == "avg":
             factor /= len(collective.ranks)
@@ -191,7 +191,7 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
             # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
             sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
-        residual = _added(graph, residual, _scaled(graph, _replay_views(graph, term.views, node), term.scale))
+        residual = _added(graph, residual, _scaled(graph, replay_views(graph, term.views, node), term.scale))
     return vector, residual
 
 
@@ -199,7 +199,7 @@ def _partial_shaped_like(node: fx.Node, waits: dict[fx.Node, Collective]) -> fx.
     return next((c.input for c in waits.values() if same_shape(c.input, node)), None)
 
 
-def _replay_views(graph: fx.Graph, views: Sequence[fx.Node], node: fx.Node) -> fx.Node:
+def replay_views(graph: fx.Graph, views: Sequence[fx.Node], node: fx.Node) -> fx.Node:
     """Repeat `views` on `node`, one after the other."""
     for view in views:
         args = (node, *view.args[1:])
@@ -272,7 +272,7 @@ def _hand_out(
         return node
 
     chain = _view_chain(norm.source, hidden)
-    normed = _replay_views(graph, chain, next_output())
+    normed = replay_views(graph, chain, next_output())
     out.replace_all_uses_with(_cast_like(graph, normed, out), propagate_meta=False)
     if wanted.hidden:
         hidden.replace_all_uses_with(next_output(), propagate_meta=False)

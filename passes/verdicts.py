@@ -99,7 +99,7 @@ def _reason(collective: Collective, refused: str, reached: _Reached, backward: b
     if refused:
         return refused
     if backward:
-        return "it belongs to the backward pass, where no norm follows it"
+        return "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
     if collective.kind != "all_reduce":
         return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
     if reached.norm is not None:
