@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_private import process_group, resolve_group_name
+from .._torch_private import process_group
 from ..errors import OpError
+from ..groups import group_name_of
 from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
 from .dispatch import bind, choose
 from .groups import why_not, workspace_of
@@ -90,13 +91,7 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -
             raise OpError(f"init_workspace: {name}={given!r}; allowed: an integer of at least 1")
     if dtype not in KERNEL_DTYPES:
         raise OpError(f"init_workspace: dtype={dtype!r}; allowed: {', '.join(map(str, KERNEL_DTYPES))}")
-    try:
-        group_name = resolve_group_name(group)
-    except Exception as error:
-        raise OpError(
-            f"init_workspace: group={group!r} is no group on this rank; allowed: a ProcessGroup, a group's name, a 1-D "
-            f"DeviceMesh or (mesh, dim) ({error})"
-        ) from error
+    group_name = group_name_of(group)
     members = process_group(group_name)
     if members is None:
         raise OpError(f"init_workspace: group={group!r}: no process group is named {group_name!r} on this rank")

@@ -15,16 +15,6 @@ import torch.distributed as dist
 from torch import fx
 
 
-def resolve_group_name(group: Any) -> str:
-    """The registered name of `group`: a ProcessGroup, a name, a 1-D DeviceMesh or (mesh, dim).
-
-    If `_resolve_group_name` goes: build it from `ProcessGroup.group_name` and `DeviceMesh.get_group`.
-    """
-    from torch.distributed import _functional_collectives as funcol
-
-    return funcol._resolve_group_name(group)
-
-
 def process_group(name: str) -> dist.ProcessGroup | None:
     """The process group registered under `name` on this rank, or None.
 

@@ -1,14 +1,34 @@
-"""The three process groups of a policy, from the device mesh it is used with."""
+"""Process groups: the name of one a user passes, and the three of a policy, from the device mesh it is used with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpfuse.errors import PolicyError
+from tpfuse.errors import OpError, PolicyError
 from tpfuse.policy import SharingPolicy
+
+
+def group_name_of(group: Any) -> str:
+    """The registered name of `group`: a ProcessGroup, a name, a 1-D DeviceMesh or (mesh, dim). Dynamo traces through it.
+
+    Raises OpError for anything else. A name is not looked up here: the operator that is given it does so.
+    """
+    if isinstance(group, str):
+        return group
+    if isinstance(group, dist.ProcessGroup):
+        return group.group_name
+    if isinstance(group, DeviceMesh) and group.ndim == 1:
+        return group.get_group().group_name
+    if isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], DeviceMesh):
+        return group[0].get_group(group[1]).group_name
+    raise OpError(
+        f"group={group!r} is no group on this rank; allowed: a ProcessGroup, a group's name, a 1-D DeviceMesh or "
+        "(mesh, dim)"
+    )
 
 
 @dataclass(frozen=True)

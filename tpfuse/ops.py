@@ -31,8 +31,9 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ._torch_private import group_size, register_local_tensor_rule, resolve_group_name
+from ._torch_private import group_size, register_local_tensor_rule
 from .errors import OpError
+from .groups import group_name_of
 from .kernels.add_norm import AddNormOut, add_norm
 from .kernels.all_reduce import all_reduce_add_norm
 
@@ -125,19 +126,9 @@ def _call(
         hidden_dtype=x.dtype,
         want_sum=False,
         stats=True,
-        group_name=_group_name(group),
+        group_name=group_name_of(group),
     )
     return outputs[0], outputs[1]
-
-
-def _group_name(group: Any) -> str:
-    try:
-        return resolve_group_name(group)
-    except Exception as error:
-        raise OpError(
-            f"group={group!r} is no group on this rank; pass a ProcessGroup, a group's name, a 1-D DeviceMesh or "
-            f"(mesh, dim) ({error})"
-        ) from error
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: Any) -> None:
