@@ -36,6 +36,12 @@ VIEWS = {
     aten.flatten.using_ints,
 }
 
+#: The views among them that may put elements into another order.
+REORDERINGS = {aten.permute.default, aten.transpose.int, aten.t.default}
+
+#: Choose some of the elements and keep them as they are. The tensor is the first argument.
+SELECTIONS = {aten.slice.Tensor, aten.select.int}
+
 #: Change the dtype only.
 CASTS = {
     prims.convert_element_type.default,

@@ -51,7 +51,7 @@ def _factor(
     """Rewrite one `cut_rows(path(wait(all_reduce(x))) + bias...)`, if it is one."""
     source, parts, index = cut.args
     total = decompose(source, set(collectives), set())
-    if len(total.owed) != 1:
+    if len(total.owed) != 1 or not total.plain:
         return None
     (term,) = total.owed
     collective = collectives[term.leaf]
@@ -124,10 +124,9 @@ def _flat_size(node: fx.Node) -> object:
 
 def _is_flat_path(term: Term) -> bool:
     """Whether the views on the way only regroup the leading dimensions, so that rows keep their order."""
-    reordering = {ops.aten.permute.default, ops.aten.transpose.int, ops.aten.t.default}
     hidden = value(term.leaf).shape[-1]
     return all(
-        view.target not in reordering and (same_shape(view, view.args[0]) or value(view).shape[-1] == hidden)
+        view.target not in ops.REORDERINGS and (same_shape(view, view.args[0]) or value(view).shape[-1] == hidden)
         for view in term.views
     )
 

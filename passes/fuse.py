@@ -117,7 +117,7 @@ def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: De
         if name in fused:
             rewrite, done, reason, runs = rewrite or fused[name].rewrite, True, "", how_it_runs(fused[name])
         elif not done and rewrite is None:
-            reason = refused.get(name, reason) or "its boundary was laid out anew, and no norm follows it any more"
+            reason = reason or refused.get(name) or "its boundary was laid out anew, and no norm follows it any more"
         boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason, runs=runs))
     return boundaries
 

@@ -25,13 +25,21 @@ _NAMES = (
     ("embedding", re.compile(r"embed|^wte$|^wpe$", re.IGNORECASE)),
 )
 
+#: A norm is no block, whatever it is called ("post_feedforward_layernorm", "q_norm" inside an attention).
+_NORM = re.compile(r"norm", re.IGNORECASE)
+
 _ATTENTION_OPS = ("scaled_dot_product", "softmax", "flash_attn", "flex_attention")
 _MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.matmul.default}
 
 
-def boundary_kind(producer: fx.Node, consumer: fx.Node | None) -> str:
-    """`producer`: the collective; `consumer`: the normed value (or the collective's result), or None."""
-    source = _role(producer) if _stack(producer) else _structural_role(producer)
+def boundary_kind(producer: fx.Node, consumer: fx.Node | None, normed: frozenset[fx.Node] = frozenset()) -> str:
+    """`producer`: the collective; `consumer`: the normed value (or the collective's result), or None.
+
+    `normed`: the outputs of the graph's norms, where blocks usually begin.
+    """
+    source = _role(producer)
+    if source is None and (not _stack(producer) or "all_reduce" in str(producer.target)):
+        source = _structural_role(producer, normed)
     target = _consumer_role(consumer) if consumer is not None else None
     if source is None:
         return f"…→{target}" if target == "final_norm" else "unknown"
@@ -46,7 +54,7 @@ def module_name(node: fx.Node) -> str:
 
 def clean_path(path: str) -> str:
     """`L['self'].model.layers[0].mlp` -> `model.layers.0.mlp`."""
-    path = re.sub(r"^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
+    path = re.sub(r"^.*\.cell_contents\.?|^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
     path = re.sub(r"_modules\['(\w+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), path)
     return re.sub(r"\.+", ".", path).strip(".").replace("_orig_mod.", "")
 
@@ -63,6 +71,8 @@ def _role(node: fx.Node) -> str | None:
         if role is not None:
             return role.kind
     names = [(clean_path(path).rsplit(".", 1)[-1], _class_name(cls)) for path, cls in stack]
+    if names and any(_NORM.search(word) for word in names[-1]):
+        return None
     for role, pattern in _NAMES:
         for segment, cls in names:
             if pattern.search(segment) or (pattern.search(cls) and not cls.endswith(("Layer", "Model", "ForCausalLM"))):
@@ -75,7 +85,11 @@ def _class_name(cls: object) -> str:
 
 
 def _consumer_role(start: fx.Node) -> str | None:
-    """The role of the first block that computes something from `start`; "final_norm" if it is the end of the model."""
+    """The role of the first block that computes something from `start`; "final_norm" if it is the end of the model.
+
+    A matrix product in no module whose name tells (a layer that holds its own projections) is judged by the operators
+    up to the next sum.
+    """
     computes = False
     for node in _walk(start, lambda n: n.users, limit=200):
         if node is start:
@@ -85,17 +99,31 @@ def _consumer_role(start: fx.Node) -> str | None:
         role = _role(node)
         if role in ("attention", "moe", "dense_mlp"):
             return role
-        if node.target in _MATMULS:
+        if node.target in _MATMULS and not computes:
             computes = True
+            role = _structural_consumer_role(node)
+            if role is not None:
+                return role
     if computes or any(user.op == "output" for user in start.users) or _stack(start):
         return "final_norm"
     return None
 
 
-def _structural_role(node: fx.Node) -> str | None:
-    """What the operators before `node` look like, up to the previous collective."""
+def _structural_consumer_role(product: fx.Node) -> str | None:
+    """What the operators from a matrix product up to the next sum over ranks look like; None if no sum follows."""
+    forward = _walk(product, lambda n: () if is_collective(n) else n.users, limit=60)
+    names = [str(node.target) for node in forward]
+    if not any("all_reduce" in name or "reduce_scatter" in name for name in names):
+        return None
+    if any(word in name for name in names for word in _ATTENTION_OPS):
+        return "attention"
+    return "moe" if any("topk" in name for name in names) else "dense_mlp"
+
+
+def _structural_role(node: fx.Node, normed: frozenset[fx.Node]) -> str | None:
+    """What the operators before `node` look like, up to the previous norm or collective."""
     matmul = False
-    for before in _walk(node, lambda n: n.all_input_nodes, limit=60):
+    for before in _walk(node, lambda n: () if n in normed else n.all_input_nodes, limit=60):
         if before is node:
             continue
         if before.target is ops.WAIT:

@@ -24,8 +24,8 @@ from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives
 from .graph import insert_call, is_call, same_shape, value
 from .recognise import Write, backward_nodes, find_writes, storage
-from .rewrite import replay_views
-from .sums import linear_inputs
+from .rewrite import replay
+from .sums import Step, linear_inputs
 
 aten, c10d = ops.aten, ops.c10d
 
@@ -189,8 +189,8 @@ def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node
     for node in part.chain:
         scale *= next(factor for child, factor, _ in linear_inputs(node) if child is at)
         at = node
-    views = [node for node in part.chain if is_call(node, ops.VIEWS)]
-    node = _cast(graph, replay_views(graph, views, part.collective.input), dtype)
+    steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS)]
+    node = _cast(graph, replay(graph, steps, part.collective.input), dtype)
     return node if scale == 1.0 else insert_call(graph, aten.mul.Tensor, (node, scale), like=part.collective.node)
 
 

@@ -11,6 +11,7 @@ from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives
 from .graph import depends_on, is_call, last_dim, same_shape, same_size, value
 from .norms import Norm, find_norms
+from .replicated import differs_between_ranks
 from .sums import Sum, Term, decompose
 
 
@@ -112,14 +113,10 @@ def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
         val = value(below)
         if val is None or val.dtype not in ops.FLOATS or not same_size(last_dim(below), last_dim(node)):
             break
-        if is_call(node, _REORDERING):
+        if is_call(node, ops.REORDERINGS):  # may move rows about; the hidden states are taken above it
             break
         node = below
     return node
-
-
-#: Views that may move rows about; the hidden states are taken above them.
-_REORDERING = {ops.aten.permute.default, ops.aten.transpose.int, ops.aten.t.default}
 
 
 def _one_term_each(total: Sum) -> list[Term]:
@@ -194,6 +191,9 @@ def site_problem(site: Site, total: Sum) -> str:
             mixed = " and ".join(sorted(map(str, dtypes)))
             return f"an addition before the norm mixes {mixed}; cast one side explicitly"
     leaves = {term.leaf for term in total.owed}
+    problem = _step_problem(site, total, leaves)
+    if problem:
+        return problem
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
             return "a value that is added before the norm is itself computed from the all-reduced sum"
@@ -209,6 +209,24 @@ def site_problem(site: Site, total: Sum) -> str:
             return f"the norm's {role} is not one value per hidden unit"
         if depends_on(vector, leaves):
             return f"the norm's {role} is computed from the all-reduced sum"
+    return ""
+
+
+def _step_problem(site: Site, total: Sum, leaves: set[fx.Node]) -> str:
+    """What forbids moving the gates and selections of the owed sums before the all-reduce."""
+    for term, owed in zip(_one_term_each(total), site.owed, strict=True):
+        for gate in (gate for step in term.gates for gate in step.others):
+            if depends_on(gate, leaves):
+                return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
+            reason = differs_between_ranks(gate)
+            if reason:
+                return f"the all-reduced sum is multiplied by {reason}"
+        if owed.used_alone and not term.only_reshapes:
+            step = next(step for step in term.steps if not step.reshapes)
+            return (
+                f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
+                "only one of the two could be had from a fused operation"
+            )
     return ""
 
 
@@ -256,7 +274,7 @@ def _write_problem(site: Site, total: Sum, writes: list[Write]) -> str:
     if not writes:
         return ""
     read = [owed.collective.input for owed in site.owed] + [owed.collective.result for owed in site.owed]
-    read += [term.leaf for term in total.replicated] + [site.hidden, site.norm.output]
+    read += [term.leaf for term in total.replicated] + [*total.gates, site.hidden, site.norm.output]
     read += [node for node in (site.norm.weight, site.norm.bias, site.residual_after) if node is not None]
     storages = {storage(node) for node in read if value(node) is not None}
     first = min(owed.collective.node for owed in site.owed)

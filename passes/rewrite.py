@@ -19,7 +19,7 @@ from . import aten_ops as ops
 from .collectives import Collective
 from .graph import carry_meta, fake_result, insert_call, is_call, same_shape, value
 from .plan import Plan
-from .sums import Sum, decompose
+from .sums import Step, Sum, decompose
 
 aten = ops.aten
 
@@ -139,8 +139,8 @@ def _operands(plan: Plan, total: Sum) -> list[fx.Node]:
     found += [node for node in (norm.weight, norm.bias, norm.eps) if isinstance(node, fx.Node)]
     if plan.post:
         found.append(_residual_after(plan))
-    # Views with symbolic sizes are repeated on other tensors and bring their size nodes with them.
-    found += [parent for term in total.terms for node in term.path for parent in node.all_input_nodes[1:]]
+    # Steps are repeated on other tensors and bring their gates and symbolic sizes with them.
+    found += [other for term in total.terms for step in term.steps for other in step.others]
     found += [
         term.joins for term in total.replicated if term.joins is not None and not same_shape(term.leaf, term.joins)
     ]
@@ -163,11 +163,14 @@ def _common_scale(total: Sum) -> float:
 
 
 def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Collective]) -> fx.Node:
-    """The tensor whose sum over the group is owed: sums are linear, so views and scales move before the all-reduce."""
+    """The tensor whose sum over the group is owed: sums are linear, so every step moves before the all-reduce."""
     partial = None
     for term in total.owed:
         collective = waits[term.leaf]
-        node = replay_views(graph, term.views, collective.input)
+        node = replay(graph, term.steps, collective.input)
+        if term.gates:
+            # A gate of a wider dtype must not make the all-reduce send more bytes.
+            node = _cast_like(graph, node, collective.input)
         factor = term.scale / scale
         if collective.reduce_op.lower() == "avg":
             factor /= len(collective.ranks)
@@ -183,7 +186,7 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
     """(a bias per hidden unit, the residual): everything that is added to the sums, each as one tensor or None."""
     vector = residual = None
     for term in total.replicated:
-        if value(term.leaf).dim() == 1 and not same_shape(term.leaf, total.root):
+        if term.is_row_vector_of(total.root):
             vector = _added(graph, vector, _scaled(graph, term.leaf, term.scale))
             continue
         node = term.leaf
@@ -191,7 +194,7 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
             # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
             sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
-        residual = _added(graph, residual, _scaled(graph, replay_views(graph, term.views, node), term.scale))
+        residual = _added(graph, residual, _scaled(graph, replay(graph, term.steps, node), term.scale))
     return vector, residual
 
 
@@ -199,12 +202,13 @@ def _partial_shaped_like(node: fx.Node, waits: dict[fx.Node, Collective]) -> fx.
     return next((c.input for c in waits.values() if same_shape(c.input, node)), None)
 
 
-def replay_views(graph: fx.Graph, views: Sequence[fx.Node], node: fx.Node) -> fx.Node:
-    """Repeat `views` on `node`, one after the other."""
-    for view in views:
-        args = (node, *view.args[1:])
-        target = aten.reshape.default if is_call(view, {aten.view.default, aten._unsafe_view.default}) else view.target
-        node = insert_call(graph, target, args, dict(view.kwargs), like=view)
+def replay(graph: fx.Graph, steps: Sequence[Step], node: fx.Node) -> fx.Node:
+    """Repeat `steps` on `node`, one after the other."""
+    for step in steps:
+        old = step.node
+        args = (*old.args[: step.position], node, *old.args[step.position + 1 :])
+        target = aten.reshape.default if is_call(old, {aten.view.default, aten._unsafe_view.default}) else old.target
+        node = insert_call(graph, target, args, dict(old.kwargs), like=old)
     return node
 
 
@@ -272,7 +276,7 @@ def _hand_out(
         return node
 
     chain = _view_chain(norm.source, hidden)
-    normed = replay_views(graph, chain, next_output())
+    normed = replay(graph, [Step(view) for view in chain], next_output())
     out.replace_all_uses_with(_cast_like(graph, normed, out), propagate_meta=False)
     if wanted.hidden:
         hidden.replace_all_uses_with(next_output(), propagate_meta=False)

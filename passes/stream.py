@@ -126,7 +126,7 @@ def _stages(
     for norm in norms:
         hidden = hidden_of(norm, set(addends))
         total = decompose(hidden, set(addends) - taken, set(hidden_at))
-        if norm.problem or hidden in hidden_at or len(total.owed) != 1:
+        if norm.problem or hidden in hidden_at or len(total.owed) != 1 or not total.plain:
             continue
         (term,) = total.owed
         addend = addends[term.leaf]

@@ -1,11 +1,11 @@
 """Write a value as a sum of terms, each a leaf followed by linear steps. Reads only.
 
-Between the partial producer and the norm there may be views, casts, scalars, biases and replicated addends. All of
-them are linear, so the value h that a norm reads is
+Between the partial producer and the norm there may be views, casts, numbers, biases, replicated addends, gates and
+masks. All of them are linear, so the value h that a norm reads is
 
     h = sum_i path_i(all_reduce(x_i)) + sum_j path_j(r_j)
 
-with every path a chain of views, casts and multiplications by numbers. `decompose` finds the terms.
+with every path a chain of views, casts, choices of rows, and multiplications. `decompose` finds the terms.
 """
 
 from __future__ import annotations
@@ -15,28 +15,75 @@ from dataclasses import dataclass
 from torch import fx
 
 from . import aten_ops as ops
-from .graph import is_call, is_number, same_shape, value
+from .graph import is_call, is_number, last_dim, same_shape, same_size, value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator on the way from a leaf to the sum: `node`, whose argument number `position` carries the value."""
+
+    node: fx.Node
+    position: int = 0
+
+    @property
+    def others(self) -> tuple[fx.Node, ...]:
+        """What the operator reads besides the value: a gate, a mask, symbolic sizes."""
+        carried = self.node.args[self.position]
+        return tuple(parent for parent in self.node.all_input_nodes if parent is not carried)
+
+    @property
+    def is_gate(self) -> bool:
+        return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.CASTS)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the step keeps every element and their order, so that a reshape leads back."""
+        return is_call(self.node, ops.VIEWS - ops.REORDERINGS)
 
 
 @dataclass(frozen=True)
 class Term:
-    """`leaf`, then `path` from the leaf towards the sum: the nodes applied one after another.
+    """`leaf`, then `path` from the leaf towards the sum: the steps applied one after another.
 
     `scale` is the product of the numbers on the way; `owed` says that the leaf is a finished all-reduce which the
     fused operation could perform itself; `joins` is the addition the leaf enters by, to whose shape it broadcasts.
     """
 
     leaf: fx.Node
-    path: tuple[fx.Node, ...]
+    path: tuple[Step, ...]
     scale: float
     owed: bool
     joins: fx.Node | None = None
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """What must be repeated on another tensor, in order. Casts are left out: the fused operation computes in
+        float32 and rounds once, at the end."""
+        return tuple(step for step in self.path if not is_call(step.node, ops.CASTS))
+
+    @property
     def views(self) -> tuple[fx.Node, ...]:
-        """The views on the path, in the order in which they apply. Casts are left out: the fused operation computes
-        in float32 and rounds once, at the end."""
-        return tuple(node for node in self.path if is_call(node, ops.VIEWS))
+        return tuple(step.node for step in self.steps if is_call(step.node, ops.VIEWS))
+
+    @property
+    def gates(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.path if step.is_gate)
+
+    @property
+    def only_reshapes(self) -> bool:
+        """Whether the leaf's value can be had back from the sum's shape: no gate, no choice of rows, no new order."""
+        return all(step.reshapes for step in self.steps)
+
+    def is_row_vector_of(self, root: fx.Node) -> bool:
+        """Whether the leaf adds one number per hidden unit, the same in every row of `root`: a bias."""
+        val = value(self.leaf)
+        return (
+            val is not None
+            and val.dim() == 1
+            and not same_shape(self.leaf, root)
+            and same_size(val.shape[0], last_dim(root))
+            and all(step.reshapes and same_size(last_dim(step.node), val.shape[0]) for step in self.steps)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +102,16 @@ class Sum:
     def replicated(self) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if not term.owed)
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but views, casts, numbers and additions stands between the leaves and the root."""
+        return all(is_call(step.node, ops.VIEWS | ops.CASTS) for term in self.terms for step in term.path)
+
+    @property
+    def gates(self) -> tuple[fx.Node, ...]:
+        """Every value that some term is multiplied by, each once."""
+        return tuple(dict.fromkeys(node for term in self.terms for step in term.gates for node in step.others))
+
 
 def decompose(root: fx.Node, owed: set[fx.Node], fixed: set[fx.Node]) -> Sum:
     """The terms of `root`.
@@ -66,7 +123,7 @@ def decompose(root: fx.Node, owed: set[fx.Node], fixed: set[fx.Node]) -> Sum:
     interior: set[fx.Node] = set()
     terms: list[Term] = []
 
-    def walk(node: fx.Node, path: tuple[fx.Node, ...], scale: float, joins: fx.Node | None) -> None:
+    def walk(node: fx.Node, path: tuple[Step, ...], scale: float, joins: fx.Node | None) -> None:
         if node in owed and node not in fixed:
             terms.append(Term(node, path, scale, True, joins))
             return
@@ -74,15 +131,20 @@ def decompose(root: fx.Node, owed: set[fx.Node], fixed: set[fx.Node]) -> Sum:
             terms.append(Term(node, path, scale, False, joins))
             return
         interior.add(node)
-        inputs = linear_inputs(node)
-        for child, factor, is_step in inputs:
+        inputs = reach.inputs(node)
+        for child, factor, step in inputs:
             if len(inputs) > 1 and not same_shape(child, node):
                 terms.append(Term(child, path, scale * factor, False, node))
             else:
-                walk(child, (node, *path) if is_step else path, scale * factor, node if len(inputs) > 1 else joins)
+                below = path if step is None else (step, *path)
+                walk(child, below, scale * factor, node if len(inputs) > 1 else joins)
 
     walk(root, (), 1.0, None)
     return Sum(root, tuple(terms), frozenset(interior))
+
+
+#: (input, the number it is multiplied by, the step to be repeated on it or None)
+_Input = tuple[fx.Node, float, "Step | None"]
 
 
 class _Reach:
@@ -99,7 +161,7 @@ class _Reach:
         elif depth == 0:
             return False
         else:
-            inputs = linear_inputs(node)
+            inputs = self.inputs(node, depth)
             answer = any(
                 child not in self.fixed and (len(inputs) == 1 or same_shape(child, node)) and self(child, depth - 1)
                 for child, _, _ in inputs
@@ -107,9 +169,21 @@ class _Reach:
         self.known[node] = answer
         return answer
 
+    def inputs(self, node: fx.Node, depth: int = 64) -> list[_Input]:
+        """The linear inputs of `node`; of a product, the one factor that carries an owed sum (two make no line)."""
+        inputs = linear_inputs(node)
+        if inputs:
+            return inputs
+        carrying = [
+            (child, 1.0, step)
+            for child, step in gated_inputs(node)
+            if child not in self.fixed and depth > 0 and self(child, depth - 1)
+        ]
+        return carrying if len(carrying) == 1 else []
 
-def linear_inputs(node: fx.Node) -> list[tuple[fx.Node, float, bool]]:
-    """(input, factor, whether the step itself must be repeated on that input) of a linear operator; [] for others.
+
+def linear_inputs(node: fx.Node) -> list[_Input]:
+    """The inputs of an operator that is linear whatever they hold; [] for others.
 
     Additions and multiplications by a number need no step of their own: the factor says all. Views and casts do.
     In-place operators are left to their own: they never count as linear here.
@@ -117,14 +191,14 @@ def linear_inputs(node: fx.Node) -> list[tuple[fx.Node, float, bool]]:
     if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS:
         return []
     args = node.args
-    if node.target in ops.VIEWS or node.target in ops.CASTS:
-        return [(args[0], 1.0, True)] if args and isinstance(args[0], fx.Node) and _is_float(node) else []
+    if node.target in ops.VIEWS or node.target in ops.SELECTIONS or node.target in ops.CASTS:
+        return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and _is_float(node) else []
     if node.target in ops.COPIES:
         # copy(destination, source) is the source, in the destination's shape and dtype.
         source = args[1]
-        return [(source, 1.0, False)] if isinstance(source, fx.Node) and same_shape(node, source) else []
+        return [(source, 1.0, None)] if isinstance(source, fx.Node) and same_shape(node, source) else []
     if node.target is ops.aten.neg.default:
-        return [(args[0], -1.0, False)]
+        return [(args[0], -1.0, None)]
     if len(args) < 2:
         return []
     left, right = args[:2]
@@ -134,14 +208,45 @@ def linear_inputs(node: fx.Node) -> list[tuple[fx.Node, float, bool]]:
             return []
         sign = -alpha if node.target in ops.SUBS else alpha
         # A side that would have to be broadcast may be a leaf, never a sum that is still owed: `_Reach` sees to it.
-        return [(left, 1.0, False), (right, float(sign), False)]
+        return [(left, 1.0, None), (right, float(sign), None)]
     if node.target in ops.MULS and is_number(right) and isinstance(left, fx.Node):
-        return [(left, float(right), False)]
+        return [(left, float(right), None)]
     if node.target in ops.MULS and is_number(left) and isinstance(right, fx.Node):
-        return [(right, float(left), False)]
+        return [(right, float(left), None)]
     if node.target in ops.DIVS and is_number(right) and right != 0 and isinstance(left, fx.Node):
-        return [(left, 1.0 / right, False)]
+        return [(left, 1.0 / right, None)]
     return []
+
+
+def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
+    """The inputs in which `node` is linear while its others are held: factors of a product, a masked value.
+
+    Only inputs of the node's own shape: a sum is never broadcast before it is paid, that would send more bytes.
+    """
+    if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS or not _is_float(node):
+        return []
+    if node.target in ops.MULS:
+        positions = (0, 1)
+    elif node.target in ops.DIVS or (node.target is ops.aten.masked_fill.Scalar and node.args[2] == 0):
+        positions = (0,)
+    elif node.target is ops.aten.where.self:
+        positions = tuple(p for p in (1, 2) if _is_zero(node.args[3 - p]))
+    else:
+        return []
+    return [
+        (node.args[position], Step(node, position))
+        for position in positions
+        if isinstance(node.args[position], fx.Node)
+        and _is_float(node.args[position])
+        and same_shape(node.args[position], node)
+    ]
+
+
+def _is_zero(node: object) -> bool:
+    """Whether a node is a constant tensor of zeros."""
+    if is_call(node, {ops.aten.full.default, ops.aten.full_like.default}):
+        return node.args[1] == 0
+    return is_call(node, ops.aten.scalar_tensor.default) and node.args[0] == 0
 
 
 def _is_float(node: fx.Node) -> bool:

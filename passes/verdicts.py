@@ -10,11 +10,12 @@ from tpfuse.report import Boundary
 
 from . import aten_ops as ops
 from .collectives import Collective, is_collective
-from .graph import value
+from .graph import depends_on, value
 from .kinds import boundary_kind, module_name
 from .norms import Norm
 from .plan import Decisions, Plan
 from .recognise import Recognition
+from .sums import gated_inputs, linear_inputs
 
 #: What may stand between an all-reduce and a norm for the norm to count as fed by it: everything that works row by
 #: row. Matrix products and collectives end the way.
@@ -24,7 +25,9 @@ _ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "
 def verdicts(recognition: Recognition, decisions: Decisions) -> list[Boundary]:
     """Boundaries in graph order. To be called before the graph is rewritten."""
     plans = {owed.collective.node: plan for plan in decisions.plans for owed in plan.paid}
-    refused = {owed.collective.node: reason for owed, reason in decisions.refusals}
+    refused: dict[fx.Node, str] = {}
+    for owed, reason in decisions.refusals:
+        refused.setdefault(owed.collective.node, reason)  # the first norm's word counts
     norms_at = {norm.source: norm for norm in recognition.norms}
     norms_at |= {site.hidden: site.norm for site in recognition.sites}
     return [
@@ -38,10 +41,10 @@ def _verdict(
 ) -> Boundary:
     backward = collective.node in recognition.backward
     reached = _Reached() if backward else _reach(collective.result, norms_at)
-    norm = plan.site.norm if plan is not None else reached.norm
+    norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
     consumer = None if backward else (norm.output if norm is not None else collective.result)
     return Boundary(
-        kind=boundary_kind(collective.node, consumer),
+        kind=boundary_kind(collective.node, consumer, frozenset(norm.output for norm in recognition.norms)),
         module=module_name(collective.node),
         collective=collective.kind,
         group=collective.ranks or (),
@@ -55,34 +58,43 @@ def _verdict(
 
 
 class _Reached:
-    """Where the result of a collective goes: the first norm, what stood in the way of it, the graph's end."""
+    """Where the result of a collective goes: the first norm, what stood in the way of it, the graph's end.
+
+    `product`: an operator that mixes units or rows, reads the result, and has a say in what that norm reads: the sum
+    has to be finished before, so the norm is not fed by it (an embedding whose residual ends in a later norm).
+    """
 
     def __init__(self) -> None:
         self.norm: Norm | None = None
         self.obstacle: fx.Node | None = None
+        self.product: fx.Node | None = None
         self.returned = False
 
 
 def _reach(start: fx.Node, norms_at: dict[fx.Node, Norm], limit: int = 400) -> _Reached:
     """Follow `start` forwards over row-wise operators."""
-    from .sums import linear_inputs
-
     reached = _Reached()
+    ends: list[fx.Node] = []
     seen = {start}
     pending: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
     while pending and len(seen) < limit:
         node, obstacle = pending.popleft()
         if node in norms_at:
             reached.norm, reached.obstacle = norms_at[node], obstacle
+            reached.product = next((end for end in ends if depends_on(node, {end})), None)
             return reached
         for user in node.users:
             if user.op == "output":
                 reached.returned = True
                 continue
-            if user in seen or is_collective(user) or _ends(user):
+            if user in seen:
+                continue
+            if is_collective(user) or _ends(user):
+                ends.append(user)
                 continue
             seen.add(user)
-            in_the_way = user if not any(child is node for child, _, _ in linear_inputs(user)) else None
+            linear = any(child is node for child, *_ in [*linear_inputs(user), *gated_inputs(user)])
+            in_the_way = None if linear else user
             pending.append((user, obstacle or in_the_way))
     return reached
 
@@ -96,17 +108,22 @@ def _ends(node: fx.Node) -> bool:
 def _reason(collective: Collective, refused: str, reached: _Reached, backward: bool) -> str:
     if collective.problem:
         return collective.problem
-    if refused:
+    if refused and reached.product is None:
         return refused
     if backward:
         return "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
     if collective.kind != "all_reduce":
         return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
+    if reached.product is not None:
+        return (
+            f"{reached.product.target} in {module_name(reached.product) or 'the graph'} reads the all-reduced value before "
+            "any norm does, so the sum has to be finished by itself"
+        )
     if reached.norm is not None:
         if reached.obstacle is not None:
             return (
                 f"{reached.obstacle.target} stands between the all-reduce and the norm; only views, casts, additions "
-                "and multiplications by a number are looked through"
+                "and multiplications are looked through"
             )
         return reached.norm.problem or "the norm that reads it takes over another all-reduce"
     if reached.returned:

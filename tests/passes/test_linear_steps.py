@@ -1,0 +1,213 @@
+"""Everything linear between the all-reduce and the norm is looked through, whatever form it has, and keeps its numbers.
+
+Steps move in front of the all-reduce (sums are linear), so a step that could differ between ranks is refused.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ..graphs import all_reduce, executed_collectives, fused, on_ranks, trace
+from . import spellings
+from .test_all_reduce_norm import HIDDEN, ROWS, assert_error_rule, inputs
+from .test_refusals import refused
+
+
+def normed(h, weight, bias):
+    return spellings.rms_llama(h, weight, bias), h
+
+
+def by_buffer(s, r, weight, bias):
+    """Gemma's normalizer: a 0-d tensor."""
+    return s * weight[0] + r
+
+
+def by_wider_scalar(s, r, weight, bias):
+    """A multiplier that became a graph input of its own: a 0-d float64 tensor, cast."""
+    return r + bias[1].double().to(s.dtype) * s
+
+
+def divided_by_buffer(s, r, weight, bias):
+    return s / weight[2] + r
+
+
+def by_layer_scale(s, r, weight, bias):
+    """One number per hidden unit."""
+    return s * bias + r
+
+
+def by_row_gate(s, r, weight, bias):
+    """Qwen2-MoE's gate on a shared expert: one number per row, computed from replicated values."""
+    return torch.sigmoid(r.mean(-1, keepdim=True)) * s + r
+
+
+def gate_over_a_sum(s, r, weight, bias):
+    return torch.sigmoid(r[..., :1]) * (s + r) + bias
+
+
+def half_of_two(s, r, weight, bias):
+    return 0.5 * (s + r)
+
+
+def masked(s, r, weight, bias):
+    return (s + r).masked_fill(r[..., :1] > 0, 0.0)
+
+
+def chosen(s, r, weight, bias):
+    return torch.where(r[..., :1] > 0, s, torch.zeros_like(s)) + r
+
+
+def last_token(s, r, weight, bias):
+    """Only the last position goes on to the norm; the sum needs to be paid for it alone."""
+    return (s + r)[:, -1]
+
+
+def transposed(s, r, weight, bias):
+    return (s.transpose(0, 1) + r.transpose(0, 1)).transpose(0, 1)
+
+
+def bias_then_view(s, r, weight, bias):
+    """A linear layer's bias, added where the rows are still flat."""
+    return (s.reshape(-1, HIDDEN) + bias).view(*ROWS, HIDDEN) + r
+
+
+def bias_of_another_width(s, r, weight, bias):
+    """The bias is as long as the rows are wide where it is added, not where the norm runs."""
+    h = (s.view(2, 3 * HIDDEN) + bias.repeat(3)).view(*ROWS, HIDDEN)
+    return h + r
+
+
+def position_embedding(s, r, weight, bias):
+    return s + r[:1]
+
+
+def eval_dropout(s, r, weight, bias):
+    return torch.nn.functional.dropout(s + bias, 0.5, training=False) + r
+
+
+def no_dropout(s, r, weight, bias):
+    return torch.nn.functional.dropout(s + bias, 0.0, training=True) + r
+
+
+STEPS = [fn for name, fn in list(globals().items()) if callable(fn) and getattr(fn, "__module__", "") == __name__]
+STEPS.remove(normed)
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_steps_fuse_within_the_error_rule(four_ranks, steps, dtype):
+    def run(x, r, weight, bias):
+        return normed(steps(all_reduce(x), r, weight, bias), weight, bias)
+
+    report = assert_error_rule(run, four_ranks, dtype, seeds=20 if dtype is torch.bfloat16 else 3)
+    assert [b.fused for b in report.boundaries] == [True], report
+
+
+@pytest.mark.parametrize("steps", [by_buffer, by_row_gate, last_token, half_of_two], ids=lambda fn: fn.__name__)
+def test_linear_steps_with_symbolic_shapes(four_ranks, steps):
+    def run(x, r, weight, bias):
+        return normed(steps(all_reduce(x), r, weight, bias), weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest, dynamic=True)
+    after, report = fused(before)
+    assert [b.fused for b in report.boundaries] == [True], report
+    expected, got = (on_ranks(gm, 4, partials, *rest)[1] for gm in (before, after))
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_gate_of_a_wider_dtype_does_not_widen_the_all_reduce(four_ranks):
+    def run(x, r, weight, bias):
+        return normed((all_reduce(x) * r[..., :1].float().sigmoid()).to(x.dtype) + r, weight, bias)
+
+    partials, *rest = inputs(0, torch.bfloat16)
+    after, report = fused(trace(run, partials[0], *rest))
+    assert report.fused
+    (operation,) = [n for n in after.graph.nodes if "all_reduce_norm" in str(n.target)]
+    assert operation.args[0].meta["val"].dtype == torch.bfloat16
+
+
+def test_gated_and_plain_sums_merge(four_ranks):
+    """A gated shared expert beside routed experts: two sums over the same ranks, one of them gated."""
+
+    def run(x, r, weight, bias):
+        gate = torch.sigmoid(r[..., :1])
+        return normed(r + all_reduce(x) + gate * all_reduce(torch.tanh(x)), weight, bias)
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.rewrite for b in report.boundaries] == ["merge_all_reduces"] * 2
+    partials, *rest = inputs(0, torch.float32)
+    after, _ = fused(trace(run, partials[0], *rest))
+    assert executed_collectives(after, partials[0], *rest) == {"all_reduce": 1}
+
+
+# -- what must not move -----------------------------------------------------------------------------------------------
+
+
+def test_a_random_mask_stays_behind_its_sum(four_ranks):
+    """Each rank draws its own mask unless the user sees to it; sum(mask_r * x_r) would be no dropout of the sum."""
+
+    def run(x, r, weight, bias):
+        return normed(torch.nn.functional.dropout(all_reduce(x), 0.5, training=True) + r, weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest)
+    _, report = fused(before)
+    (verdict,) = report.boundaries
+    assert not verdict.fused and verdict.feeds_norm
+    assert "random mask" in verdict.reason and "eval mode" in verdict.reason
+
+
+def test_a_gate_computed_from_the_sum(four_ranks):
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        return spellings.rms_llama(s * torch.sigmoid(s) + r, weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "multiplied by a value that is itself computed from that sum" in verdict.reason
+
+
+def test_a_gate_from_a_ranks_own_rows(four_ranks):
+    def run(x, r, weight, bias):
+        c10d = torch.ops._c10d_functional
+        own = c10d.wait_tensor(c10d.reduce_scatter_tensor(r.reshape(-1)[:16], "sum", 4, dist.group.WORLD.group_name))
+        return spellings.rms_llama(all_reduce(x) * own[0], weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    _, report = fused(trace(run, partials[0], *rest))
+    reason = next(b.reason for b in report.boundaries if b.collective == "all_reduce")
+    assert "differs between ranks" in reason
+
+
+@pytest.mark.parametrize("steps", [by_row_gate, last_token, transposed], ids=lambda fn: fn.__name__)
+def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
+    """The fused operation ends with the gated sum; whoever reads the sum before the gate needs the other one."""
+
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        return spellings.rms_llama(steps(s, r, weight, bias), weight, bias), s * 2
+
+    (verdict,) = refused(run).boundaries
+    assert "the sum before it is read as well" in verdict.reason
+
+
+def test_a_product_of_two_sums_is_not_linear(four_ranks):
+    def run(x, r, weight, bias):
+        return spellings.rms_llama(all_reduce(x) * all_reduce(x + 1), weight, bias)
+
+    report = refused(run)
+    assert len(report.boundaries) == 2
+
+
+def test_a_sum_that_a_matrix_product_needs_first_does_not_feed_the_norm(four_ranks):
+    """OLMo2: the embedding goes into a projection, and its residual ends in a norm that reads the projection too."""
+
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        return spellings.rms_llama(s + torch.tanh(s @ torch.ones(HIDDEN, HIDDEN, dtype=s.dtype)), weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert not verdict.feeds_norm and verdict.norm is None
+    assert "before any norm does" in verdict.reason
