@@ -15,9 +15,10 @@ from .._torch_private import process_group
 from ..errors import OpError
 from ..groups import group_name_of
 from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
-from .dispatch import bind, choose
+from .dispatch import choose
 from .groups import why_not, workspace_of
 from .operands import Operands
+from .pieces import run
 
 __all__ = ["all_reduce_add_norm", "init_workspace", "why_not"]
 
@@ -61,10 +62,8 @@ def all_reduce_add_norm(
     ws = workspace_of(group_name, x.device)
     if ws is None:
         return None
-    device = torch.cuda.get_device_name(x.device)
-    entry = choose(device, ws.world, op.hidden, x.element_size(), op.rows)
-    launch = bind(entry, op, ws, batch_invariant)
-    return None if launch is None else launch.run()
+    device = ws.device_name or torch.cuda.get_device_name(x.device)
+    return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
 
 
 def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -> bool:
@@ -80,8 +79,8 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -
         hidden: elements a row, at least 1.
         dtype: torch.bfloat16, torch.float16 or torch.float32.
 
-    Returns: whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence) they
-        take the functional path, and nothing needs to be set up.
+    Returns: whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence)
+        they take the functional path, and nothing needs to be set up.
 
     Raises:
         OpError: an argument that is not allowed, a group that is not known on this rank, or a call inside capture.

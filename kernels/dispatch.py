@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ TABLE_VARIABLE = "TPFUSE_DISPATCH_TABLE"
 #: The least and the most that the numbers of an entry may be.
 _LEAST = {"world": 1, "hidden": 1, "rows": 0, "split": 1, "warps": 0, "registers": 0}
 MAX_SIZE = 1 << 40
+_ALLOWED = {"kernel": KERNELS, "source": SOURCES, "split": (1, 2, 4, 8), "warps": (0, 1, 2, 4, 8, 16, 32)}
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,27 @@ class Entry(StrictJson):
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             check_integer(f"Entry.{name}", getattr(self, name), least, MAX_SIZE, OptionError)
-        for name, allowed in (("kernel", KERNELS), ("source", SOURCES)):
+        for name, allowed in _ALLOWED.items():
             given = getattr(self, name)
             if given not in allowed:
-                raise OptionError(f"Entry.{name}={show(given)}; allowed: {', '.join(allowed)}")
+                raise OptionError(f"Entry.{name}={show(given)}; allowed: {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)
 class Table(StrictJson):
-    """Entries in any order. `digest` is what ranks compare."""
+    """Entries in any order, no two for one size. `digest` is what ranks compare."""
 
     entries: list[Entry] = field(default_factory=list)
     note: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = Counter((e.device, e.world, e.hidden, e.rows) for e in self.entries)
+        for (device, world, hidden, rows), count in sizes.items():
+            if count > 1:
+                raise OptionError(
+                    f"Table.entries: {count} entries for device {show(device)}, world {world}, hidden {hidden}, rows "
+                    f"{rows}; allowed: one for each size"
+                )
 
     @property
     def digest(self) -> str:
@@ -105,6 +116,14 @@ def bind(entry: Entry, op: Operands, ws: Workspace, batch_invariant: bool = Fals
     if kernel == "barrier" and _barrier.fits(op, ws):
         return _barrier.barrier(op, ws, _no_more(entry.warps, op, 1), entry.registers)
     return None
+
+
+def runs_exactly(entry: Entry, op: Operands, ws: Workspace) -> bool:
+    """Whether `bind` would run just what `entry` says on these operands; for measuring, where a substitute misleads."""
+    if entry.kernel == "one_shot":
+        return _one_shot.fits(op, ws, entry.split) and entry.warps <= _one_shot.default_warps(op, entry.split)
+    fits = {"two_shot": _two_shot.fits, "barrier": _barrier.fits}.get(entry.kernel)
+    return fits is not None and fits(op, ws) and entry.warps <= _one_shot.default_warps(op, 1)
 
 
 def _no_more(warps: int, op: Operands, split: int) -> int:

@@ -10,6 +10,8 @@ import logging
 import os
 import socket
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +149,21 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
         known.outgrown.append(known.workspace)
         known.workspace = workspace
     return WORKSPACE_REGISTRY[group_name].workspace
+
+
+@contextmanager
+def injected(group_name: str, workspace: Workspace | None) -> Iterator[None]:
+    """Within the context, calls of the group use `workspace`, or with None the functional path; nothing is communicated
+    or set up. So one process can play every rank of a group in turn, each on its own virtual rank's workspace."""
+    before = WORKSPACE_REGISTRY.get(group_name)
+    WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(process_group(group_name)), workspace, "")
+    try:
+        yield
+    finally:
+        if before is None:
+            del WORKSPACE_REGISTRY[group_name]
+        else:
+            WORKSPACE_REGISTRY[group_name] = before
 
 
 def _forget(group_name: str, group: Any) -> None:

@@ -16,7 +16,7 @@ class Operands:
     """What the fused kernels compute on: the formula of add_norm with s = the sum of every rank's `x`.
 
     x, residual: [..., H] of one shape; pre_bias, weight, bias: [H]; the rest as in `add_norm`.
-    `want_sum`: also return the sum itself, in the dtype of x.
+    `want_sum`: also return the sum itself, in the dtype of x. `out`, `sum_out`: contiguous tensors to fill, else new.
     """
 
     x: Tensor
@@ -33,6 +33,8 @@ class Operands:
     post: bool = False
     want_sum: bool = False
     stats: bool = False
+    out: AddNormOut | None = None
+    sum_out: Tensor | None = None
 
     @property
     def hidden(self) -> int:
@@ -116,7 +118,9 @@ def _ready(t: Tensor | None) -> Tensor | None:
 def prepare(op: Operands) -> Prepared:
     """Allocate the outputs and bring the inputs into the form the kernels load."""
     inputs = tuple(_ready(t) for t in (op.x, op.residual, op.pre_bias, op.weight, op.bias))
-    out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
-    total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
+    out, total = op.out, op.sum_out
+    if out is None:
+        out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
+        total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
     eps_tensor, eps = split_eps(op.eps, op.x.device)
     return Prepared(inputs, out, total, (eps_tensor, eps, op.weight_offset, op.alpha))

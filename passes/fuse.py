@@ -32,13 +32,15 @@ class PassOptions:
     """What the pass is told besides the graph.
 
     strict: raise internal errors instead of keeping the old graph. residual, rows: the policy's preference for the
-    layout of the residual stream, and its maximum of rows (both equal on all ranks).
+    layout of the residual stream, and its maximum of rows (both equal on all ranks). batch_invariant: what every fused
+    operation is told.
     """
 
     rewrites: tuple[str, ...] = REWRITES
     strict: bool = False
     residual: str = "auto"
     rows: int | None = None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
         return graph, Report(boundaries, len(recognition.norms), len(boundaries))
     restore_order(changed)
+    if options.batch_invariant:
+        for node in changed.nodes:
+            if calls(node, "tpfuse::all_reduce_norm"):
+                node.update_kwarg("batch_invariant", True)
     changed.lint()
     return changed, Report(boundaries, len(recognition.norms), _communicating(changed))
 

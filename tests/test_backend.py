@@ -220,6 +220,16 @@ def test_a_warm_cache_whose_report_was_lost_traces_again(monkeypatch):
     assert str(last()) == str(cold)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_batch_invariance_reaches_every_fused_operation(monkeypatch, wanted):
+    told = []
+    monkeypatch.setattr("tpfuse.ops.all_reduce_add_norm", lambda *_, **k: told.append(k.get("batch_invariant", False)))
+    fn, model, x = compiled({"inner": "aot_eager", "batch_invariant": wanted})
+    with torch.no_grad():
+        torch.testing.assert_close(fn(x), model(x), rtol=1e-5, atol=1e-5)
+    assert told == [wanted] * 4
+
+
 def test_the_cache_key_follows_what_the_graph_depends_on(monkeypatch, tmp_path):
     from tpfuse import cache_key
     from tpfuse.options import parse_options
@@ -227,6 +237,7 @@ def test_the_cache_key_follows_what_the_graph_depends_on(monkeypatch, tmp_path):
     plain = cache_key.cache_key(parse_options({}))
     assert plain == cache_key.cache_key(parse_options({"expect_fused": 3}))
     assert plain != cache_key.cache_key(parse_options({"strict": True}))
+    assert plain != cache_key.cache_key(parse_options({"batch_invariant": True}))
     assert plain != cache_key.cache_key(parse_options({"rewrites": ["all_reduce_norm"]}))
     policies = [tpfuse.SharingPolicy(tp_size=2), tpfuse.SharingPolicy(tp_size=2, moe_dense_tp_size=1)]
     keys = {cache_key.cache_key(parse_options({"policy": policy})) for policy in policies}

@@ -86,6 +86,7 @@ def pass_options(options: Options) -> PassOptions:
     policy = options.policy
     return PassOptions(
         rewrites=options.rewrites,
+        batch_invariant=options.batch_invariant,
         strict=options.strict,
         residual=policy.residual if policy is not None else "auto",
         rows=policy.max_rows if policy is not None else None,

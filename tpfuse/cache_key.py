@@ -42,6 +42,7 @@ def _canonical(options: Options) -> dict[str, Any]:
         "strict": options.strict,
         "inner": options.inner,
         "rewrites": list(options.rewrites),
+        "batch_invariant": options.batch_invariant,
     }
 
 

@@ -41,7 +41,7 @@ _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _ARGUMENTS = (
     "(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *,"
     " str norm, float eps, float weight_offset, float alpha, bool post, ScalarType out_dtype, ScalarType? hidden_dtype,"
-    " bool want_sum, bool stats, str group_name) -> Tensor[]"
+    " bool want_sum, bool stats, str group_name, bool batch_invariant=False) -> Tensor[]"
 )
 
 
@@ -197,6 +197,7 @@ def _add_norm(
     want_sum: bool,
     stats: bool,
     group_name: str,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
     out = add_norm(
         total,

@@ -26,6 +26,9 @@ class Options:
     mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
     inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.
     rewrites: the rewrites that may be used.
+    batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
+        order of summation at every size, which costs speed where another kernel would be faster. It holds on GPUs whose
+        memory the ranks share (`Boundary.runs` says so); elsewhere the process group's all-reduce decides.
     """
 
     policy: SharingPolicy | None = None
@@ -35,6 +38,7 @@ class Options:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     rewrites: tuple[str, ...] = REWRITES
+    batch_invariant: bool = False
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -45,6 +49,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mode": (str, type(None)),
     "inductor": (Mapping,),
     "rewrites": (tuple, list),
+    "batch_invariant": (bool,),
 }
 
 

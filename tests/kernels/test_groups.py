@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.graphs import fake_world
 from tpfuse.kernels import groups
-from tpfuse.kernels.groups import WORKSPACE_REGISTRY, judge, why_not, workspace_of
+from tpfuse.kernels.groups import WORKSPACE_REGISTRY, injected, judge, why_not, workspace_of
 from tpfuse.kernels.workspace import virtual_ranks
 
 CPU = torch.device("cpu")
@@ -42,6 +42,19 @@ def test_the_first_call_of_a_group_sets_up_and_later_ones_reuse(four_ranks, meet
     assert workspace_of("0", CPU) is first and meetings == [1 << 12]
     pair = dist.new_group([0, 1])
     assert workspace_of(pair.group_name, CPU) is not first and len(meetings) == 2
+
+
+def test_an_injected_workspace_stands_in_for_the_groups_own(four_ranks, meetings):
+    """One process plays every rank in turn: nothing is set up, and afterwards all is as before."""
+    played = virtual_ranks(2, "cpu", 4, 1 << 12)
+    for workspace in (*played, None):  # None: the functional path
+        with injected("0", workspace):
+            assert workspace_of("0", CPU) is workspace
+    assert not meetings and "0" not in WORKSPACE_REGISTRY
+    own = workspace_of("0", CPU)
+    with pytest.raises(ZeroDivisionError), injected("0", played[1]):
+        raise ZeroDivisionError
+    assert workspace_of("0", CPU) is own
 
 
 def test_growth_keeps_the_old_workspace_for_graphs_that_address_it(four_ranks, meetings):
