@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,27 @@ MEGABYTES = (1, 4, 16, 64, 256)  # of one tensor
 CALLS = 12
 
 
-def ours(norm: str, warps: int = 0) -> Callable:
+def ours(norm: str, **forced: Any) -> Callable:
+    """Our kernel, as it runs by itself or with some launch options `forced`."""
+
     def call(s: Any, residual: Any, weight: Any, bias: Any) -> Any:
-        saved = module._warps
-        if warps:
-            module._warps = lambda block: warps
+        own = module.tuning
+        module.tuning = lambda *given: {**own(*given), **forced}
         try:
             out = add_norm(s, residual, None, weight, bias, 1e-6, norm=norm, out_dtype=s.dtype, residual_dtype=s.dtype)
         finally:
-            module._warps = saved
+            module.tuning = own
         return out.y, out.residual_out
 
     return call
+
+
+# what `kernels.add_norm.tuning` chooses between
+VARIANTS = {
+    "plain": {"EVICT": "", "STORE": ""},
+    "loads": {"EVICT": "evict_first", "STORE": ""},
+    "loads and stores": {"EVICT": "evict_first", "STORE": ".cs"},
+}
 
 
 def eager(norm: str) -> Callable:
@@ -86,7 +95,7 @@ def capture(fn: Callable, sets: list[tuple]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def run(norm: str, hidden: int, megabytes: int, warps: list[int]) -> list[dict]:
+def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: Sequence[int] = ()) -> list[dict]:
     rows = max(megabytes * (1 << 20) // (2 * hidden), 1)
     count = max(2, min(12, (512 << 20) // (rows * hidden * 8) + 1))
 
@@ -100,8 +109,12 @@ def run(norm: str, hidden: int, megabytes: int, warps: list[int]) -> list[dict]:
     torch._dynamo.reset()
     calls: dict[str, Callable | None] = {
         "ours": ours(norm), "inductor": torch.compile(eager(norm), dynamic=False), "torch": eager(norm),
-        "liger": liger(norm), **{f"ours w{w}": ours(norm, w) for w in warps},
+        "liger": liger(norm),
     }  # fmt: skip
+    if variants:
+        calls |= {f"ours {name}": ours(norm, **options) for name, options in VARIANTS.items()}
+        calls |= {f"ours {name} w{w}": ours(norm, num_warps=w, **options)
+                  for name, options in VARIANTS.items() for w in warps}  # fmt: skip
     truth = eager(norm)(*(t if t is None else t.double() for t in sets[0]))
     graphs, notes = {}, {}
     for name, fn in calls.items():
@@ -132,24 +145,26 @@ def run(norm: str, hidden: int, megabytes: int, warps: list[int]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--norms", nargs="*", default=["rms_norm", "layer_norm"])
     parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN)
     parser.add_argument("--megabytes", type=int, nargs="*", default=MEGABYTES)
-    parser.add_argument("--warps", type=int, nargs="*", default=[], help="also time our kernel with these")
+    parser.add_argument("--warps", type=int, nargs="*", default=[], help="--variants also with these")
+    parser.add_argument("--variants", action="store_true", help="also time our kernel with each policy of the cache")
     arguments = parser.parse_args()
     records = []
-    for norm in ("rms_norm", "layer_norm"):
+    for norm in arguments.norms:
         for hidden in arguments.hidden:
             for megabytes in arguments.megabytes:
-                here = run(norm, hidden, megabytes, arguments.warps)
+                here = run(norm, hidden, megabytes, arguments.variants, arguments.warps)
                 records += here
                 cells = "  ".join(
                     f"{r['provider']} {r['us']:.1f} ({r['share']:.2f})" if r["us"] else f"{r['provider']}: {r['note']}"
                     for r in sorted(here, key=lambda r: r["us"] or 1e9)
                 )
                 print(norm, hidden, f"{megabytes} MB |", cells, flush=True)
-    if arguments.out:
-        described = machine("one GPU")
-        arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))
+                if arguments.out:
+                    described = machine("one GPU")
+                    arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def _add_norm_kernel(
     s_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     eps_ptr, eps, weight_offset, alpha, s_stride, r_stride,
     H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, STRIDED: tl.constexpr,
+    EVICT: tl.constexpr = "", STORE: tl.constexpr = "",
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -53,11 +54,13 @@ def _add_norm_kernel(
     r_row = residual_ptr
     if residual_ptr is not None:
         r_row = residual_ptr + row * (r_stride if STRIDED else H)
-    s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
-    residual, pre_bias, weight, bias = load_row(r_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask)
+    s = tl.load(s_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    residual, pre_bias, weight, bias = load_row(
+        r_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask, EVICT
+    )
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, load_eps(eps_ptr, eps), y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, row, cols, mask, H, NORM, POST, None, 0, 0, 1,
+        row, row, cols, mask, H, NORM, POST, None, 0, 0, 1, STORE,
     )  # fmt: skip
 
 
@@ -137,15 +140,28 @@ def add_norm(
             eps_tensor, eps_value, weight_offset, alpha, s2.stride(0), 0 if r2 is None else r2.stride(0),
             H=H, BLOCK=block, NORM=NORMS[norm], POST=post,
             STRIDED=s2.stride(0) != H or (r2 is not None and r2.stride(0) != H),
-            num_warps=_warps(block),
+            **tuning(block, s2.numel() * s2.element_size(), norm),
         )  # fmt: skip
     return out
 
 
-def _warps(block: int) -> int:
-    """16-byte loads, one or two of each input a thread, and at most 16 warps, so that several rows share a
-    multiprocessor (benchmarks/norm.py --warps: 32 lose up to a tenth, 4 and 8 a few percent of short runs)."""
-    return min(max(block // 256, 1), 16)
+STREAMED = (2 << 20, 8 << 20, 32 << 20)
+
+
+def tuning(block: int, size: int, norm: str) -> dict[str, object]:
+    """Launch options for rows padded to `block` and tensors of `size` bytes, from benchmarks/norm.py.
+
+    Inputs are read for the last time. From 2 MB on it pays to let the cache drop them first; from 8 MB on, where the
+    four tensors no longer fit it, the outputs too; past 32 MB, where nothing stays in any case, neither does.
+    Threads load 16 bytes of each input. A row of 32 such warps gets 16 that load twice as much, so that several rows
+    share a multiprocessor, except in long runs of RMSNorm, which waits less than LayerNorm.
+    """
+    least, whole, most = STREAMED
+    return {
+        "EVICT": "evict_first" if least <= size <= most else "",
+        "STORE": ".cs" if whole <= size <= most else "",
+        "num_warps": min(max(block // 256, 1), 32 if size > most and norm == "rms_norm" else 16),
+    }
 
 
 def empty_outputs(

@@ -15,21 +15,25 @@ from .compat import tl, triton
 RMS, LAYER, NONE = 0, 1, 2  # the kernels' NORM; NONE leaves h as it is
 SENTINEL = -2147450880  # 0x80008000
 _SENTINEL = tl.constexpr(SENTINEL)
+_AS_EVER = tl.constexpr("")  # no wish how the cache treats an access
 
 
 @triton.jit
-def load_row(residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask):
-    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads overlap it."""
+def load_row(
+    residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask, EVICT: tl.constexpr = _AS_EVER
+):  # fmt: skip
+    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads overlap it.
+    EVICT: the cache's policy for the residual, which is read once; the vectors serve every row."""
     zero = tl.zeros(cols.shape, tl.float32)
     residual, pre_bias, bias, weight = zero, zero, zero, zero + 1.0
     if residual_row is not None:
-        residual = tl.load(residual_row + cols, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if pre_bias_ptr is not None:
         pre_bias = tl.load(pre_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     return residual, pre_bias, weight + weight_offset, bias
 
 
@@ -93,22 +97,23 @@ def row_statistics(h, mask, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid
 def finish_row(
     s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     row, out_row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
-    inbox, pid, part, SPLIT: tl.constexpr,
+    inbox, pid, part, SPLIT: tl.constexpr, STORE: tl.constexpr = _AS_EVER,
 ):  # fmt: skip
     """From the sum `s` to the outputs of one row; returns y before rounding. `residual_out` is row `out_row` of its
-    tensor, which may be a shard; a None `y_ptr` stores no y."""
+    tensor, which may be a shard; a None `y_ptr` stores no y. STORE: how the cache is to treat the outputs."""
     h = alpha * s + pre_bias
     if not POST:
         h += residual
     h = tl.where(mask, h, 0.0)
     if residual_out_ptr is not None:
-        tl.store(residual_out_ptr + out_row * H + cols, h.to(residual_out_ptr.dtype.element_ty), mask=mask)
+        rounded = h.to(residual_out_ptr.dtype.element_ty)
+        tl.store(residual_out_ptr + out_row * H + cols, rounded, mask=mask, cache_modifier=STORE)
     mean, rstd = row_statistics(h, mask, H, eps, NORM, inbox, pid, part, SPLIT)
     n = (h - mean) * rstd * weight + bias
     if POST:
         n += residual
     if y_ptr is not None:
-        tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=STORE)
     if rstd_ptr is not None and part == 0:
         tl.store(rstd_ptr + row, rstd)
         if NORM == 1:
