@@ -1,8 +1,10 @@
-"""The shipped dispatch table. Written from benchmarks/results/kernels_tune_h200.json through `tune`; see
-docs/performance.md for what each source means.
+"""The shipped dispatch table. Written through `tune` from benchmarks/results/kernels_linked_h200.json (2 GPUs) and
+kernels_tune_h200.json (virtual ranks); see docs/performance.md for what each source means.
 
-"NVIDIA H200" is for GPUs with links: how to run the one-shot is measured (on virtual ranks), where it ends is derived.
-"virtual NVIDIA H200" is for virtual ranks on one such GPU, all measured. "*" is for every other device.
+"NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink; sizes past the last measured one run as that one
+does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived.
+"virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
+more rows run as 512 do. "*" is for every other device.
 """
 
 from __future__ import annotations
@@ -10,22 +12,25 @@ from __future__ import annotations
 from .dispatch import Entry, Table
 
 _LINKED = [
-    Entry("NVIDIA H200", 2, 2048, 512, "one_shot", warps=8),
-    Entry("NVIDIA H200", 2, 2048, 2048, "one_shot", warps=8, source="derived"),
-    Entry("NVIDIA H200", 2, 4096, 1, "one_shot", split=2, warps=8),
-    Entry("NVIDIA H200", 2, 4096, 512, "one_shot", warps=16),
-    Entry("NVIDIA H200", 2, 4096, 1024, "one_shot", warps=16, source="derived"),
-    Entry("NVIDIA H200", 2, 7168, 1, "one_shot", split=8, warps=4),
-    Entry("NVIDIA H200", 2, 7168, 8, "one_shot", split=4, warps=8),
-    Entry("NVIDIA H200", 2, 7168, 32, "one_shot", warps=16),
-    Entry("NVIDIA H200", 2, 7168, 64, "one_shot", warps=32),
-    Entry("NVIDIA H200", 2, 7168, 512, "one_shot", warps=16),
-    Entry("NVIDIA H200", 2, 7168, 585, "one_shot", warps=16, source="derived"),
-    Entry("NVIDIA H200", 2, 8192, 4, "one_shot", split=8, warps=4),
-    Entry("NVIDIA H200", 2, 8192, 8, "one_shot", split=4, warps=8),
+    Entry("NVIDIA H200", 2, 2048, 1024, "one_shot", warps=8),
+    Entry("NVIDIA H200", 2, 2048, 4096, "barrier"),
+    Entry("NVIDIA H200", 2, 2048, 131072, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 4096, 8, "one_shot", warps=8),
+    Entry("NVIDIA H200", 2, 4096, 16, "one_shot", split=8, warps=2),
+    Entry("NVIDIA H200", 2, 4096, 1024, "one_shot", warps=16),
+    Entry("NVIDIA H200", 2, 4096, 4096, "barrier"),
+    Entry("NVIDIA H200", 2, 4096, 65536, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 7168, 4, "one_shot", split=4, warps=8),
+    Entry("NVIDIA H200", 2, 7168, 16, "one_shot", split=8, warps=4),
+    Entry("NVIDIA H200", 2, 7168, 32, "one_shot", split=4, warps=8),
+    Entry("NVIDIA H200", 2, 7168, 512, "one_shot", warps=32),
+    Entry("NVIDIA H200", 2, 7168, 4096, "barrier"),
+    Entry("NVIDIA H200", 2, 7168, 37449, "barrier", source="derived"),
     Entry("NVIDIA H200", 2, 8192, 16, "one_shot", split=8, warps=4),
-    Entry("NVIDIA H200", 2, 8192, 128, "one_shot", warps=16),
-    Entry("NVIDIA H200", 2, 8192, 512, "one_shot", warps=16, source="derived"),
+    Entry("NVIDIA H200", 2, 8192, 32, "one_shot", split=4, warps=8),
+    Entry("NVIDIA H200", 2, 8192, 512, "one_shot", warps=32),
+    Entry("NVIDIA H200", 2, 8192, 4096, "barrier"),
+    Entry("NVIDIA H200", 2, 8192, 32768, "barrier", source="derived"),
     Entry("NVIDIA H200", 4, 2048, 64, "one_shot", warps=8),
     Entry("NVIDIA H200", 4, 2048, 128, "one_shot", warps=4),
     Entry("NVIDIA H200", 4, 2048, 195, "one_shot", warps=8, source="derived"),
@@ -67,55 +72,67 @@ _LINKED = [
 
 _VIRTUAL = [
     Entry("virtual NVIDIA H200", 2, 2048, 512, "one_shot", warps=8),
+    Entry("virtual NVIDIA H200", 2, 2048, 4096, "one_shot", warps=8, source="derived"),
     Entry("virtual NVIDIA H200", 2, 4096, 1, "one_shot", split=2, warps=8),
     Entry("virtual NVIDIA H200", 2, 4096, 512, "one_shot", warps=16),
+    Entry("virtual NVIDIA H200", 2, 4096, 4096, "one_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 2, 7168, 1, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 2, 7168, 8, "one_shot", split=4, warps=8),
     Entry("virtual NVIDIA H200", 2, 7168, 32, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 2, 7168, 64, "one_shot", warps=32),
     Entry("virtual NVIDIA H200", 2, 7168, 512, "one_shot", warps=16),
+    Entry("virtual NVIDIA H200", 2, 7168, 4096, "one_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 2, 8192, 4, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 2, 8192, 8, "one_shot", split=4, warps=8),
     Entry("virtual NVIDIA H200", 2, 8192, 16, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 2, 8192, 512, "one_shot", warps=16),
+    Entry("virtual NVIDIA H200", 2, 8192, 4096, "one_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 4, 2048, 32, "one_shot", warps=8),
     Entry("virtual NVIDIA H200", 4, 2048, 128, "two_shot", warps=8),
     Entry("virtual NVIDIA H200", 4, 2048, 512, "barrier"),
+    Entry("virtual NVIDIA H200", 4, 2048, 4096, "barrier", source="derived"),
     Entry("virtual NVIDIA H200", 4, 4096, 8, "one_shot", split=4, warps=4),
     Entry("virtual NVIDIA H200", 4, 4096, 16, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 4, 4096, 32, "one_shot", warps=8),
     Entry("virtual NVIDIA H200", 4, 4096, 64, "two_shot", warps=16),
     Entry("virtual NVIDIA H200", 4, 4096, 512, "barrier"),
+    Entry("virtual NVIDIA H200", 4, 4096, 4096, "barrier", source="derived"),
     Entry("virtual NVIDIA H200", 4, 7168, 4, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 4, 7168, 8, "one_shot", split=4, warps=8),
     Entry("virtual NVIDIA H200", 4, 7168, 16, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 4, 7168, 32, "two_shot", warps=32),
     Entry("virtual NVIDIA H200", 4, 7168, 128, "barrier"),
     Entry("virtual NVIDIA H200", 4, 7168, 512, "two_shot", warps=16),
+    Entry("virtual NVIDIA H200", 4, 7168, 4096, "two_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 4, 8192, 8, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 4, 8192, 16, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 4, 8192, 32, "two_shot", warps=32),
     Entry("virtual NVIDIA H200", 4, 8192, 128, "barrier"),
     Entry("virtual NVIDIA H200", 4, 8192, 512, "two_shot", warps=16),
+    Entry("virtual NVIDIA H200", 4, 8192, 4096, "two_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 8, 2048, 32, "two_shot", warps=8),
     Entry("virtual NVIDIA H200", 8, 2048, 64, "two_shot", warps=4),
     Entry("virtual NVIDIA H200", 8, 2048, 128, "two_shot", warps=8),
     Entry("virtual NVIDIA H200", 8, 2048, 512, "barrier"),
+    Entry("virtual NVIDIA H200", 8, 2048, 4096, "barrier", source="derived"),
     Entry("virtual NVIDIA H200", 8, 4096, 1, "one_shot", split=8, warps=2),
     Entry("virtual NVIDIA H200", 8, 4096, 16, "two_shot", warps=16),
     Entry("virtual NVIDIA H200", 8, 4096, 32, "two_shot", warps=8),
     Entry("virtual NVIDIA H200", 8, 4096, 128, "barrier"),
     Entry("virtual NVIDIA H200", 8, 4096, 512, "two_shot", warps=8),
+    Entry("virtual NVIDIA H200", 8, 4096, 4096, "two_shot", warps=8, source="derived"),
     Entry("virtual NVIDIA H200", 8, 7168, 1, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 8, 7168, 16, "two_shot", warps=32),
     Entry("virtual NVIDIA H200", 8, 7168, 32, "two_shot", warps=16),
     Entry("virtual NVIDIA H200", 8, 7168, 64, "barrier"),
     Entry("virtual NVIDIA H200", 8, 7168, 512, "two_shot", warps=16),
+    Entry("virtual NVIDIA H200", 8, 7168, 4096, "two_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 8, 8192, 1, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 8, 8192, 8, "two_shot", warps=16),
     Entry("virtual NVIDIA H200", 8, 8192, 16, "two_shot", warps=32),
     Entry("virtual NVIDIA H200", 8, 8192, 128, "barrier"),
     Entry("virtual NVIDIA H200", 8, 8192, 512, "two_shot", warps=16),
+    Entry("virtual NVIDIA H200", 8, 8192, 4096, "two_shot", warps=16, source="derived"),
 ]
 
 _ELSEWHERE = [
@@ -140,4 +157,6 @@ _ELSEWHERE = [
     Entry("*", 8, 8192, 512, "two_shot", source="derived"),
 ]
 
-SHIPPED = Table([*_LINKED, *_VIRTUAL, *_ELSEWHERE], note="one H200: virtual ranks, and crossovers derived from bytes")
+SHIPPED = Table(
+    [*_LINKED, *_VIRTUAL, *_ELSEWHERE], note="H200: 2 linked GPUs, virtual ranks, and crossovers derived from bytes"
+)

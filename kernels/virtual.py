@@ -32,10 +32,14 @@ def programs_per_sm(compiled: Any, warps: int, device: torch.device | None = Non
 class VirtualRanks:
     """`world` ranks on `device`, with their workspaces and streams."""
 
+    setting = "virtual ranks on one GPU"
+
     def __init__(self, world: int, device: str = "cuda", slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
-        self.world = world
+        self.world, self.local = world, tuple(range(world))
+        self.device_name = "virtual " + torch.cuda.get_device_name(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.workspaces = virtual_ranks(world, device, self.multiprocessors // world, slot_bytes)
+        workspaces = virtual_ranks(world, device, self.multiprocessors // world, slot_bytes)
+        self.workspaces = [dataclasses.replace(ws, device_name=self.device_name) for ws in workspaces]
         self.streams = [torch.cuda.Stream(device) for _ in range(world)]
         torch.cuda.synchronize()
 
@@ -66,6 +70,10 @@ class VirtualRanks:
         for stream in self.streams:
             current.wait_stream(stream)
 
+    def gather(self, value: Any) -> list[Any]:
+        """As `LinkedRanks.gather`: one process speaks for all ranks."""
+        return [value]
+
     def capture(self, launches: list[Any], calls: int = 12) -> torch.cuda.CUDAGraph:
         """A graph of `calls` such calls in a row. Everything must be loaded: capture executes nothing."""
         graph = torch.cuda.CUDAGraph()
@@ -77,10 +85,15 @@ class VirtualRanks:
         return graph
 
 
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int = 12, rounds: int = 7, replays: int = 5
-                ) -> dict[str, tuple[float, float]]:  # fmt: skip
+def time_graphs(
+    graphs: dict[str, torch.cuda.CUDAGraph],
+    calls: int = 12,
+    rounds: int = 7,
+    replays: int = 5,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> dict[str, tuple[float, float]]:
     """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike.
-    Spread: the distance between the quartiles."""
+    Spread: the distance between the quartiles. `gather` hands out every process's value: the slowest one counts."""
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
@@ -88,6 +101,7 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int = 12, rounds
     for _ in range(rounds):
         for name, graph in graphs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()  # still running when the clock starts: neither the host's launches nor a late peer count
             start.record()
             for _ in range(replays):
                 graph.replay()
@@ -95,7 +109,9 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int = 12, rounds
             end.synchronize()
             samples[name].append(start.elapsed_time(end) * 1000 / replays / calls)
     out = {}
-    for name, values in samples.items():
+    everyone = gather(samples)
+    for name in samples:
+        values = [max(each) for each in zip(*(ranks[name] for ranks in everyone), strict=True)]
         quarters = statistics.quantiles(values, n=4)
         out[name] = (statistics.median(values), quarters[2] - quarters[0])
     return out

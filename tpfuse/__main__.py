@@ -39,5 +39,38 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def tune(
+    output: Annotated[Path, typer.Option(help="Where the dispatch table goes.")] = Path("dispatch-table.json"),
+    ranks: Annotated[
+        list[int] | None, typer.Option(help="Ranks: 2, 4, 8; may be repeated. All if not given; N under torchrun.")
+    ] = None,
+    hidden: Annotated[list[int] | None, typer.Option(help="Hidden sizes; may be repeated.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows (tokens) of a call; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be measured; needs no GPU.")] = False,
+) -> None:
+    """Measure the kernels on this machine and write the dispatch table that follows.
+
+    On one GPU with virtual ranks; `torchrun --nproc-per-node N -m tpfuse tune` measures over N linked GPUs.
+    """
+    from . import tuning
+    from .errors import TPFuseError
+
+    here = tuning.ranks_here()
+    linked = here > 1
+    try:
+        if linked and ranks not in (None, [here]):
+            raise typer.BadParameter(f"{ranks}; torchrun started {here} processes", param_hint="--ranks")
+        worlds = (here,) if linked else tuple(ranks or tuning.WORLDS)
+        plan = tuning.Plan(worlds, tuple(hidden or tuning.HIDDEN), tuple(rows or tuning.ROWS), linked)
+        if dry_run:
+            typer.echo(tuning.explain(plan, output))
+        else:
+            tuning.tune(plan, output, typer.echo)
+    except TPFuseError as error:
+        typer.echo(f"tune: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 if __name__ == "__main__":
     app()

@@ -1,12 +1,16 @@
 """The dispatch table: what is chosen, that ranks agree, that it survives JSON, and how measurements become entries."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tpfuse.errors import OptionError
 from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
 from tpfuse.kernels.groups import judge, why_not
 from tpfuse.kernels.tables import SHIPPED
-from tpfuse.kernels.tune import linked_entries, measured_entries
+from tpfuse.kernels.tune import candidates, compacted, entry_of, linked_entries, measured_entries, name_of
+from tpfuse.tuning import NOISE
 
 TABLE = Table(
     [
@@ -117,3 +121,41 @@ def test_reasons_are_sentences_a_user_can_act_on():
     assert why_not("0", "cpu").startswith("Tensors are on cpu")
     assert "100" in why_not("0", "cuda", hidden=100)
     assert "nobody" in why_not("nobody", "cuda")
+
+
+def test_a_size_given_twice_or_a_way_to_run_that_no_kernel_has_is_refused():
+    with pytest.raises(OptionError, match=r"2 entries for device 'H', world 4, hidden 4096, rows 8"):
+        Table([Entry("H", 4, 4096, 8, "one_shot"), Entry("H", 4, 4096, 8, "two_shot")])
+    for wrong in ({"split": 3}, {"warps": 6}):
+        with pytest.raises(OptionError, match=f"Entry.{next(iter(wrong))}"):
+            Entry("H", 4, 4096, 8, "one_shot", **wrong)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [64, 2048, 4096, 7168, 16384])
+def test_the_name_of_a_candidate_says_how_it_runs(world, hidden):
+    ways = candidates("H", world, hidden, 8, linked=True)
+    assert {entry.kernel for entry in ways} == {"one_shot", "two_shot", "barrier", "functional"} or hidden < 512
+    assert len({name_of(entry) for entry in ways}) == len(ways)
+    for entry in ways:
+        assert entry_of(name_of(entry), "H", world, hidden, 8) == entry
+
+
+def test_noise_does_not_change_the_kernel_from_one_size_to_the_next():
+    records = [
+        record(1, "one_shot s4 w4", 3.0), record(1, "one_shot s1 w16", 3.5),
+        record(8, "one_shot s4 w4", 4.02), record(8, "one_shot s1 w16", 4.0),
+        record(64, "one_shot s4 w4", 9.0), record(64, "functional", 8.0),
+    ]  # fmt: skip
+    kept = measured_entries(records, "H", noise=0.01)
+    assert [name_of(e) for e in kept] == ["one_shot s4 w4", "one_shot s4 w4", "functional"]
+    assert [(e.rows, name_of(e)) for e in compacted(kept)] == [(8, "one_shot s4 w4"), (64, "functional")]
+    assert [name_of(e) for e in measured_entries(records, "H")][1] == "one_shot s1 w16"
+
+
+def test_the_shipped_entries_for_two_linked_gpus_are_the_fastest_that_were_measured():
+    path = Path(__file__).parents[2] / "benchmarks/results/kernels_linked_h200.json"
+    records = json.loads(path.read_text())["records"]
+    measured = compacted(measured_entries(records, "NVIDIA H200", NOISE))
+    shipped = [e for e in SHIPPED.entries if e.device == "NVIDIA H200" and e.world == 2 and e.source == "measured"]
+    assert shipped == measured

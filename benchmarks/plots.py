@@ -1,0 +1,72 @@
+"""Pictures of the results files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# provider prefix -> (label, style); the fastest variant of each is drawn
+_KERNELS = {
+    "one_shot": ("one-shot", "-"), "two_shot": ("two-shot", "-"), "barrier rotating": ("barrier", "-"),
+    "nccl": ("NCCL + Inductor", "--"), "symm_mem one-shot": ("symm_mem one-shot + Inductor", "--"),
+    "symm_mem two-shot": ("symm_mem two-shot + Inductor", "--"), "unfused": ("our all-reduce + Inductor", "--"),
+    "flashinfer": ("FlashInfer", "--"), "dispatched": ("dispatched", "-"), "floor": ("floor", ":"),
+}  # fmt: skip
+
+
+def kernels(results: Path, picture: Path) -> None:
+    """Microseconds over rows, one panel a (world, hidden)."""
+    plt = _pyplot()
+    data = json.loads(results.read_text())
+    records = [r for r in data["records"] if r["us"] is not None and "portable" not in r["provider"]]
+    hiddens, worlds = sorted({r["hidden"] for r in records}), sorted({r["world"] for r in records})
+    figure, panels = plt.subplots(len(worlds), len(hiddens), figsize=(3.6 * len(hiddens), 3.2 * len(worlds) + 0.8),
+                                  sharex=True, squeeze=False, layout="constrained")  # fmt: skip
+    for across, world in zip(panels, worlds, strict=True):
+        for panel, hidden in zip(across, hiddens, strict=True):
+            here = [r for r in records if (r["world"], r["hidden"]) == (world, hidden)]
+            for prefix, (label, style) in _KERNELS.items():
+                best = _fastest(r for r in here if r["provider"].startswith(prefix))
+                if best:
+                    heavy = prefix == "dispatched"
+                    panel.plot(*zip(*sorted(best.items()), strict=True), style, label=label,
+                               color="black" if heavy else None, linewidth=2.5 if heavy else 1.2,
+                               alpha=0.35 if heavy else 1)  # fmt: skip
+            panel.set(title=f"{world} ranks, hidden {hidden}")
+            _logarithmic(panel)
+    handles: dict[str, Any] = {}
+    for panel in panels.flat:
+        lines, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.supxlabel("rows")
+    figure.supylabel("µs a call")
+    figure.suptitle(f"{data['machine']['device']}, {data['machine']['setting']}", fontsize="medium")
+    figure.savefig(picture, dpi=80)
+
+
+def _fastest(records: Iterable[dict]) -> dict[int, float]:
+    best: dict[int, float] = {}
+    for r in records:
+        best[r["rows"]] = min(best.get(r["rows"], r["us"]), r["us"])
+    return best
+
+
+def _logarithmic(panel: Any) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log", base=2)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:g}")
+    panel.grid(True, alpha=0.3)

@@ -1,0 +1,126 @@
+"""The kernels over real links: one process a GPU, as many as this machine has (2, 4 or 8)."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if torch.cuda.device_count() < 2:
+    pytest.skip("needs several CUDA devices", allow_module_level=True)
+
+from tests.ranks import run_processes
+from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.barrier import barrier
+from tpfuse.kernels.groups import workspace_of
+from tpfuse.kernels.one_shot import fits as one_shot_fits
+from tpfuse.kernels.one_shot import one_shot
+from tpfuse.kernels.operands import Operands
+from tpfuse.kernels.two_shot import fits as two_shot_fits
+from tpfuse.kernels.two_shot import two_shot
+
+pytestmark = pytest.mark.gpu
+WORLD = 1 << (min(torch.cuda.device_count(), 8).bit_length() - 1)
+BF16, F32 = torch.bfloat16, torch.float32
+KERNELS = ("one_shot", "one_shot/4", "two_shot", "barrier", "rotating")
+
+
+def _group(rank: int) -> dist.ProcessGroup:
+    torch.cuda.set_device(rank)
+    return dist.new_group(backend="nccl")
+
+
+def _operands(seed: int, rank: int, rows: int, hidden: int, norm: str, dtype: torch.dtype) -> tuple[Operands, Operands]:
+    """This rank's call, and the same call on the sum of all ranks' x."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    xs = [torch.randn(rows, hidden, generator=g, device="cuda").to(dtype) for _ in range(WORLD)]
+    residual = torch.randn(rows, hidden, generator=g, device="cuda").to(dtype)
+    weight = torch.randn(hidden, generator=g, device="cuda").to(dtype)
+    total = torch.stack(xs).float().sum(0)
+    return tuple(Operands(x, residual, None, weight, None, 1e-6, norm, dtype, dtype) for x in (xs[rank], total))
+
+
+def _launch(kernel: str, op: Operands, ws) -> object:
+    if kernel == "two_shot" and two_shot_fits(op, ws):
+        return two_shot(op, ws)
+    if kernel == "one_shot/4" and one_shot_fits(op, ws, 4):
+        return one_shot(op, ws, 4)
+    return one_shot(op, ws) if "shot" in kernel else barrier(op, ws, rotate=kernel == "rotating")
+
+
+def _off(out, truth: Operands) -> float:
+    wide = [t.float() for t in (truth.x, truth.residual)]
+    right = add_norm_reference(*wide, None, truth.weight.float(), None, truth.eps, norm=truth.norm, out_dtype=F32,
+                               residual_dtype=F32)  # fmt: skip
+    pairs = ((out.y, right.y), (out.residual_out, right.residual_out))
+    return max(((a.float() - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
+
+
+def _stress(rank: int, calls: int) -> tuple[int, list[int]]:
+    """Random kernels, shapes, dtypes and delays: how many calls were wrong, and a fingerprint of each result."""
+    group = _group(rank)
+    ws = workspace_of(group.group_name, torch.device("cuda", rank))
+    assert ws is not None
+    same, mine = random.Random(0), random.Random(rank + 1)
+    wrong, marks = 0, []
+    for seed in range(calls):
+        kernel, rows = same.choice(KERNELS), same.choice([0, 1, 2, 5, 8, 33, 150, 280])
+        hidden, norm = same.choice([1024, 4096, 7168]), same.choice(["rms_norm", "layer_norm"])
+        dtype = same.choice([BF16, F32])
+        op, truth = _operands(seed, rank, rows, hidden, norm, dtype)
+        launch = _launch(kernel, op, ws)
+        launch.out.y.fill_(float("nan"))
+        if mine.random() < 0.4:
+            torch.cuda._sleep(mine.randrange(1000, 200_000))
+        launch.run()
+        if rows:
+            wrong += not _off(launch.out, truth) < (1e-5 if dtype == F32 else 6e-3)
+        marks.append(int(launch.out.y.view(torch.int16).to(torch.int64).sum()) if rows else 0)
+    torch.cuda.synchronize()
+    return wrong, marks
+
+
+def test_random_kernels_shapes_and_delays() -> None:
+    """TPFUSE_STRESS_CALLS sets how many calls."""
+    calls = int(os.environ.get("TPFUSE_STRESS_CALLS", "600"))
+    answers = run_processes(WORLD, _stress, calls, timeout=200)
+    print(f"stress: {WORLD} linked GPUs, {calls} calls, {[wrong for wrong, _ in answers]} wrong")
+    assert all(wrong == 0 for wrong, _ in answers)
+    assert all(marks == answers[0][1] for _, marks in answers), "ranks differ"
+
+
+def _graphs(rank: int) -> float:
+    """Two graphs of different shapes replayed in turn, with calls outside between them; the worst error."""
+    group = _group(rank)
+    ws = workspace_of(group.group_name, torch.device("cuda", rank))
+    captured = []
+    for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048)):
+        op, truth = _operands(rows, rank, rows, hidden, "rms_norm", BF16)
+        launch = _launch(kernel, op, ws)
+        launch.load()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(3):
+                launch.run()
+        captured.append((graph, launch, op, truth))
+    same, worst = random.Random(0), 0.0
+    for seed in range(300):
+        graph, launch, op, truth = same.choice(captured)
+        fresh, fresh_truth = _operands(seed, rank, op.rows, op.hidden, "rms_norm", BF16)
+        for old, new in ((op, fresh), (truth, fresh_truth)):
+            for name in ("x", "residual"):
+                getattr(old, name).copy_(getattr(new, name))
+        op.weight.copy_(fresh.weight)
+        truth.weight.copy_(fresh.weight)
+        graph.replay()
+        worst = max(worst, _off(launch.out, truth))
+        between, between_truth = _operands(seed + 1000, rank, 5, 1024, "layer_norm", BF16)
+        worst = max(worst, _off(_launch("rotating", between, ws).run()[0], between_truth))
+    return worst
+
+
+def test_two_graphs_of_different_shapes_replayed_in_turn() -> None:
+    assert max(run_processes(WORLD, _graphs, timeout=150)) < 6e-3
