@@ -7,6 +7,8 @@ over SPLIT programs, which then exchange their part of the statistics. docs/kern
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .add_norm import NORMS
 from .compat import INTERPRETED, next_power_of_2, tl, triton
 from .device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer, slot_of
@@ -146,9 +148,17 @@ def default_warps(op: Operands, split: int) -> int:
 
 
 def constants(op: Operands, world: int, split: int, many: bool, spin: bool | None) -> dict:
-    words = max(next_power_of_2(op.row_words // split), 4)
+    """The kernel's constexprs, a dict of the caller's own."""
+    return dict(_constants(op.hidden, op.row_words, op.x.element_size(), op.norm, op.post, world, split, many, spin))
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    hidden: int, row_words: int, itemsize: int, norm: str, post: bool, world: int, split: int, many: bool,
+    spin: bool | None,
+) -> dict:  # fmt: skip
+    words = max(next_power_of_2(row_words // split), 4)
     return {
-        "H": op.hidden, "ROW_WORDS": op.row_words, "W": words, "EL": words * (4 // op.x.element_size()),
-        "SPLIT": split, "WORLD": world, "NORM": NORMS[op.norm], "POST": op.post, "MANY": many,
-        "SPIN": not INTERPRETED if spin is None else spin,
+        "H": hidden, "ROW_WORDS": row_words, "W": words, "EL": words * (4 // itemsize), "SPLIT": split, "WORLD": world,
+        "NORM": NORMS[norm], "POST": post, "MANY": many, "SPIN": not INTERPRETED if spin is None else spin,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,15 +37,15 @@ class Operands:
     out: AddNormOut | None = None
     sum_out: Tensor | None = None
 
-    @property
+    @cached_property  # asked for many times a call, which is all Python
     def hidden(self) -> int:
         return self.x.shape[-1]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.x.numel() // max(self.hidden, 1)
 
-    @property
+    @cached_property
     def row_words(self) -> int:
         """32-bit words in one row of x."""
         return self.hidden * self.x.element_size() // 4
