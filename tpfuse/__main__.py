@@ -62,7 +62,8 @@ def tune(
         if linked and ranks not in (None, [here]):
             raise typer.BadParameter(f"{ranks}; torchrun started {here} processes", param_hint="--ranks")
         worlds = (here,) if linked else tuple(ranks or tuning.WORLDS)
-        plan = tuning.Plan(worlds, tuple(hidden or tuning.HIDDEN), tuple(rows or tuning.ROWS), linked)
+        usual = tuning.ROWS + tuning.MORE_ROWS if linked else tuning.ROWS
+        plan = tuning.Plan(worlds, tuple(hidden or tuning.HIDDEN), tuple(rows or usual), linked)
         if dry_run:
             typer.echo(tuning.explain(plan, output))
         else:

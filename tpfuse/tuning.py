@@ -21,6 +21,7 @@ from .kernels.groups import WORLDS
 from .kernels.tune import candidates, compacted, measured_entries, name_of
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+MORE_ROWS = (1024, 2048, 4096)  # over links; virtual ranks would only measure their one device's memory
 HIDDEN = (2048, 4096, 7168, 8192)
 # What one measurement and the compilation of one kernel took on an H200's host; only for saying how long it may take.
 SECONDS_EACH, SECONDS_TO_COMPILE = 0.15, 1.2
@@ -112,9 +113,9 @@ def tune(plan: Plan, output: Path, say: Callable[[str], None]) -> Table:
     import torch.distributed as dist
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # one hardware queue for each virtual rank's stream
     if not torch.cuda.is_available():
         raise OptionError("tune: this machine has no CUDA device to measure; --dry-run says what would be measured")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # one hardware queue for each virtual rank's stream
     if plan.linked:
         local = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local)
