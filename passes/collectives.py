@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tpfuse._torch_private import operator_schema
+
 from . import aten_ops as ops
-from .graph import argument, value
+from .graph import argument, why_unusual
 
 #: Answers which global ranks a group name stands for on this rank; None when it cannot be resolved.
 ResolveGroup = Callable[[str], "tuple[int, ...] | None"]
@@ -33,7 +35,7 @@ class Collective:
 
     @property
     def input(self) -> fx.Node:
-        return self.node.args[0]
+        return argument(self.node, "input")
 
     @property
     def result(self) -> fx.Node:
@@ -53,7 +55,7 @@ def find_collectives(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]
 
 
 def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
-    name = node.target._schema.name.split("::")[-1]
+    name = operator_schema(node.target).name.split("::")[-1]
     kind = next((k for k in ops.COLLECTIVE_KINDS if name.startswith(k)), name)
     waits = [user for user in node.users if user.target is ops.WAIT]
     wait = waits[0] if len(waits) == 1 else None
@@ -82,9 +84,6 @@ def _all_reduce_problem(node: fx.Node, name: str, wait: fx.Node | None, waits: l
         return "its result is waited for more than once"
     if any(user is not wait for user in node.users):
         return "its unfinished result is used before it is waited for"
-    val = value(wait)
-    if val is None:
-        return "its result has no fake value (meta['val']), so its shape and dtype are unknown"
-    if val.dtype not in ops.FLOATS:
-        return f"its dtype is {val.dtype}; only float16, bfloat16, float32 and float64 can be fused"
-    return ""
+    if not isinstance(argument(node, "input"), fx.Node):
+        return "its input is no value of the graph"
+    return why_unusual(wait, "its result") or why_unusual(argument(node, "input"), "its input")

@@ -14,14 +14,18 @@ from torch import fx
 from tpfuse.report import Boundary, Report
 
 from .collectives import ResolveGroup, find_collectives, is_collective
+from .graph import use_positions
 from .groups import names_of_groups, own_rank
+from .hazards import Hazards
 from .merge import merge_all_reduces
+from .norms import find_norms
 from .plan import REWRITES, Decisions, plan
 from .recognise import recognise
 from .relayout import Moved, relayout
 from .rewrite import apply, restore_order
 from .runs import NO_KERNEL, how_it_runs
 from .stream import calls
+from .subgraphs import collectives_inside
 from .verdicts import verdicts
 
 log = logging.getLogger(__name__)
@@ -71,35 +75,37 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 
 
 def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
-    recognition = recognise(graph, resolve)
-    if not recognition.collectives:
-        return graph, Report([], len(recognition.norms))
+    inner = collectives_inside(graph, resolve)
+    if not any(is_collective(node) for node in graph.nodes):
+        return graph, Report(inner, len(find_norms(graph)), _communicating(graph) + len(inner))
+    changed = copy.deepcopy(graph)
+    use_positions(changed)
+    recognition = recognise(changed, resolve)
     before = verdicts(recognition, plan(recognition, options.rewrites))
     names = [collective.node.name for collective in recognition.collectives]
 
-    changed = copy.deepcopy(graph)
     moved = _relayout(changed, resolve, options, inference=not recognition.backward)
-    # Recognising the copy again costs less than carrying every node over by hand, and the layouts may have changed.
+    # Recognising again costs less than carrying every node over by hand, and the layouts may have changed.
     decisions = plan(recognise(changed, resolve), options.rewrites)
     boundaries = _after(before, names, moved, decisions)
     for chosen in decisions.plans:
         apply(changed, chosen)
     merged = _merge(changed, resolve, options) if recognition.backward else {}
-    boundaries = _with_merges(boundaries, names, merged)
+    boundaries = _with_merges(boundaries, names, merged) + inner
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
-        return graph, Report(boundaries, len(recognition.norms), len(boundaries))
+        return graph, Report(boundaries, len(recognition.norms), _communicating(graph) + len(inner))
     restore_order(changed)
     if options.batch_invariant:
         for node in changed.nodes:
             if calls(node, "tpfuse::all_reduce_norm"):
                 node.update_kwarg("batch_invariant", True)
     changed.lint()
-    return changed, Report(boundaries, len(recognition.norms), _communicating(changed))
+    return changed, Report(boundaries, len(recognition.norms), _communicating(changed) + len(inner))
 
 
 def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
     rank = own_rank()
-    if rank is None:
+    if rank is None or Hazards(graph).writes:
         return Moved()
     names = names_of_groups()
     return relayout(graph, resolve, rank, names, options.residual, options.rows, options.rewrites, inference)

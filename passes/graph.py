@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from tpfuse._torch_private import tensor_leaves
+from tpfuse._torch_private import map_tensors, new_fake_mode, operator_schema, storage_identity, tensor_leaves
 
 from . import aten_ops as ops
 
@@ -45,7 +46,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument called `name` in the schema of `node.target`, wherever it was written."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = getattr(node.target, "_schema", None)
+    schema = operator_schema(node.target)
     if schema is None:
         return default
     for position, parameter in enumerate(schema.arguments):
@@ -57,15 +58,104 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def is_call(node: Any, targets: Any) -> bool:
-    """Whether `node` calls one of `targets` (a set, or one operator); in-place forms count as their twin."""
+    """Whether `node` calls one of `targets` (a set, or one operator). An in-place form counts as its twin where nobody
+    can tell the difference."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    target = ops.IN_PLACE_TWINS.get(node.target, node.target)
+    target = node.target
+    if target in ops.IN_PLACE_TWINS and writes_to_temporary(node):
+        target = ops.IN_PLACE_TWINS[target]
     return target in targets if isinstance(targets, (set, frozenset, dict, tuple)) else target is targets
 
 
 def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    """Whether `x` is a finite number that a float can hold. Complex numbers and bools are none."""
+    if not isinstance(x, (int, float)) or isinstance(x, bool):
+        return False
+    return -sys.float_info.max <= x <= sys.float_info.max
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs of `node` that may be tensors: all but those whose fake value says otherwise."""
+    return [n for n in node.all_input_nodes if n.meta.get("val") is None or not isinstance(n.meta["val"], _NUMBERS)]
+
+
+_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def writes_to_temporary(node: fx.Node) -> bool:
+    """Whether an in-place operator writes to a tensor that only it reads, so that its functional twin does the same."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or len(written.users) != 1:
+        return False
+    if written.target in ops.IN_PLACE_TWINS:
+        return writes_to_temporary(written)
+    source = written
+    if written.target is ops.operator.getitem:
+        source, index = written.args
+        if sum(user.args[1:] == (index,) for user in source.users) != 1:
+            return False
+    schema = operator_schema(source.target)
+    if source.op != "call_function" or schema is None or source.target is ops.WAIT:
+        return False
+    if any(result.alias_info is not None for result in schema.returns) or value(written) is None:
+        return False
+    storage = storage_identity(value(written))
+    inputs = [value(parent) for parent in source.all_input_nodes]
+    return storage is not None and all(val is None or storage_identity(val) != storage for val in inputs)
+
+
+def why_unusual(node: fx.Node, what: str) -> str:
+    """Why the fused operation cannot take or give `node`'s value, as a sentence about `what`; '' if it can."""
+    val = value(node)
+    if val is None:
+        return f"{what} has no fake value (meta['val']), so its shape and dtype are unknown"
+    if type(val) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(val, "fake_mode"):
+        return f"{what} is a {type(val).__name__}, not a plain tensor"
+    if val.layout is not torch.strided or val.is_nested:
+        return f"{what} is a tensor of layout {val.layout}, not a dense one"
+    if val.dtype not in ops.FLOATS:
+        return f"{what} has dtype {val.dtype}; only float16, bfloat16, float32 and float64 can be fused"
+    if val.is_neg():
+        return f"{what} is a view with its negative bit set"
+    return ""
+
+
+def row_major(node: fx.Node) -> bool:
+    """Whether `node`'s value surely lies in memory row after row."""
+    val = value(node)
+    if any(same_size(size, 0) for size in val.shape):
+        return True
+    expected: Any = 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+        if not same_size(size, 1):
+            if not same_size(stride, expected):
+                return False
+            expected = expected * size
+    return True
+
+
+def same_strides(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes of one shape surely have equal strides wherever a stride means something."""
+    va, vb = value(a), value(b)
+    return any(same_size(size, 0) for size in va.shape) or all(
+        same_size(size, 1) or same_size(x, y) for size, x, y in zip(va.shape, va.stride(), vb.stride(), strict=True)
+    )
+
+
+def use_positions(graph: fx.Graph) -> None:
+    """Write arguments by position where the operator's schema has them so: the passes read them off `node.args`."""
+    for node in graph.nodes:
+        schema = operator_schema(node.target)
+        if node.op != "call_function" or schema is None or not node.kwargs:
+            continue
+        args, kwargs = list(node.args), dict(node.kwargs)
+        for parameter in schema.arguments[len(args) :]:
+            if parameter.kwarg_only or parameter.name not in kwargs:
+                break
+            args.append(kwargs.pop(parameter.name))
+        if len(args) > len(node.args):
+            node.args, node.kwargs = tuple(args), kwargs
 
 
 def last_dim(node: fx.Node) -> Any:
@@ -86,17 +176,27 @@ def same_size(x: Any, y: Any) -> bool:
     """Whether two sizes are equal for certain. Never adds a guard: an answer must not narrow the compiled graph."""
     if isinstance(x, int) and isinstance(y, int):
         return x == y
-    nx, ny = getattr(x, "node", None), getattr(y, "node", None)
-    ex = nx.expr if nx is not None else x
-    ey = ny.expr if ny is not None else y
-    return ex == ey
+    return _expression(x) == _expression(y)
+
+
+def _expression(size: Any) -> Any:
+    """The expression of a symbolic size, or what else stands for it (sizes of nested tensors have none)."""
+    node = getattr(size, "node", None)
+    return size if node is None else getattr(node, "expr", node)
 
 
 def strip(node: Any, targets: set[Any]) -> Any:
-    """Walk from `node` towards the inputs while it is one of `targets` (unary operators)."""
-    while is_call(node, targets) and node.args and isinstance(node.args[0], fx.Node):
+    """Walk from `node` towards the inputs while it is one of `targets` (unary operators) and stays a floating-point
+    value: a cast to an integer and back is no rounding."""
+    while is_call(node, targets) and node.args and is_float(node) and is_float(node.args[0]):
         node = node.args[0]
     return node
+
+
+def is_float(node: Any) -> bool:
+    """Whether `node` is a tensor of a dtype that the fused operation takes."""
+    val = value(node)
+    return val is not None and val.dtype in ops.FLOATS
 
 
 def insert_call(
@@ -116,17 +216,31 @@ def carry_meta(source: fx.Node, target: fx.Node) -> None:
 
 
 def fake_result(node: fx.Node) -> Any:
-    """What `node` returns for the fake values of its arguments (runs under their fake mode; no real work)."""
+    """What `node` returns for the fake values of its arguments (runs under their fake mode; no real work).
+
+    Graphs traced with real tensors have a fake mode of its own for every value, and some graphs have real tensors for
+    values; both are described anew in one fake mode, so that a collective can never really run here.
+    """
 
     def fake(arg: fx.Node) -> Any:
         return arg.meta["val"]
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake)
-    mode = next((v.fake_mode for v in tensor_leaves((args, kwargs)) if hasattr(v, "fake_mode")), None)
-    if mode is None:
+    modes = {id(mode): mode for v in tensor_leaves((args, kwargs)) if (mode := getattr(v, "fake_mode", None))}
+    fakes = all(hasattr(v, "fake_mode") for v in tensor_leaves((args, kwargs)))
+    if len(modes) == 1 and fakes:
+        (mode,) = modes.values()
+    else:
+        mode = new_fake_mode()
+        with mode:
+            args, kwargs = map_tensors(_described_anew, (args, kwargs))
+    # A graph that was exported holds parameters, and nobody differentiates here.
+    with mode, torch.no_grad():
         return node.target(*args, **kwargs)
-    with mode:
-        return node.target(*args, **kwargs)
+
+
+def _described_anew(val: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
 def depends_on(node: fx.Node, sources: set[fx.Node]) -> bool:

@@ -60,8 +60,9 @@ def clean_path(path: str) -> str:
 
 
 def _stack(node: fx.Node) -> list[tuple[str, object]]:
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return [(str(path), cls) for path, cls in stack.values()]
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    entries = stack.values() if isinstance(stack, dict) else ()
+    return [(str(entry[0]), entry[1]) for entry in entries if isinstance(entry, tuple) and len(entry) == 2]
 
 
 def _role(node: fx.Node) -> str | None:

@@ -23,7 +23,8 @@ from torch import fx
 from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives
 from .graph import insert_call, is_call, same_shape, value
-from .recognise import Write, backward_nodes, find_writes, storage
+from .hazards import Hazards
+from .recognise import backward_nodes
 from .rewrite import replay
 from .sums import Step, linear_inputs
 
@@ -54,7 +55,7 @@ def merge_all_reduces(graph: fx.Graph, resolve: ResolveGroup) -> dict[str, str]:
     """
     outcome: dict[str, str] = {}
     while True:
-        merges, refusals = plan_merges(find_sums(graph, resolve), find_writes(graph))
+        merges, refusals = plan_merges(find_sums(graph, resolve), Hazards(graph))
         outcome |= refusals
         if not merges:
             return outcome
@@ -98,7 +99,7 @@ def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def plan_merges(
-    sums: Sequence[tuple[Part, ...]], writes: Sequence[Write] = ()
+    sums: Sequence[tuple[Part, ...]], hazards: Hazards
 ) -> tuple[list[Merge], dict[str, str]]:
     """(merges, refusals by the name of the collective's node).
 
@@ -118,7 +119,7 @@ def plan_merges(
         if mergeable is None:
             continue
         merge = _up_to_the_meeting(mergeable)
-        problem = _overwritten(merge, writes)
+        problem = _overwritten(merge, hazards)
         if problem:
             refusals |= {part.collective.node.name: problem for part in merge.parts}
         else:
@@ -142,13 +143,10 @@ def _unlike(part: Part, parts: Sequence[Part]) -> str:
     return f"the backward pass adds it to an all-reduce with another reduce op, {names}, so the two cannot be one"
 
 
-def _overwritten(merge: Merge, writes: Sequence[Write]) -> str:
-    read = {storage(p.collective.input) for p in merge.parts if value(p.collective.input) is not None}
-    first = min(part.collective.node for part in merge.parts)
-    for write in writes:
-        if first < write.node < merge.root and write.storages & read:
-            return f"{write.node.target} writes in place to a gradient before it is added to another one"
-    return ""
+def _overwritten(merge: Merge, hazards: Hazards) -> str:
+    read = [part.collective.input for part in merge.parts]
+    write = hazards.write_to(read, min(part.collective.node for part in merge.parts), merge.root)
+    return f"{write} writes in place to a gradient before it is added to another one" if write else ""
 
 
 # -- rewrite ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from . import aten_ops as ops
-from .graph import argument, is_call, is_number, last_dim, same_shape, same_size, strip, value
+from .graph import argument, is_call, is_float, is_number, last_dim, same_shape, same_size, strip, value
 
 aten = ops.aten
 
@@ -68,7 +68,7 @@ def whole_norm(node: fx.Node) -> Norm | None:
     outputs = {user.args[1]: user for user in node.users if user.target is ops.operator.getitem}
     statistics = ops.WHOLE_NORM_STATISTICS.get(node.target)
     output = node if statistics is None else outputs.get(0)
-    if not isinstance(source, fx.Node) or output is None or value(source) is None:
+    if output is None or not is_float(source) or not isinstance(shape, (list, tuple)):
         return None
     if eps is None:
         eps = _finfo_eps(source)
@@ -82,6 +82,8 @@ def whole_norm(node: fx.Node) -> Norm | None:
         mean=outputs.get((statistics or {}).get("mean", -1)),
         rstd=outputs.get((statistics or {}).get("rstd", -1)),
     )
+    if not is_number(eps):
+        return replace(norm, problem=f"the norm's eps is {eps!r}, not a finite number")
     if len(shape) != 1:
         return replace(norm, problem=f"the norm runs over the last {len(shape)} dimensions, not over the last one only")
     return norm
@@ -168,6 +170,9 @@ def _divides_by(node: fx.Node, factor: object, size: object) -> bool:
 
 def _dims_problem(reduction: fx.Node) -> str:
     dims, keepdim = argument(reduction, "dim"), argument(reduction, "keepdim", False)
+    dims = [dims] if isinstance(dims, int) else dims
+    if dims is not None and not all(isinstance(d, int) for d in dims):
+        return "the dimensions that the norm runs over are computed in the graph"
     val = value(reduction.args[0])
     rank = val.dim() if val is not None else 0
     if dims is None or [d % rank if rank else d for d in dims] != [rank - 1]:
@@ -203,7 +208,7 @@ def _mean_of_squares(statistic: fx.Node) -> _Moments | None:
     if root is None:
         return None
     source = strip(root, _TRANSPARENT)
-    if is_call(source, ops.SUBS) and len(source.args) > 1 and isinstance(source.args[1], fx.Node):
+    if _subtracts_value(source):
         mean = strip(source.args[1], _TRANSPARENT)
         inner = _mean_of(mean)
         if inner is not None and strip(inner[0], _TRANSPARENT) is strip(source.args[0], _TRANSPARENT):
@@ -230,13 +235,20 @@ def _variance(statistic: fx.Node) -> _Moments | None:
     source = strip(reduction.args[0], _TRANSPARENT)
     for candidate in _through_casts(reduction.args[0], source):
         for user in candidate.users:
-            if is_call(user, ops.SUBS) and isinstance(user.args[1], fx.Node):
+            if _subtracts_value(user) and user.args[0] is candidate:
                 mean = strip(user.args[1], _TRANSPARENT)
                 from_pair = mean.target is ops.operator.getitem and mean.args == (pair, 1)
                 averaged = None if from_pair else _mean_of(mean)
                 if from_pair or (averaged is not None and strip(averaged[0], _TRANSPARENT) is source):
-                    return "layer_norm", user, source, mean, problem
+                    return "layer_norm", user, source, mean, problem or (averaged[1] if averaged else "")
     return None
+
+
+def _subtracts_value(node: fx.Node) -> bool:
+    """Whether `node` is one value minus another, once."""
+    if not is_call(node, ops.SUBS) or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return all(isinstance(side, fx.Node) for side in node.args[:2])
 
 
 def _through_casts(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:

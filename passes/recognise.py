@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives
-from .graph import depends_on, is_call, last_dim, same_shape, same_size, value
+from .graph import (
+    depends_on,
+    is_call,
+    last_dim,
+    row_major,
+    same_shape,
+    same_size,
+    same_strides,
+    tensor_inputs,
+    value,
+    why_unusual,
+)
+from .hazards import Hazards
 from .norms import Norm, find_norms
 from .replicated import differs_between_ranks
 from .sums import Sum, Term, decompose
@@ -62,12 +75,12 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     collectives = find_collectives(graph, resolve)
     norms = find_norms(graph) if collectives else []
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
-    writes = find_writes(graph) if collectives else []
+    hazards = Hazards(graph) if norms else None
     sites: list[Site] = []
     taken: set[fx.Node] = set()
     fixed: set[fx.Node] = set()
     for norm in norms:
-        site = _site(norm, {n: c for n, c in eligible.items() if n not in taken}, fixed, writes)
+        site = _site(norm, {n: c for n, c in eligible.items() if n not in taken}, fixed, hazards)
         if site is None:
             continue
         sites.append(site)
@@ -92,7 +105,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 # -- one site ---------------------------------------------------------------------------------------------------------
 
 
-def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writes: list[Write]) -> Site | None:
+def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], hazards: Hazards) -> Site | None:
     hidden = hidden_of(norm, set(owed))
     total = decompose(hidden, set(owed), fixed)
     if not total.owed or hidden in fixed:
@@ -101,7 +114,7 @@ def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], writ
     collectives = tuple(_owed(term, total, owed) for term in terms)
     add_after, residual_after = _add_after(norm, total)
     site = Site(norm, hidden, collectives, add_after, residual_after)
-    problem = norm.problem or site_problem(site, total) or _write_problem(site, total, writes)
+    problem = norm.problem or total.problem or site_problem(site, total) or _hazard(site, total, hazards)
     return Site(norm, hidden, collectives, add_after, residual_after, problem)
 
 
@@ -175,33 +188,29 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
 def site_problem(site: Site, total: Sum) -> str:
     """Why the site cannot be fused whatever the plan: one sentence, or ''."""
     hidden, norm = site.hidden, site.norm
-    val, out = value(hidden), value(norm.output)
-    if val is None or out is None:
-        return "the hidden states have no fake value (meta['val']), so their shape and dtype are unknown"
-    if type(val) is not torch.Tensor and not hasattr(val, "fake_mode"):
-        return f"the hidden states are a {type(val).__name__}, not a plain tensor"
+    problem = _values_problem(site, total)
+    if problem:
+        return problem
     if not same_size(last_dim(hidden), last_dim(norm.source)):
         return "a view between the all-reduce and the norm changes the last dimension"
-    for tensor in (val, out):
-        if tensor.dtype not in ops.FLOATS:
-            return f"a dtype of {tensor.dtype} is involved; only float16, bfloat16, float32 and float64 can be fused"
     for node in total.interior:
-        dtypes = {value(child).dtype for child in node.all_input_nodes if value(child) is not None}
+        dtypes = {value(child).dtype for child in tensor_inputs(node) if value(child) is not None}
         if is_call(node, ops.ADDS | ops.SUBS) and len(dtypes) > 1:
             mixed = " and ".join(sorted(map(str, dtypes)))
             return f"an addition before the norm mixes {mixed}; cast one side explicitly"
+    if not all(math.isfinite(term.scale) for term in total.terms):
+        return "the numbers that the all-reduced sum is multiplied by have a product that is not finite"
+    if any(abs(term.scale) < sys.float_info.min for term in total.owed):
+        return "the all-reduced sum is multiplied by zero before the norm, or subtracted from itself"
     leaves = {term.leaf for term in total.owed}
+    if len(leaves) < len(total.owed):
+        return "the all-reduced sum is added to a rearrangement of itself before the norm"
     problem = _step_problem(site, total, leaves)
     if problem:
         return problem
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
             return "a value that is added before the norm is itself computed from the all-reduced sum"
-        leaf = value(term.leaf)
-        if leaf is None or leaf.dtype not in ops.FLOATS:
-            return f"a value of dtype {leaf.dtype if leaf is not None else 'unknown'} is added before the norm"
-        if leaf.device != val.device:
-            return f"a value on {leaf.device} is added to hidden states on {val.device}"
     for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is None:
             continue
@@ -209,6 +218,8 @@ def site_problem(site: Site, total: Sum) -> str:
             return f"the norm's {role} is not one value per hidden unit"
         if depends_on(vector, leaves):
             return f"the norm's {role} is computed from the all-reduced sum"
+    if isinstance(norm.eps, fx.Node) and depends_on(norm.eps, leaves):
+        return "the norm's eps is computed from the all-reduced sum"
     return ""
 
 
@@ -230,59 +241,46 @@ def _step_problem(site: Site, total: Sum, leaves: set[fx.Node]) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Write:
-    """An operator that writes in place, and the storages it writes to."""
-
-    node: fx.Node
-    storages: frozenset[int]
-
-
-def find_writes(graph: fx.Graph) -> list[Write]:
-    """Every node that writes in place."""
-    found = []
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
-            continue
-        written = [
-            argument
-            for position, argument in enumerate(node.args)
-            if position < len(schema.arguments)
-            and schema.arguments[position].alias_info is not None
-            and schema.arguments[position].alias_info.is_write
-        ]
-        written += [node.kwargs[a.name] for a in schema.arguments if a.name in node.kwargs and a.alias_info is not None]
-        storages = frozenset(s for argument in written for s in _storages(argument))
-        found.append(Write(node, storages))
-    return found
-
-
-def _storages(argument: object) -> list[int]:
-    nodes = argument if isinstance(argument, (list, tuple)) else [argument]
-    return [storage(node) for node in nodes if value(node) is not None]
-
-
-def storage(node: fx.Node) -> int:
-    """The address of the (fake) storage `node`'s value lies in."""
-    val = value(node)
-    return val.untyped_storage()._cdata
-
-
-def _write_problem(site: Site, total: Sum, writes: list[Write]) -> str:
-    """Fusing moves reads later; a write in between to anything that is read would change the result."""
-    if not writes:
-        return ""
-    read = [owed.collective.input for owed in site.owed] + [owed.collective.result for owed in site.owed]
-    read += [term.leaf for term in total.replicated] + [*total.gates, site.hidden, site.norm.output]
-    read += [node for node in (site.norm.weight, site.norm.bias, site.residual_after) if node is not None]
-    storages = {storage(node) for node in read if value(node) is not None}
-    first = min(owed.collective.node for owed in site.owed)
-    last = max([site.norm.output, *([site.add_after] if site.add_after is not None else [])])
-    for write in writes:
-        if first < write.node < last and write.storages & storages:
-            return f"{write.node.target} writes in place, between the all-reduce and the norm, to a tensor that is read"
+def _values_problem(site: Site, total: Sum) -> str:
+    """Whether every tensor that the fused operation reads or gives is a plain one, on one device, laid out in rows."""
+    norm, hidden = site.norm, site.hidden
+    out = site.add_after if site.add_after is not None else norm.output
+    named = [("the hidden states", hidden), ("the normed value", out), ("the norm's input", norm.source)]
+    named += [("the all-reduce's input", owed.collective.input) for owed in site.owed]
+    named += [("a value that is added before the norm", term.leaf) for term in total.replicated]
+    vectors = (("the norm's weight", norm.weight), ("the norm's bias", norm.bias))
+    named += [(what, node) for what, node in (*vectors, ("the residual", site.residual_after)) if node is not None]
+    device = value(hidden).device if value(hidden) is not None else None
+    for what, node in named:
+        problem = why_unusual(node, what)
+        if problem:
+            return problem
+        if value(node).device != device:
+            return f"{what} is on {value(node).device}, and the hidden states are on {device}"
+    if isinstance(norm.eps, fx.Node) and value(norm.eps) is None:
+        return "the norm's eps is computed in the graph and is no tensor"
+    if value(hidden).dim() == 0:
+        return "the hidden states are a single number and have no dimension to normalise"
+    for node in total.interior:
+        if any("val" not in parent.meta for parent in node.all_input_nodes):
+            return f"an input of {node.target} has no fake value (meta['val'])"
+    if not row_major(hidden):
+        strides = tuple(value(hidden).stride())
+        return f"the hidden states do not lie in memory row after row: their strides are {strides}"
+    if not same_shape(out, norm.source) or not same_strides(out, norm.source):
+        return "the normed value has another shape or other strides than what is normalised"
     return ""
 
 
-__all__ = ["Owed", "Recognition", "Site", "Write", "backward_nodes", "find_writes", "recognise", "storage"]
+def _hazard(site: Site, total: Sum, hazards: Hazards) -> str:
+    """What stands between the all-reduce and the norm that reads may not be moved past."""
+    norm = site.norm
+    read = [owed.collective.input for owed in site.owed]
+    read += [*(term.leaf for term in total.replicated), *total.gates]
+    read += [node for node in (norm.weight, norm.bias, norm.eps, site.residual_after) if isinstance(node, fx.Node)]
+    paid = {owed.collective.result for owed in site.owed}
+    out = site.add_after if site.add_after is not None else norm.output
+    return hazards.problem(read, paid, {*total.interior, site.hidden}, out, max(out, norm.output))
+
+
+__all__ = ["Owed", "Recognition", "Site", "backward_nodes", "recognise"]

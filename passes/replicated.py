@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from tpfuse._torch_private import operator_schema
+
 from . import aten_ops as ops
 from .collectives import is_collective
 
@@ -51,7 +53,7 @@ def _replicates(wait: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
+    schema = operator_schema(node.target)
     return schema.name if schema is not None else ""
 
 

@@ -290,8 +290,9 @@ def _hand_out(
         statistics.append((norm.rstd, next_output()))
         for old, new in statistics:
             if old is not None and old.users:
-                if chain:
-                    sizes = [*sizes_of(graph, normed)[:-1], 1]
+                # Statistics of a single row may have no dimension at all.
+                if chain or value(old).dim() == 0:
+                    sizes = [*sizes_of(graph, normed)[:-1], 1] if value(old).dim() else []
                     new = insert_call(graph, aten.reshape.default, (new, sizes), like=old)
                 old.replace_all_uses_with(_cast_like(graph, new, old), propagate_meta=False)
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tpfuse._torch_private import operator_schema
+
 from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives, is_collective
-from .graph import is_call, value
+from .graph import is_call, value, why_unusual
 from .norms import Norm, find_norms
 from .recognise import hidden_of
 from .rewrite import region_between
@@ -70,15 +72,13 @@ class StreamStage:
 def calls(node: object, name: str) -> bool:
     """Whether `node` calls the operator called `name`."""
     target = getattr(node, "target", None)
-    return getattr(node, "op", "") == "call_function" and getattr(target, "_schema", None) is not None and (
-        target._schema.name == name
-    )
+    return getattr(node, "op", "") == "call_function" and getattr(operator_schema(target), "name", None) == name
 
 
 def moves_rows(graph: fx.Graph) -> bool:
     """Whether rows are cut or scattered anywhere in the graph: without, there is only one layout."""
     return any(
-        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in node.target._schema.name)
+        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in operator_schema(node.target).name)
         for node in graph.nodes
     )
 
@@ -126,7 +126,9 @@ def _stages(
     for norm in norms:
         hidden = hidden_of(norm, set(addends))
         total = decompose(hidden, set(addends) - taken, set(hidden_at))
-        if norm.problem or hidden in hidden_at or len(total.owed) != 1 or not total.plain:
+        if norm.problem or total.problem or not total.plain or hidden in hidden_at or len(total.owed) != 1:
+            continue
+        if any(why_unusual(node, "") for node in (hidden, norm.output, *(term.leaf for term in total.terms))):
             continue
         (term,) = total.owed
         addend = addends[term.leaf]
@@ -153,7 +155,7 @@ def _fits(norm: Norm, hidden: fx.Node, total: Sum, addend: Addend, previous: int
         return False
     if any(term.scale != 1.0 for term in total.replicated if value(term.leaf).dim() > 1):
         return False
-    return value(hidden) is not None and all(value(term.leaf) is not None for term in total.terms)
+    return True
 
 
 def _is_size(node: fx.Node) -> bool:

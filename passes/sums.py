@@ -10,12 +10,18 @@ with every path a chain of views, casts, choices of rows, and multiplications. `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from . import aten_ops as ops
-from .graph import is_call, is_number, last_dim, same_shape, same_size, value
+from .graph import is_call, is_float, is_number, last_dim, same_shape, same_size, value
+
+#: Sums of real models have a handful of terms.
+MAX_TERMS = 64
+#: Below it, 1 / x is infinite.
+_SMALL = sys.float_info.min
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,15 @@ class Term:
 
 @dataclass(frozen=True)
 class Sum:
-    """`root` as a sum of terms; `interior` are the nodes between the leaves and the root, the root included."""
+    """`root` as a sum of terms; `interior` are the nodes between the leaves and the root, the root included.
+
+    `problem` is empty, or one sentence on why the sum cannot be used; its terms are then no more than the owed leaves.
+    """
 
     root: fx.Node
     terms: tuple[Term, ...]
     interior: frozenset[fx.Node]
+    problem: str = ""
 
     @property
     def owed(self) -> tuple[Term, ...]:
@@ -122,25 +132,56 @@ def decompose(root: fx.Node, owed: set[fx.Node], fixed: set[fx.Node]) -> Sum:
     reach = _Reach(owed, fixed)
     interior: set[fx.Node] = set()
     terms: list[Term] = []
-
-    def walk(node: fx.Node, path: tuple[Step, ...], scale: float, joins: fx.Node | None) -> None:
-        if node in owed and node not in fixed:
+    # (node, path to the root, scale, the addition it enters by, whether it is a leaf whatever it is)
+    pending: list[tuple[fx.Node, tuple[Step, ...], float, fx.Node | None, bool]] = [(root, (), 1.0, None, False)]
+    while pending:
+        node, path, scale, joins, broadcast = pending.pop()
+        if len(terms) == MAX_TERMS:
+            # h = s + s; h = h + h; ... has twice the terms at every step.
+            terms = [Term(leaf, (), 1.0, True) for leaf in _owed_below(root, owed - fixed, reach)]
+            return Sum(root, tuple(terms), frozenset(), f"the norm reads a sum of more than {MAX_TERMS} terms")
+        if node in owed and node not in fixed and not broadcast:
             terms.append(Term(node, path, scale, True, joins))
-            return
-        if (node in fixed and node is not root) or not reach(node):
+            continue
+        if broadcast or (node in fixed and node is not root) or not reach(node):
             terms.append(Term(node, path, scale, False, joins))
-            return
+            continue
         interior.add(node)
         inputs = reach.inputs(node)
-        for child, factor, step in inputs:
-            if len(inputs) > 1 and not same_shape(child, node):
-                terms.append(Term(child, path, scale * factor, False, node))
+        added = len(inputs) > 1
+        for child, factor, step in reversed(inputs):
+            if added and not same_shape(child, node):
+                pending.append((child, path, scale * factor, node, True))
             else:
                 below = path if step is None else (step, *path)
-                walk(child, below, scale * factor, node if len(inputs) > 1 else joins)
+                pending.append((child, below, scale * factor, node if added else joins, False))
+    return Sum(root, _joined(terms), frozenset(interior))
 
-    walk(root, (), 1.0, None)
-    return Sum(root, tuple(terms), frozenset(interior))
+
+def _joined(terms: list[Term]) -> tuple[Term, ...]:
+    """s + s is one term, 2 s: owed terms that differ in nothing but their scale, made one."""
+    joined: list[Term] = []
+    for term in terms:
+        twin = next((i for i, t in enumerate(joined) if t.owed and t.leaf is term.leaf and t.steps == term.steps), None)
+        if twin is None or not term.owed:
+            joined.append(term)
+        else:
+            joined[twin] = replace(joined[twin], scale=joined[twin].scale + term.scale)
+    return tuple(joined)
+
+
+def _owed_below(root: fx.Node, owed: set[fx.Node], reach: _Reach) -> list[fx.Node]:
+    """Every owed leaf of `root`, once."""
+    found, pending, seen = [], [root], {root}
+    while pending:
+        node = pending.pop()
+        if node in owed:
+            found.append(node)
+        elif reach(node):
+            children = [child for child, _, _ in reach.inputs(node) if child not in seen]
+            seen.update(children)
+            pending += children
+    return found
 
 
 #: (input, the number it is multiplied by, the step to be repeated on it or None)
@@ -192,19 +233,19 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
         return []
     args = node.args
     if node.target in ops.VIEWS or node.target in ops.SELECTIONS or node.target in ops.CASTS:
-        return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and _is_float(node) else []
+        return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and is_float(node) else []
     if node.target in ops.COPIES:
         # copy(destination, source) is the source, in the destination's shape and dtype.
-        source = args[1]
+        source = args[1] if len(args) > 1 else None
         return [(source, 1.0, None)] if isinstance(source, fx.Node) and same_shape(node, source) else []
     if node.target is ops.aten.neg.default:
-        return [(args[0], -1.0, None)]
+        return [(args[0], -1.0, None)] if is_float(node) else []
     if len(args) < 2:
         return []
     left, right = args[:2]
     if node.target in ops.ADDS or node.target in ops.SUBS:
         alpha = node.kwargs.get("alpha", 1)
-        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_number(alpha)) or not _is_float(node):
+        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_number(alpha)) or not is_float(node):
             return []
         sign = -alpha if node.target in ops.SUBS else alpha
         # A side that would have to be broadcast may be a leaf, never a sum that is still owed: `_Reach` sees to it.
@@ -213,7 +254,7 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
         return [(left, float(right), None)]
     if node.target in ops.MULS and is_number(left) and isinstance(right, fx.Node):
         return [(right, float(left), None)]
-    if node.target in ops.DIVS and is_number(right) and right != 0 and isinstance(left, fx.Node):
+    if node.target in ops.DIVS and is_number(right) and abs(right) > _SMALL and isinstance(left, fx.Node):
         return [(left, 1.0 / right, None)]
     return []
 
@@ -223,11 +264,11 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
 
     Only inputs of the node's own shape: a sum is never broadcast before it is paid, that would send more bytes.
     """
-    if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS or not _is_float(node):
+    if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS or not is_float(node):
         return []
     if node.target in ops.MULS:
         positions = (0, 1)
-    elif node.target in ops.DIVS or (node.target is ops.aten.masked_fill.Scalar and node.args[2] == 0):
+    elif node.target in ops.DIVS or (node.target is ops.aten.masked_fill.Scalar and node.args[2:] == (0,)):
         positions = (0,)
     elif node.target is ops.aten.where.self:
         positions = tuple(p for p in (1, 2) if _is_zero(node.args[3 - p]))
@@ -237,7 +278,7 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
         (node.args[position], Step(node, position))
         for position in positions
         if isinstance(node.args[position], fx.Node)
-        and _is_float(node.args[position])
+        and is_float(node.args[position])
         and same_shape(node.args[position], node)
     ]
 
@@ -247,8 +288,3 @@ def _is_zero(node: object) -> bool:
     if is_call(node, {ops.aten.full.default, ops.aten.full_like.default}):
         return node.args[1] == 0
     return is_call(node, ops.aten.scalar_tensor.default) and node.args[0] == 0
-
-
-def _is_float(node: fx.Node) -> bool:
-    val = value(node)
-    return val is not None and val.dtype in ops.FLOATS

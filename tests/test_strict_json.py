@@ -1,4 +1,4 @@
-"""What is read from JSON: policies, dispatch tables, reports. Every refusal names the field; nothing is ever executed."""
+"""What is read from JSON: policies, dispatch tables, reports. Refusals name the field; nothing is ever executed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_no_json_object_is_refused_by_the_name_of_the_class(written, err
 
 @EACH
 def test_an_unknown_field_is_named_with_those_there_are(written, error):
-    with pytest.raises(error, match="unknown field 'colour'.*allowed: ") as caught:
+    with pytest.raises(error, match=r"unknown field 'colour'.*allowed: ") as caught:
         type(written).from_json(changed(written, colour=1))
     assert next(iter(written.to_dict())) in str(caught.value)
 
@@ -66,7 +66,7 @@ def test_a_field_given_twice_is_named(written, error):
 def test_deep_nesting_is_refused_by_the_field_that_holds_it(written, error, open_, close):
     for depth in (MAX_DEPTH + 1, 100_000):
         deep = open_ * depth + "1" + close * depth
-        with pytest.raises(error, match="field 'note' .*nests deeper"):
+        with pytest.raises(error, match=r"field 'note' .*nests deeper"):
             type(written).from_json(changed(written)[:-1] + f', "note": {deep}}}')
         with pytest.raises(error, match="nests deeper"):
             type(written).from_json(deep)
@@ -119,9 +119,9 @@ VERDICT = {"kind": "unknown", "module": "", "collective": "all_reduce", "group":
     ],
 )
 def test_a_wrong_value_is_named_by_its_path(cls, fields, words):
-    for read, given in ((cls.from_dict, fields), (cls.from_json, json.dumps(fields))):
+    for read, source in ((cls.from_dict, fields), (cls.from_json, json.dumps(fields))):
         with pytest.raises(cls.json_error) as caught:
-            read(given)
+            read(source)
         assert isinstance(caught.value, TPFuseError) and isinstance(caught.value, ValueError)
         for word in words:
             assert word in str(caught.value)

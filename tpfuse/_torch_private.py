@@ -1,18 +1,54 @@
 """Every private PyTorch name tpfuse uses, each with what to do when it is gone.
 
-Supported: torch 2.11 to 2.15. No other file imports a module or name of torch that starts with an underscore, but for
+No other file uses a module or name of torch that starts with an underscore, but for
 `torch.distributed._functional_collectives` and `torch.distributed._symmetric_memory`, the documented homes of the
-collectives and of symmetric memory.
+collectives and of symmetric memory, and the names of operators (`torch.ops.aten._to_copy`).
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx
+from torch import fx, nn
+
+from .errors import TPFuseError
+
+#: The releases of torch that the tests run on (`make test-matrix`): the first and the last.
+OLDEST, NEWEST = (2, 11), (2, 15)
+
+
+def check_torch_version(version: str = torch.__version__) -> None:
+    """Refuse a release that is too old, and warn of one that nobody has tried yet.
+
+    Raises:
+        TPFuseError: naming the version, the oldest that works, and what to do.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else NEWEST
+    if release < OLDEST:
+        raise TPFuseError(
+            f"tpfuse needs torch {_dotted(OLDEST)} or newer, and this is torch {version}: "
+            f"pip install --upgrade 'torch>={_dotted(OLDEST)}'"
+        )
+    if release > NEWEST:
+        warnings.warn(
+            f"tpfuse was tested with torch {_dotted(OLDEST)} to {_dotted(NEWEST)}, and this is torch {version}; "
+            "if it fails, look for a newer tpfuse",
+            stacklevel=2,
+        )
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"
+
+
+# Here, because every file that depends on a release imports this one before it uses anything.
+check_torch_version()
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:
@@ -192,3 +228,76 @@ def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     from torch.utils import _pytree
 
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """`tree` with `function` applied to its tensors.
+
+    If `_pytree` goes: `torch.utils.pytree`.
+    """
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, function, tree)
+
+
+def new_fake_mode() -> Any:
+    """A mode in which operators compute shapes and dtypes and nothing else.
+
+    If `FakeTensorMode` moves: `torch.compiler` and `torch.export` trace under one; take it from there.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def operator_schema(target: Any) -> torch.FunctionSchema | None:
+    """The schema of an operator (`torch.ops.aten.add.Tensor`); None for anything else.
+
+    If `_schema` goes: `torch.library` looks schemas up by name.
+    """
+    return getattr(target, "_schema", None)
+
+
+def storage_identity(val: torch.Tensor) -> int | None:
+    """What tells the storage of a tensor, fake ones included, from others; None for those without one (sparse).
+
+    If `_cdata` goes: `id(val.untyped_storage())` serves as long as the tensor keeps its storage object.
+    """
+    try:
+        return val.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def under_dispatch_mode() -> bool:
+    """Whether some mode (fake tensors, many ranks in one process, a tracer) sees every operator.
+
+    If `_get_current_dispatch_mode` goes: answer False; then the row counts are compared under such modes too.
+    """
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode() is not None
+
+
+def own_tensors(module: nn.Module) -> list[dict[str, Any]]:
+    """The module's own tables of parameters and buffers, to be changed in place.
+
+    If they go: `setattr(module, name, tensor)` replaces a parameter or buffer just as well.
+    """
+    return [module._parameters, module._buffers]
+
+
+def backward_hooks(owner: nn.Module | torch.Tensor) -> dict[int, Any]:
+    """The hooks on a module's or a parameter's gradients.
+
+    If `_backward_hooks` goes: answer {}; `sum_gradients` must then be called once only.
+    """
+    return owner._backward_hooks or {}
+
+
+def flat_mesh_group(mesh: Any, name: str) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh with named dimensions; made at the first call, by all of its ranks.
+
+    If `_flatten` goes: `torch.distributed.new_group` with the mesh's ranks, on every rank of the world.
+    """
+    return mesh._flatten(name).get_group()

@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tpfuse._torch_private import under_dispatch_mode
 from tpfuse.collectives import all_gather, copy_to, gather_columns, gather_rows, reduce_from, scatter_rows
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.groups import Group
@@ -39,7 +39,7 @@ class RowsCheck:
     def __call__(self, x: Tensor, group: Group) -> None:
         # A compiled graph must not meet its peers at a time of its own (ranks do not compile in step), and under a
         # dispatch mode (fake tensors, tracing) there is nobody to meet.
-        if self.done or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if self.done or torch.compiler.is_compiling() or under_dispatch_mode():
             return
         self.done = True
         counts = all_gather(torch.tensor([x.shape[0]], device=x.device), group.size, group.name).tolist()

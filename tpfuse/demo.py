@@ -145,9 +145,7 @@ def _run_model(setup: Setup, family: Family, folder: str, report: Callable[[str]
 
 def _backend() -> str | Callable[..., Any]:
     """The backend's name, or the function itself where tpfuse is imported from a source tree that is not installed."""
-    from torch._dynamo import list_backends
-
-    if "tpfuse" in list_backends(exclude_tags=()):
+    if "tpfuse" in torch.compiler.list_backends(exclude_tags=()):
         return "tpfuse"
     from .backend import tpfuse
 

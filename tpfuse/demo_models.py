@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ._torch_private import backward_hooks
+
 DTYPE = torch.bfloat16
 _VOCABULARY = 256
 _SIZES = {
@@ -116,7 +118,7 @@ def load_sharded(folder: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=DTYPE).eval()
     for module in model.modules():
         # Some versions of transformers hang hooks for training on q/k norms, and Dynamo breaks the graph at each.
-        module._backward_hooks.clear()
+        backward_hooks(module).clear()
     return model
 
 

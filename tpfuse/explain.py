@@ -71,7 +71,8 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
     """Rewrite `graph_module` in place and say what was done.
 
     For graphs of make_fx, torch.export or another compiler's pipeline: aten operators and functional collectives,
-    with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter.
+    with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
+    graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
     Raises: nothing for a graph that cannot be fused (the report says why); with `strict=True`, internal errors.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpfuse._torch_private import flat_mesh_group
 from tpfuse.errors import OpError, PolicyError
 from tpfuse.policy import SharingPolicy
 
@@ -110,7 +111,7 @@ def create_whole_group(mesh: DeviceMesh, groups: Groups) -> Groups:
 
 def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.mesh_dim_names is not None:
-        return mesh._flatten("_".join(("tpfuse", *mesh.mesh_dim_names))).get_group()
+        return flat_mesh_group(mesh, "_".join(("tpfuse", *mesh.mesh_dim_names)))
     world = dist.group.WORLD
     assert world is not None
     return world

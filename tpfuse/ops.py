@@ -289,8 +289,9 @@ _define("rows_norm", _unchanged, _same_shape)
 def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: list[Tensor]) -> None:
     x, residual, pre_bias, weight, bias, _ = inputs
     options = keyword_only_inputs
-    if options["hidden_dtype"] is None or not options["stats"] or options["post"]:
-        raise OpError("all_reduce_norm is differentiable only with hidden_dtype set, stats=True and post=False")
+    ctx.differentiable = options["hidden_dtype"] is not None and options["stats"] and not options["post"]
+    if not ctx.differentiable:
+        return  # an exported model runs with gradients on, and nobody asks for any
     ctx.save_for_backward(output[1], weight, *output[-2 if options["norm"] == "layer_norm" else -1 :])
     ctx.options = options
     ctx.dtypes = [t.dtype if t is not None else None for t in (x, residual, pre_bias, weight, bias)]
@@ -298,6 +299,11 @@ def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: l
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     """The gradients of the replicated computation behind the all-reduce, in float32 (float64 where x is)."""
+    if not ctx.differentiable:
+        raise OpError(
+            "all_reduce_norm has gradients only with hidden_dtype set, stats=True and post=False; a graph that fuse_graph"
+            " rewrote is for inference: to train, compile the model with the backend"
+        )
     hidden, weight, *statistics = ctx.saved_tensors
     options = ctx.options
     compute = torch.promote_types(hidden.dtype, torch.float32)

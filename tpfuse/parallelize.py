@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tpfuse._torch_private import backward_hooks
 from tpfuse.boundary import (
     AllRows,
     CopyIn,
@@ -345,7 +346,7 @@ def sum_gradients(model: nn.Module) -> None:
     """Registers the hooks that sum partial gradients, on parameters that have none yet."""
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
-        hooks = parameter._backward_hooks or {}
+        hooks = backward_hooks(parameter)
         if not parameter.requires_grad or any(isinstance(hook, SumGradient) for hook in hooks.values()):
             continue
         cut = state.cuts.get(name)

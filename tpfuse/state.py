@@ -13,6 +13,7 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
+from tpfuse._torch_private import own_tensors
 from tpfuse.collectives import all_gather
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallelize import Parallelized, sum_gradients
@@ -172,7 +173,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, value: Tensor) -> bool:
         return False
     new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     for module in model.modules():  # every place that shares it
-        for tensors in (module._parameters, module._buffers):
+        for tensors in own_tensors(module):
             for leaf, other in tensors.items():
                 if other is tensor:
                     tensors[leaf] = new  # type: ignore[assignment]

@@ -3,9 +3,9 @@
     text -> plain values -> dataclass
 
 Every refusal names the field by its path (`Table.entries[3].world`), what was there and what is allowed. Refused are
-unknown, missing and repeated fields, wrong types (a bool is no integer), numbers that are not finite or have more digits
-than any field needs, nesting deeper than any of these classes, and text that is not UTF-8. Nothing but the declared
-fields is built, and nothing is ever imported, unpickled or evaluated.
+unknown, missing and repeated fields, wrong types (a bool is no integer), numbers that are not finite or have more
+digits than any field needs, nesting deeper than any of these classes, and text that is not UTF-8. Nothing but the
+declared fields is built, and nothing is ever imported, unpickled or evaluated.
 """
 
 from __future__ import annotations
