@@ -19,7 +19,7 @@ endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FROM_INDEX := $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-nightly clean installed-packages
+.PHONY: demo test test-nightly test-matrix clean installed-packages
 
 # torch first: the pinned build must be there before anything else asks for a newer one.
 ifneq ($(strip $(VENV)),)
@@ -43,6 +43,13 @@ test: $(READY)
 test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test-nightly: $(READY)
 	$(RUN) -m pytest tests
+
+# One environment for each release of torch (.venv-2.11, ..., .venv-newest; about 5 GB each) and the suite in each.
+# MATRIX="--torch 2.12 tests/passes" runs a part of it.
+MATRIX ?=
+test-matrix: NEEDS := typer rich
+test-matrix: $(READY)
+	$(RUN) benchmarks/versions.py $(MATRIX)
 
 # With VENV= nothing is installed, so say at once what is not there. The metadata in tpfuse.egg-info is what lets torch
 # find the backend by its name; without it the demo names the function instead.
