@@ -99,7 +99,7 @@ def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def plan_merges(
-    sums: Sequence[tuple[Part, ...]], hazards: Hazards
+    sums: Sequence[tuple[Part, ...]], hazards: Hazards | None = None
 ) -> tuple[list[Merge], dict[str, str]]:
     """(merges, refusals by the name of the collective's node).
 
@@ -119,7 +119,7 @@ def plan_merges(
         if mergeable is None:
             continue
         merge = _up_to_the_meeting(mergeable)
-        problem = _overwritten(merge, hazards)
+        problem = _overwritten(merge, hazards) if hazards is not None else ""
         if problem:
             refusals |= {part.collective.node.name: problem for part in merge.parts}
         else:

@@ -264,10 +264,17 @@ def _values_problem(site: Site, total: Sum) -> str:
     for node in total.interior:
         if any("val" not in parent.meta for parent in node.all_input_nodes):
             return f"an input of {node.target} has no fake value (meta['val'])"
-    if not row_major(hidden):
+    return _strides_problem(norm, hidden, out)
+
+
+def _strides_problem(norm: Norm, hidden: fx.Node, out: fx.Node) -> str:
+    """The fused operation gives compact rows, and the views between hidden states and norm are repeated on those."""
+    compact = row_major(hidden)
+    # Rows chosen out of a larger tensor may be handed out compact; another order of the dimensions may not.
+    if not compact and not (norm.source is hidden and is_call(hidden, ops.SELECTIONS)):
         strides = tuple(value(hidden).stride())
         return f"the hidden states do not lie in memory row after row: their strides are {strides}"
-    if not same_shape(out, norm.source) or not same_strides(out, norm.source):
+    if not same_shape(out, norm.source) or not (same_strides(out, norm.source) if compact else row_major(out)):
         return "the normed value has another shape or other strides than what is normalised"
     return ""
 

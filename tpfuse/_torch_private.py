@@ -67,7 +67,10 @@ def process_group(name: str) -> dist.ProcessGroup | None:
 
 
 def group_size(name: str) -> int:
-    """How many ranks the group registered under `name` has; raises where there is none."""
+    """How many ranks the group registered under `name` has; raises where there is none.
+
+    If `_resolve_process_group` goes: as for `process_group`.
+    """
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._resolve_process_group(name).size()
