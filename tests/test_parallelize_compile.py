@@ -10,7 +10,18 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.policy_harness import HIDDEN, MLP, Layer, Model, MoE, RMSNorm, build, loss_of, run_threads
+from tests.policy_harness import (
+    HIDDEN,
+    MLP,
+    Layer,
+    Model,
+    MoE,
+    RMSNorm,
+    build,
+    compiles_in_threads,
+    loss_of,
+    run_threads,
+)
 from tests.ranks import run_processes
 from tests.test_parallelize_families import model_of
 from tests.test_parallelize_models import batches_of, mesh_of, oracle, worst_error
@@ -168,6 +179,7 @@ def run_compiled(rank, model, policy, batches, want, grads, backend):
     return worst_error(model, logits, want[replica], grads)
 
 
+@compiles_in_threads
 @pytest.mark.parametrize(("dense", "counts"), [(1, (2, 1)), (2, (2, 2)), (4, (0, 2))])
 def test_compiled_equals_the_unsharded_model(dense, counts):
     torch._dynamo.reset()

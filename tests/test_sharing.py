@@ -19,7 +19,18 @@ from tpfuse.passes.plan import REWRITES
 from tpfuse.policy import SharingPolicy
 
 from .graphs import executed_collectives, fake_world, fused, on_ranks, trace
-from .policy_harness import HIDDEN, MLP, Layer, Model, RMSNorm, build, loss_of, relative, run_threads
+from .policy_harness import (
+    HIDDEN,
+    MLP,
+    Layer,
+    Model,
+    RMSNorm,
+    build,
+    compiles_in_threads,
+    loss_of,
+    relative,
+    run_threads,
+)
 from .test_parallelize_models import POLICIES, batches_of, mesh_of, oracle, worst_error
 
 #: (tp, dp, dense): each kind of boundary on 2, 4 and 8 ranks; the rest of the matrix runs nightly.
@@ -55,6 +66,7 @@ def run_inference(rank, model, policy, batches, want):
         return relative(compile_for(model, policy)(batches[replica]), want[replica])
 
 
+@compiles_in_threads
 @pytest.mark.parametrize(("tp", "dp", "dense"), MATRIX)
 def test_compiled_equals_the_unsharded_model(tp, dp, dense):
     torch._dynamo.reset()
@@ -66,6 +78,7 @@ def test_compiled_equals_the_unsharded_model(tp, dp, dense):
     assert max(run_threads(tp, lambda r: run_inference(r, models[r], policy, batches, want))) < 1e-11
 
 
+@compiles_in_threads
 @pytest.mark.parametrize("residual", ["replicated", "scattered"])
 @pytest.mark.parametrize("dense", [1, 2, 4])
 def test_either_layout_of_the_residual_gives_the_same_numbers(dense, residual):
@@ -238,6 +251,7 @@ def run_training(rank, model, policy, batches, want, grads):
     return worst_error(model, logits, want[replica], grads)
 
 
+@compiles_in_threads
 @pytest.mark.parametrize("dense", [1, 2, 4])
 def test_compiled_gradients_equal_the_unsharded_models(dense):
     torch._dynamo.reset()
