@@ -16,7 +16,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tpfuse.passes.layouts import SCATTERED, Sizes, Stage, choose, cost_us, sent_bytes, stage_cost
+from tpfuse.passes.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
+from tpfuse.passes.transitions import needed_by, owed_by, transition
 from tpfuse.policy import SharingPolicy
 
 # DeepSeek-V3: hidden size, inner size of a dense MLP, leading dense layers.
@@ -26,9 +27,6 @@ BYTES = 2  # bf16
 READ_PER_US, FLOPS_PER_US, REACHED = 4.8e6, 990e6, 0.7
 MESHES = [(tp, dp) for tp in (2, 4, 8) for dp in (1, 2, 4) if dp <= tp]
 ROWS = [1, 8, 64, 256, 1024, 4096]
-
-Collective = tuple[str, int, float]  # name, ranks, payload in bytes
-
 
 @dataclass(frozen=True)
 class Row:
@@ -58,64 +56,26 @@ class Row:
         return self.rewritten_us + self.mlp_us
 
 
-def naive(policy: SharingPolicy, size: int, payload: float) -> list[Collective]:
+def naive(policy: SharingPolicy) -> tuple[Step, ...]:
     """The collectives that `parallelize` puts around one dense layer."""
-    attn, dp = policy.attn_tp_size, policy.dp_size
-    out: list[Collective] = [("all_reduce", attn, payload)]
-    if size == policy.tp_size and dp > 1:
-        out += [("all_gather", dp, payload * dp), ("all_reduce", policy.tp_size, payload * dp)]
-    elif size == 1:
-        out += [("all_gather", attn, payload)]
-    else:
-        out += [("all_reduce", attn, payload)]
-    return [c for c in out if c[1] > 1]
+    boundaries = (("attention", "dense_mlp"), ("dense_mlp", "attention"))
+    return tuple(step for blocks in boundaries for step in transition(*blocks, policy, row_bytes=HIDDEN * BYTES).before)
 
 
-def stages_of(policy: SharingPolicy, size: int) -> list[Stage]:
-    """The boundaries of the dense layers: attention → dense and dense → attention, in turn."""
-    if size == policy.tp_size and policy.dp_size > 1:
-        wants, addend = "dp_rows", "owed_whole"
-    elif size == 1:
-        wants, addend = "own_rows", "own_rows"
-    else:
-        wants, addend = "all_rows", "owed_attn"
-    into = Stage("owed_attn", frozenset({wants}), True, False)
-    out = Stage(addend, frozenset({"all_rows"}), True, False)
-    return [into, out] * DENSE_LAYERS
-
-
-def collectives_of(stage: Stage, layout: str, moved: bool, sizes: Sizes) -> list[Collective]:
-    """The collectives of one rewritten boundary; `layouts.stage_cost` prices the same ones."""
-    attn, dp, payload = sizes.attn, sizes.dp, sizes.payload
-    gathered, scattered = payload * dp, layout == SCATTERED
-    out: list[Collective] = [("all_gather", attn, payload)] if moved else []
-    if stage.addend == "owed_attn":
-        out.append(("reduce_scatter" if scattered else "all_reduce", attn, payload))
-    elif stage.addend == "owed_whole" and scattered:
-        out.append(("reduce_scatter", sizes.whole, gathered))
-    elif stage.addend == "owed_whole":
-        out += [("reduce_scatter", dp, gathered), ("all_reduce", attn, payload)]
-    elif not scattered:
-        out.append(("all_gather", attn, payload))
-    if stage.wants == {"dp_rows"}:
-        out.append(("all_gather", sizes.whole if scattered else dp, gathered))
-    elif stage.wants == {"all_rows"} and scattered:
-        out.append(("all_gather", attn, payload))
-    return [c for c in out if c[1] > 1]
-
-
-def rewritten(policy: SharingPolicy, size: int, sizes: Sizes) -> tuple[list[Collective], float]:
+def rewritten(policy: SharingPolicy, sizes: Sizes) -> tuple[tuple[Step, ...], float]:
     """The collectives of all dense layers after the planner's choice, and how often a norm runs on own rows only."""
-    stages = stages_of(policy, size)
+    size = policy.dense_tp_size_of("")
+    (addend,), want = owed_by("dense_mlp", size, policy), needed_by("dense_mlp", size, policy)
+    into = Stage("owed_attn", frozenset({want}), True, False)
+    out = Stage(addend, frozenset({"all_rows"}), True, False)
+    stages = [into, out] * DENSE_LAYERS
     layouts = choose(stages, sizes)
-    out: list[Collective] = []
+    steps: list[Step] = []
     for at, (stage, layout) in enumerate(zip(stages, layouts, strict=True)):
-        moved = at > 0 and layouts[at - 1] == SCATTERED and layout != SCATTERED
-        chosen = collectives_of(stage, layout, moved, sizes)
-        move_us = cost_us("all_gather", sizes.attn, sizes.payload) if moved else 0.0
-        assert abs(sum(cost_us(*c) for c in chosen) - stage_cost(stage, layout, sizes) - move_us) < 1e-6
-        out += chosen
-    return out, sum(layout == SCATTERED for layout in layouts) / len(layouts)
+        if at > 0 and layouts[at - 1] == SCATTERED and layout != SCATTERED:
+            steps += normalised(MOVED, sizes)
+        steps += stage_steps(stage, layout, sizes)
+    return tuple(steps), sum(layout == SCATTERED for layout in layouts) / len(layouts)
 
 
 def tabulate(tp: int, dp: int, rows: int, size: int) -> Row:
@@ -123,20 +83,20 @@ def tabulate(tp: int, dp: int, rows: int, size: int) -> Row:
     policy = SharingPolicy(tp, dp, size)
     attn, payload = policy.attn_tp_size, rows * HIDDEN * BYTES
     sizes = Sizes(attn, dp, payload)
-    before = naive(policy, size, payload)
-    after, scattered = rewritten(policy, size, sizes)
+    before = naive(policy)
+    after, scattered = rewritten(policy, sizes)
     own = -(-rows // attn)
     mlp_rows = rows * dp if size == tp else rows if size == attn else own
     flops = 6 * mlp_rows * HIDDEN * INNER / size
     weights = 3 * HIDDEN * INNER * BYTES / size
     return Row(
         tp, dp, rows, size,
-        " + ".join(f"{name}({ranks})" for name, ranks, _ in before) or "none",
-        sum(sent_bytes(*c) for c in before),
-        sum(cost_us(*c) for c in before),
+        " + ".join(f"{step.collective}({step.ranks(sizes)})" for step in before) or "none",
+        sum(step.sent(sizes) for step in before),
+        total_us(before, sizes),
         len(after) / DENSE_LAYERS,
-        sum(sent_bytes(*c) for c in after) / DENSE_LAYERS,
-        sum(cost_us(*c) for c in after) / DENSE_LAYERS,
+        sum(step.sent(sizes) for step in after) / DENSE_LAYERS,
+        total_us(after, sizes) / DENSE_LAYERS,
         2 * rows,
         2 * (rows * (1 - scattered) + own * scattered),
         flops / (6 * rows * dp * HIDDEN * INNER / tp),

@@ -9,6 +9,7 @@ import torch
 aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
+tpfuse = torch.ops.tpfuse
 
 WAIT = c10d.wait_tensor.default
 

@@ -11,17 +11,21 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Report
 
+from . import accounting
+from .accounting import origin
 from .collectives import ResolveGroup, find_collectives, is_collective
 from .graph import use_positions
-from .groups import names_of_groups, own_rank
+from .groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .hazards import Hazards
 from .merge import merge_all_reduces
 from .norms import find_norms
 from .plan import REWRITES, Decisions, plan
+from .rebuild import Moved
 from .recognise import recognise
-from .relayout import Moved, relayout
+from .relayout import Choice, relayout
 from .rewrite import apply, restore_order
 from .runs import NO_KERNEL, how_it_runs
 from .stream import calls
@@ -35,15 +39,13 @@ log = logging.getLogger(__name__)
 class PassOptions:
     """What the pass is told besides the graph.
 
-    strict: raise internal errors instead of keeping the old graph. residual, rows: the policy's preference for the
-    layout of the residual stream, and its maximum of rows (both equal on all ranks). batch_invariant: what every fused
-    operation is told.
+    strict: raise internal errors instead of keeping the old graph. policy: how the model was cut, where that is known;
+    equal on all ranks. batch_invariant: what every fused operation is told.
     """
 
     rewrites: tuple[str, ...] = REWRITES
     strict: bool = False
-    residual: str = "auto"
-    rows: int | None = None
+    policy: SharingPolicy | None = None
     batch_invariant: bool = False
 
 
@@ -83,7 +85,10 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     recognition = recognise(changed, resolve)
     before = verdicts(recognition, plan(recognition, options.rewrites))
     names = [collective.node.name for collective in recognition.collectives]
+    written = accounting.transfers(changed, resolve)
+    mesh = _mesh(options.policy)
 
+    accounting.mark(recognition.collectives)
     moved = _relayout(changed, resolve, options, inference=not recognition.backward)
     # Recognising again costs less than carrying every node over by hand, and the layouts may have changed.
     decisions = plan(recognise(changed, resolve), options.rewrites)
@@ -91,37 +96,42 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     for chosen in decisions.plans:
         apply(changed, chosen)
     merged = _merge(changed, resolve, options) if recognition.backward else {}
-    boundaries = _with_merges(boundaries, names, merged) + inner
+    boundaries = _with_merges(boundaries, names, merged)
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
-        return graph, Report(boundaries, len(recognition.norms), _communicating(graph) + len(inner))
+        boundaries = accounting.account(boundaries, names, written, written, mesh, {})
+        return graph, Report(boundaries + inner, len(recognition.norms), _communicating(graph) + len(inner))
     restore_order(changed)
     if options.batch_invariant:
         for node in changed.nodes:
             if calls(node, "tpfuse::all_reduce_norm"):
                 node.update_kwarg("batch_invariant", True)
     changed.lint()
-    return changed, Report(boundaries, len(recognition.norms), _communicating(changed) + len(inner))
+    performed = accounting.transfers(changed, resolve)
+    boundaries = accounting.account(boundaries, names, written, performed, mesh, moved.layouts)
+    return changed, Report(boundaries + inner, len(recognition.norms), _communicating(changed) + len(inner))
+
+
+def _mesh(policy: SharingPolicy | None) -> MeshGroups | None:
+    rank = own_rank()
+    if policy is None or rank is None:
+        return None
+    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups())
 
 
 def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
     rank = own_rank()
     if rank is None or Hazards(graph).writes:
         return Moved()
-    names = names_of_groups()
-    return relayout(graph, resolve, rank, names, options.residual, options.rows, options.rewrites, inference)
+    policy = options.policy
+    residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
+    choice = Choice(residual, rows, options.rewrites, inference)
+    return relayout(graph, resolve, rank, names_of_groups(), choice)
 
 
 def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: Decisions) -> list[Boundary]:
     """The verdicts on the original collectives, once layouts were changed and boundaries fused."""
-    fused = {
-        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): chosen
-        for chosen in decisions.plans
-        for owed in chosen.paid
-    }
-    refused = {
-        moved.stands_for.get(owed.collective.node.name, owed.collective.node.name): reason
-        for owed, reason in decisions.refusals
-    }
+    fused = {origin(owed.collective.node): chosen for chosen in decisions.plans for owed in chosen.paid}
+    refused = {origin(owed.collective.node): reason for owed, reason in decisions.refusals}
     boundaries = []
     for boundary, name in zip(before, names, strict=True):
         rewrite, done, reason = moved.verdicts.get(name, (None, False, boundary.reason))
@@ -129,8 +139,12 @@ def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: De
         if name in fused:
             rewrite, done, reason, runs = rewrite or fused[name].rewrite, True, "", how_it_runs(fused[name])
         elif not done and rewrite is None:
-            reason = reason or refused.get(name) or "its boundary was laid out anew, and no norm follows it any more"
-        boundaries.append(replace(boundary, fused=done, rewrite=rewrite, reason=reason, runs=runs))
+            anew = "its boundary was laid out anew, and no norm follows it any more"
+            reason = moved.kept.get(name) or reason or refused.get(name) or anew
+        # What the planner keeps is not missed: a replica takes its own rows between the sum and the norm.
+        feeds_norm = boundary.feeds_norm and name not in moved.kept
+        verdict = dict(fused=done, rewrite=rewrite, reason=reason, runs=runs, feeds_norm=feeds_norm)
+        boundaries.append(replace(boundary, **verdict))
     return boundaries
 
 
@@ -150,8 +164,7 @@ def _with_merges(boundaries: list[Boundary], names: list[str], merged: dict[str,
 
 def _communicating(graph: fx.Graph) -> int:
     """How many collectives the graph performs; a fused operation performs one."""
-    ours = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
-    return sum(is_collective(node) or any(calls(node, name) for name in ours) for node in graph.nodes)
+    return sum(accounting.performs(node) is not None for node in graph.nodes)
 
 
 def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception) -> Report:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ from tpfuse._torch_private import map_tensors, new_fake_mode, operator_schema, s
 
 from . import aten_ops as ops
 
+#: Metadata: the name of the collective that a node stands for (see accounting.py).
+ORIGIN = "tpfuse_origin"
+
 #: Metadata a new node takes from the node it replaces, so that activation checkpointing, stack traces and module
 #: names survive. "val" is not among them: the new node's own value is computed.
 CARRIED_META = (
+    ORIGIN,
     "recompute",
     "ac_graph_id",
     "has_backward_hook",
@@ -207,6 +212,28 @@ def insert_call(
     carry_meta(like, node)
     node.meta["val"] = fake_result(node)
     return node
+
+
+@contextmanager
+def inserting_behind(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
+    """Whatever is inserted inside stands behind `node`, in the order in which it is inserted."""
+    with graph.inserting_after(node):
+        place = graph.call_function(_here)
+    with graph.inserting_before(place):
+        yield
+    graph.erase_node(place)
+
+
+def _here() -> None:
+    """Marks a place in a graph while nodes are inserted there."""
+
+
+def scaled(graph: fx.Graph, node: fx.Node, scale: float) -> fx.Node:
+    return node if scale == 1.0 else insert_call(graph, ops.aten.mul.Tensor, (node, scale), like=node)
+
+
+def added(graph: fx.Graph, left: fx.Node | None, right: fx.Node) -> fx.Node:
+    return right if left is None else insert_call(graph, ops.aten.add.Tensor, (left, right), like=right)
 
 
 def carry_meta(source: fx.Node, target: fx.Node) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch.distributed as dist
 
 from tpfuse._torch_private import all_group_members, process_group
@@ -30,3 +33,34 @@ def names_of_groups() -> dict[tuple[int, ...], str]:
     for name, members in all_group_members().items():
         names.setdefault(members, name)
     return names
+
+
+@dataclass(frozen=True)
+class MeshGroups:
+    """The three groups of one rank under a policy, by members."""
+
+    attention: tuple[int, ...]
+    dp: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    def called(self, ranks: tuple[int, ...]) -> str:
+        """"attention", "dp" or "whole" (the first that has these members), or "" for any other group."""
+        for name in ("attention", "dp", "whole"):
+            if ranks == getattr(self, name):
+                return name
+        return ""
+
+
+def mesh_groups(tp_size: int, dp_size: int, rank: int, known: Iterable[tuple[int, ...]]) -> MeshGroups:
+    """The groups of `rank`, dp slowest. `known`: members of the groups there are.
+
+    The whole group is the one of `tp_size` members that holds this rank; where there is none, ranks stand in blocks
+    of `tp_size`.
+    """
+    whole = next((members for members in known if len(members) == tp_size and rank in members), None)
+    if whole is None:
+        first = rank - rank % tp_size
+        whole = tuple(range(first, first + tp_size))
+    attn = tp_size // dp_size
+    own_dp, own_attn = divmod(whole.index(rank), attn)
+    return MeshGroups(whole[own_dp * attn : (own_dp + 1) * attn], whole[own_attn::attn], whole)

@@ -1,29 +1,45 @@
-"""Layouts of the residual stream, and which one is cheapest at each boundary. Pure Python.
+"""Layouts of the residual stream, and what a boundary costs in each. Pure Python.
 
-The rows of one attention group's hidden states are either `TP_ATTN_FULL` (every rank of the group holds all of them)
-or `SCATTERED` (each holds its own share). What a boundary pays depends on the layout it hands on:
+The rows of hidden states lie over a mesh of dp replicas × attn ranks in one of three ways: `SCATTERED` (each rank holds
+its share of its replica's rows), `TP_ATTN_FULL` (each rank holds all rows of its replica) or `FULL` (the rows of every
+replica). The residual stream is kept in one of the first two. What a boundary pays depends on the layout it hands on:
 
-    the new addend is...                    TP_ATTN_FULL                        SCATTERED
-    owed over the attention group           all-reduce                          reduce-scatter
-    owed over the whole group, rows of dp   reduce-scatter(dp) + all-reduce     reduce-scatter(whole)
-    complete, own rows only                 all-gather                          nothing
-    complete, all rows                      nothing                             nothing
+    the new addend is...                    TP_ATTN_FULL                             SCATTERED
+    owed over the attention group           all-reduce                               reduce-scatter
+    owed over the whole group, all rows     all-reduce(whole), or                    reduce-scatter(whole)
+                                            reduce-scatter(dp) + all-reduce
+    complete, own rows only                 all-gather                               nothing
+    complete, the replica's rows            nothing                                  nothing
 
-    the normed value is wanted...           TP_ATTN_FULL                        SCATTERED
-    with all rows                           nothing                             all-gather
-    with the own rows                       nothing                             nothing
-    with the rows of every dp replica       all-gather(dp)                      all-gather(whole)
+    the normed value is wanted...           TP_ATTN_FULL                             SCATTERED
+    with the replica's rows                 nothing                                  all-gather
+    with the own rows                       nothing                                  nothing
+    with the rows of every replica          all-gather(dp)                           all-gather(whole)
 
-Handing a scattered stream to something that wants all its rows costs one more all-gather; the other way is free.
-The inputs of the model (sizes of groups, hidden size, nominal rows) are equal on all ranks, so the choice is too.
+Handing a scattered stream on as `TP_ATTN_FULL` costs one more all-gather; the other way is free. What the choice reads
+(sizes of groups, hidden size, nominal rows) is equal on all ranks, so the choice is too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FULL, SCATTERED = "TP_ATTN_FULL", "SCATTERED"
-LAYOUTS = (FULL, SCATTERED)
+SCATTERED, TP_ATTN_FULL, FULL = "SCATTERED", "TP_ATTN_FULL", "FULL"
+#: The layouts that the residual stream can be kept in.
+RESIDUAL_LAYOUTS = (TP_ATTN_FULL, SCATTERED)
+
+#: (collective, over) -> the layout of the rows it reads, and of those it gives.
+STEP_LAYOUTS = {
+    ("all_reduce", "attention"): (TP_ATTN_FULL, TP_ATTN_FULL),
+    ("all_reduce", "dp"): (FULL, FULL),
+    ("all_reduce", "whole"): (FULL, FULL),
+    ("reduce_scatter", "attention"): (TP_ATTN_FULL, SCATTERED),
+    ("reduce_scatter", "dp"): (FULL, TP_ATTN_FULL),
+    ("reduce_scatter", "whole"): (FULL, SCATTERED),
+    ("all_gather", "attention"): (SCATTERED, TP_ATTN_FULL),
+    ("all_gather", "dp"): (TP_ATTN_FULL, FULL),
+    ("all_gather", "whole"): (SCATTERED, FULL),
+}
 
 #: Microseconds to start a collective, and bytes a rank sends in a microsecond: NVLink of an H100 or H200 class host.
 #: Only their ratio matters, and only where the number of collectives and the bytes disagree.
@@ -36,9 +52,7 @@ NOMINAL_ROWS = 256
 def sent_bytes(collective: str, ranks: int, payload: float) -> float:
     """Bytes each rank sends. `payload` is the full tensor's size: what is reduced, or what is there once gathered."""
     share = (ranks - 1) / ranks
-    return {"all_reduce": 2 * share, "reduce_scatter": share, "all_gather": share, "all_to_all": share}[
-        collective
-    ] * payload
+    return payload * (2 * share if collective == "all_reduce" else share)
 
 
 def cost_us(collective: str, ranks: int, payload: float) -> float:
@@ -46,6 +60,45 @@ def cost_us(collective: str, ranks: int, payload: float) -> float:
     if ranks == 1:
         return 0.0
     return LATENCY_US + sent_bytes(collective, ranks, payload) / BYTES_PER_US
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """attn: ranks of the attention group; dp: replicas; payload: bytes of one replica's hidden states."""
+
+    attn: int
+    dp: int
+    payload: float
+
+    @property
+    def whole(self) -> int:
+        return self.attn * self.dp
+
+
+@dataclass(frozen=True)
+class Step:
+    """One collective over the "attention", the "dp" or the "whole" group."""
+
+    collective: str
+    over: str
+
+    @property
+    def layouts(self) -> tuple[str, str]:
+        """The layouts of the rows before and after it."""
+        return STEP_LAYOUTS[self.collective, self.over]
+
+    def ranks(self, sizes: Sizes) -> int:
+        return {"attention": sizes.attn, "dp": sizes.dp, "whole": sizes.whole}[self.over]
+
+    def payload(self, sizes: Sizes) -> float:
+        return sizes.payload if self.over == "attention" else sizes.payload * sizes.dp
+
+    def sent(self, sizes: Sizes) -> float:
+        """Bytes each rank sends."""
+        return sent_bytes(self.collective, self.ranks(sizes), self.payload(sizes))
+
+    def cost(self, sizes: Sizes) -> float:
+        return cost_us(self.collective, self.ranks(sizes), self.payload(sizes))
 
 
 @dataclass(frozen=True)
@@ -63,44 +116,68 @@ class Stage:
     outside: bool
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """attn: ranks of the attention group; dp: replicas; payload: bytes of one replica's hidden states."""
+_PAID = {
+    ("owed_attn", TP_ATTN_FULL): (Step("all_reduce", "attention"),),
+    ("owed_attn", SCATTERED): (Step("reduce_scatter", "attention"),),
+    ("owed_whole", SCATTERED): (Step("reduce_scatter", "whole"),),
+    ("own_rows", TP_ATTN_FULL): (Step("all_gather", "attention"),),
+    ("own_rows", SCATTERED): (),
+    ("all_rows", TP_ATTN_FULL): (),
+    ("all_rows", SCATTERED): (),
+}
+UNFACTORED = (Step("all_reduce", "whole"),)
+FACTORED = (Step("reduce_scatter", "dp"), Step("all_reduce", "attention"))
+_WANTED = {
+    ("all_rows", TP_ATTN_FULL): (),
+    ("all_rows", SCATTERED): (Step("all_gather", "attention"),),
+    ("own_rows", TP_ATTN_FULL): (),
+    ("own_rows", SCATTERED): (),
+    ("dp_rows", TP_ATTN_FULL): (Step("all_gather", "dp"),),
+    ("dp_rows", SCATTERED): (Step("all_gather", "whole"),),
+}
+MOVED = (Step("all_gather", "attention"),)
 
-    attn: int
-    dp: int
-    payload: float
 
-    @property
-    def whole(self) -> int:
-        return self.attn * self.dp
+def normalised(steps: tuple[Step, ...], sizes: Sizes) -> tuple[Step, ...]:
+    """Without the collectives of one rank, and the whole group called by the smaller name where it is that group."""
+    whole = "attention" if sizes.dp == 1 else "dp" if sizes.attn == 1 else "whole"
+    steps = tuple(Step(s.collective, whole) if s.over == "whole" else s for s in steps)
+    return tuple(step for step in steps if step.ranks(sizes) > 1)
+
+
+def total_us(steps: tuple[Step, ...], sizes: Sizes) -> float:
+    return sum(step.cost(sizes) for step in steps)
+
+
+def paid_whole(sizes: Sizes) -> tuple[Step, ...]:
+    """How a sum over the whole group is paid where the replica's rows are wanted: the cheaper of the two ways.
+
+    One all-reduce of every replica's rows starts one collective less; in factors, fewer bytes are sent.
+    """
+    return min(FACTORED, UNFACTORED, key=lambda steps: total_us(normalised(steps, sizes), sizes))
+
+
+def paid(addend: str, layout: str, sizes: Sizes) -> tuple[Step, ...]:
+    """What brings an addend into `layout`."""
+    if (addend, layout) == ("owed_whole", TP_ATTN_FULL):
+        return normalised(paid_whole(sizes), sizes)
+    return normalised(_PAID[addend, layout], sizes)
+
+
+def wanted(want: str, layout: str, sizes: Sizes) -> tuple[Step, ...]:
+    """What brings the normed value from `layout` to a reader."""
+    return normalised(_WANTED[want, layout], sizes)
+
+
+def stage_steps(stage: Stage, layout: str, sizes: Sizes) -> tuple[Step, ...]:
+    """The collectives of one stage in `layout` (the table in the module's docstring)."""
+    after = [step for want in sorted(stage.wants) for step in wanted(want, layout, sizes)]
+    return (*paid(stage.addend, layout, sizes), *after)
 
 
 def stage_cost(stage: Stage, layout: str, sizes: Sizes) -> float:
-    """What the stage's own collectives cost in `layout` (the table in the module's docstring)."""
-    attn, dp, whole, payload = sizes.attn, sizes.dp, sizes.whole, sizes.payload
-    gathered = payload * dp
-    if layout == FULL:
-        addend = {
-            "owed_attn": cost_us("all_reduce", attn, payload),
-            "owed_whole": cost_us("reduce_scatter", dp, gathered) + cost_us("all_reduce", attn, payload),
-            "own_rows": cost_us("all_gather", attn, payload),
-            "all_rows": 0.0,
-        }
-        wants = {"all_rows": 0.0, "own_rows": 0.0, "dp_rows": cost_us("all_gather", dp, gathered)}
-    else:
-        addend = {
-            "owed_attn": cost_us("reduce_scatter", attn, payload),
-            "owed_whole": cost_us("reduce_scatter", whole, gathered),
-            "own_rows": 0.0,
-            "all_rows": 0.0,
-        }
-        wants = {
-            "all_rows": cost_us("all_gather", attn, payload),
-            "own_rows": 0.0,
-            "dp_rows": cost_us("all_gather", whole, gathered),
-        }
-    return addend[stage.addend] + sum(wants[want] for want in sorted(stage.wants))
+    """What the stage's own collectives cost in `layout`."""
+    return total_us(stage_steps(stage, layout, sizes), sizes)
 
 
 def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[str]:
@@ -109,19 +186,19 @@ def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[st
     Ties go to `TP_ATTN_FULL`, where the residual never has to be gathered.
     """
     if residual != "auto":
-        return [FULL if residual == "replicated" else SCATTERED] * len(stages)
-    gather = cost_us("all_gather", sizes.attn, sizes.payload)
-    best: dict[str, tuple[float, list[str]]] = {FULL: (0.0, [])}
+        return [TP_ATTN_FULL if residual == "replicated" else SCATTERED] * len(stages)
+    gather = total_us(normalised(MOVED, sizes), sizes)
+    best: dict[str, tuple[float, list[str]]] = {TP_ATTN_FULL: (0.0, [])}
     for stage in stages:
         following: dict[str, tuple[float, list[str]]] = {}
-        for layout in LAYOUTS:
+        for layout in RESIDUAL_LAYOUTS:
             options = []
             for before, (cost, path) in best.items():
                 came_scattered = stage.linked and before == SCATTERED
-                moved = gather if came_scattered and layout == FULL else 0.0
+                moved = gather if came_scattered and layout == TP_ATTN_FULL else 0.0
                 outside = gather if stage.outside and layout == SCATTERED else 0.0
                 options.append((cost + moved + outside + stage_cost(stage, layout, sizes), [*path, layout]))
             following[layout] = min(options, key=lambda option: option[0])
         best = following
-    full, scattered = best.get(FULL), best.get(SCATTERED)
+    full, scattered = best.get(TP_ATTN_FULL), best.get(SCATTERED)
     return (scattered if scattered is not None and scattered[0] < full[0] - 1e-9 else full)[1]

@@ -17,7 +17,7 @@ from torch import fx
 
 from . import aten_ops as ops
 from .collectives import Collective
-from .graph import carry_meta, fake_result, insert_call, is_call, same_shape, value
+from .graph import added, carry_meta, fake_result, insert_call, inserting_behind, is_call, same_shape, scaled, value
 from .plan import Plan
 from .sums import Step, Sum, decompose
 
@@ -54,23 +54,15 @@ def apply(graph: fx.Graph, plan: Plan) -> Rewritten:
 
     scale = _common_scale(total)
     anchor = max([site.hidden, *_operands(plan, total)])
-    with graph.inserting_after(anchor):
-        # New nodes go after the anchor one behind the other: a no-op marks the place and is erased again.
-        place = graph.call_function(_here)
-    with graph.inserting_before(place):
+    with inserting_behind(graph, anchor):
         partial = _partial(graph, total, scale, waits)
         vector, residual = _replicated(graph, total, waits)
         if plan.post:
             residual = _residual_after(plan)
         fused = _insert_fused(graph, plan, wanted, partial, residual, vector, scale, out)
         _hand_out(graph, plan, wanted, fused, out, waits)
-    graph.erase_node(place)
     removed = _erase(graph, wanted.dead, waits)
     return Rewritten(plan, fused, removed)
-
-
-def _here() -> None:
-    """Marks a place in a graph while nodes are inserted there."""
 
 
 # -- what is needed ---------------------------------------------------------------------------------------------------
@@ -187,14 +179,14 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
     vector = residual = None
     for term in total.replicated:
         if term.is_row_vector_of(total.root):
-            vector = _added(graph, vector, _scaled(graph, term.leaf, term.scale))
+            vector = added(graph, vector, scaled(graph, term.leaf, term.scale))
             continue
         node = term.leaf
         if term.joins is not None and not same_shape(node, term.joins):
             # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
             sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
-        residual = _added(graph, residual, _scaled(graph, replay(graph, term.steps, node), term.scale))
+        residual = added(graph, residual, scaled(graph, replay(graph, term.steps, node), term.scale))
     return vector, residual
 
 
@@ -210,14 +202,6 @@ def replay(graph: fx.Graph, steps: Sequence[Step], node: fx.Node) -> fx.Node:
         target = aten.reshape.default if is_call(old, {aten.view.default, aten._unsafe_view.default}) else old.target
         node = insert_call(graph, target, args, dict(old.kwargs), like=old)
     return node
-
-
-def _scaled(graph: fx.Graph, node: fx.Node, scale: float) -> fx.Node:
-    return node if scale == 1.0 else insert_call(graph, aten.mul.Tensor, (node, scale), like=node)
-
-
-def _added(graph: fx.Graph, left: fx.Node | None, right: fx.Node) -> fx.Node:
-    return right if left is None else insert_call(graph, aten.add.Tensor, (left, right), like=right)
 
 
 # -- the operation ----------------------------------------------------------------------------------------------------

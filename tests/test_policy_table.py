@@ -11,14 +11,14 @@ from tpfuse.policy import SharingPolicy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import policy_table as table
 
-SIZES = {"A": 2, "D": 2, "T": 4}
+OVER = {"A": "attention", "D": "dp", "T": "whole"}
 
 
 @pytest.mark.parametrize("dense", [1, 2, 4])
 def test_naive_collectives_are_those_traced(dense):
     traced = [name.rstrip(")").split("(") for name in EXPECTED["mlp", dense][0] if "(" in name]
-    found = table.naive(SharingPolicy(4, 2, dense), dense, 1.0)
-    assert [(name, ranks) for name, ranks, _ in found] == [(name, SIZES[group]) for name, group in traced]
+    found = table.naive(SharingPolicy(4, 2, dense))
+    assert [(step.collective, step.over) for step in found] == [(name, OVER[group]) for name, group in traced]
 
 
 def test_bytes_and_work():

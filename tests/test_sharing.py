@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
 from tpfuse.parallelize import parallelize
+from tpfuse.passes import layouts
 from tpfuse.passes.fuse import PassOptions, fuse
-from tpfuse.passes.groups import resolve_group
+from tpfuse.passes.groups import mesh_groups, resolve_group
 from tpfuse.passes.plan import REWRITES
 from tpfuse.policy import SharingPolicy
+from tpfuse.rows import rows
 
 from .graphs import executed_collectives, fake_world, fused, on_ranks, trace
 from .policy_harness import (
@@ -52,17 +55,22 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def compile_for(model, policy, **options):
+def compile_for(model, policy, dynamic=None, **options):
     parallelize(model, mesh_of(policy), policy)
-    residual = SharingPolicy(policy.tp_size, policy.dp_size, policy.moe_dense_tp_size, residual=policy.residual)
-    options = {"inner": "aot_eager", "policy": residual, "strict": True, **options}
+    options = {"inner": "aot_eager", "policy": policy, "strict": True, **options}
     # By function: threads that look a backend's name up for the first time at once race in Dynamo's registry.
-    return torch.compile(model, backend=tpfuse_backend, options=options, fullgraph=True)
+    return torch.compile(model, backend=tpfuse_backend, options=options, fullgraph=True, dynamic=dynamic)
+
+
+@pytest.fixture
+def free_starts(monkeypatch):
+    """Starting a collective costs nothing, so that bytes alone decide, as they do with many rows."""
+    monkeypatch.setattr(layouts, "LATENCY_US", 0.0)
 
 
 def run_inference(rank, model, policy, batches, want):
     replica = rank // policy.attn_tp_size
-    with torch.no_grad():
+    with torch.no_grad(), rows([batch.numel() for batch in batches]):
         return relative(compile_for(model, policy)(batches[replica]), want[replica])
 
 
@@ -92,6 +100,18 @@ def test_either_layout_of_the_residual_gives_the_same_numbers(dense, residual):
     assert max(run_threads(4, lambda r: run_inference(r, models[r], policy, batches, want))) < 1e-11
 
 
+@pytest.mark.parametrize("counts", [(2, 2), (2, 1), (0, 2)])
+@pytest.mark.parametrize("residual", ["replicated", pytest.param("auto", marks=pytest.mark.nightly)])
+def test_sums_paid_in_factors_give_the_same_numbers(counts, residual, free_starts):
+    """Also where the replicas' rows differ, and the padding is cut off between the two factors."""
+    torch._dynamo.reset()
+    plain = build(lambda: Model(routed=False)).eval()
+    policy, batches = SharingPolicy(4, 2, 4, residual=residual), batches_of(counts)
+    want, _ = oracle(plain, batches)
+    models = [copy.deepcopy(plain) for _ in range(4)]
+    assert max(run_threads(4, lambda r: run_inference(r, models[r], policy, batches, want))) < 1e-11
+
+
 # -- the collectives around a dense layer -----------------------------------------------------------------------------
 
 
@@ -116,16 +136,27 @@ def test_sharing_the_attention_group_costs_two_fused_all_reduces_a_layer(rank):
 
 
 @pytest.mark.parametrize("rank", [0, 3, 6])
-@pytest.mark.parametrize("length", [4, 5])
-def test_whole_weights_cost_one_reduce_scatter_and_one_all_gather_a_layer(rank, length):
-    report, executed = explained(SharingPolicy(8, 2, 1), rank, length)
+@pytest.mark.parametrize(("length", "dynamic"), [(4, None), (5, None), (5, True)])
+def test_whole_weights_cost_one_reduce_scatter_and_one_all_gather_a_layer(rank, length, dynamic):
+    report, executed = explained(SharingPolicy(8, 2, 1), rank, length, dynamic=dynamic)
     assert [b.rewrite for b in report.boundaries] == ["scatter_dense"] * 4
     assert [b.collective for b in report.fused] == ["all_reduce"] * 2
     assert executed == {"reduce_scatter": 2, "all_gather": 2}
 
 
-def test_the_whole_group_is_left_for_cheaper_factors():
-    report, executed = explained(SharingPolicy(8, 2, None, residual="replicated"))
+@pytest.mark.parametrize("residual", ["replicated", "auto"])
+def test_at_few_rows_one_collective_over_the_whole_group_is_kept(residual):
+    """Two collectives would cost more than the bytes they save; the choice is no missed fusion."""
+    report, executed = explained(SharingPolicy(8, 2, None, residual=residual, max_rows=16))
+    kept = [b for b in report.boundaries if len(b.group) == 8]
+    assert [(b.collective, b.rewrite, b.before == b.after) for b in kept] == [("all_reduce", None, True)] * 2
+    assert all("costs less at 16 rows" in b.reason for b in kept) and not report.missed
+    assert executed == {"all_reduce": 4, "all_gather": 2}
+
+
+def test_at_many_rows_the_whole_group_is_left_for_cheaper_factors():
+    """Ten rows padded to many: the second factor works on the ten, and is fused with its norm."""
+    report, executed = explained(SharingPolicy(8, 2, None, residual="replicated", max_rows=16384))
     assert [b.rewrite for b in report.boundaries if b.collective == "all_reduce"] == [
         "all_reduce_norm",
         "gather_full_tp",
@@ -144,10 +175,12 @@ def test_the_whole_group_with_a_scattered_residual():
     ("rewrite", "policy", "executed"),
     [
         ("scatter_dense", SharingPolicy(8, 2, 1), {"all_reduce": 2, "all_gather": 2}),
-        ("gather_full_tp", SharingPolicy(8, 2, None), {"all_reduce": 4, "all_gather": 2}),
+        ("gather_full_tp", SharingPolicy(8, 2, None, residual="replicated"), {"all_reduce": 4, "all_gather": 2}),
     ],
 )
-def test_without_its_rewrite_the_straightforward_collectives_stay(rewrite, policy, executed):
+def test_without_its_rewrite_the_straightforward_collectives_stay(rewrite, policy, executed, free_starts):
+    report, seen = explained(policy)
+    assert seen != executed and rewrite in {b.rewrite for b in report.boundaries}
     others = [name for name in REWRITES if name != rewrite]
     report, seen = explained(policy, rewrites=others, strict=False)
     assert seen == executed and rewrite not in {b.rewrite for b in report.boundaries}
@@ -253,7 +286,7 @@ def run_training(rank, model, policy, batches, want, grads):
 
 @compiles_in_threads
 @pytest.mark.parametrize("dense", [1, 2, 4])
-def test_compiled_gradients_equal_the_unsharded_models(dense):
+def test_compiled_gradients_equal_the_unsharded_models(dense, free_starts):
     torch._dynamo.reset()
     plain = build(lambda: Model(routed=False))
     policy = SharingPolicy(4, 2, dense)
@@ -264,6 +297,17 @@ def test_compiled_gradients_equal_the_unsharded_models(dense):
     assert worst[0] < 1e-11, worst
 
 
+def test_a_training_graph_keeps_its_layouts_and_says_why():
+    torch._dynamo.reset()
+    with fake_world(8, 3):
+        model = compile_for(build(Decoder), SharingPolicy(8, 2, 1))
+        model(torch.randn(2, 4, HIDDEN, dtype=torch.float64))
+    forward = [b for b in tpfuse.reports()[-1].boundaries if b.direction == "forward"]
+    assert [(b.collective, b.rewrite) for b in forward] == [("all_reduce", "all_reduce_norm"), ("all_gather", None)] * 2
+    assert "backward pass reads the rows that forward had" in forward[1].reason
+    assert all(b.before == b.after for b in forward)
+
+
 def test_a_one_dimensional_mesh_means_one_replica():
     torch._dynamo.reset()
     with fake_world(4, 1):
@@ -271,3 +315,58 @@ def test_a_one_dimensional_mesh_means_one_replica():
         with torch.no_grad():
             report = tpfuse.explain(model, (torch.randn(2, 5, HIDDEN, dtype=torch.float64),), {})
     assert [b.rewrite for b in report.boundaries] == ["all_reduce_norm"] * 4
+
+
+# -- what the report says of it ---------------------------------------------------------------------------------------
+
+
+def lines_of(policy, rank=3, **options):
+    """(layouts, collectives before, after) of every boundary of the first layer, groups by their names."""
+    report, executed = explained(policy, rank, length=4, **options)
+    mesh = mesh_groups(policy.tp_size, policy.dp_size, rank, [tuple(range(policy.tp_size))])
+
+    def written(transfers):
+        return " + ".join(f"{t.collective}({mesh.called(t.group)})" for t in transfers)
+
+    # What the report counts is what runs.
+    assert executed == Counter(t.collective for b in report.boundaries for t in b.after)
+    first_layer = report.boundaries[: len(report.boundaries) // 2]
+    return [(b.layout_in, b.layout_out, written(b.before), written(b.after)) for b in first_layer]
+
+
+A_AR, A_RS, A_AG = "all_reduce(attention)", "reduce_scatter(attention)", "all_gather(attention)"
+
+
+@pytest.mark.parametrize(
+    ("policy", "lines"),
+    [
+        (SharingPolicy(8, 2, 4), [("TP_ATTN_FULL", "TP_ATTN_FULL", A_AR, A_AR)] * 2),
+        (
+            SharingPolicy(8, 2, 1),
+            [("TP_ATTN_FULL", "SCATTERED", A_AR, A_RS), ("SCATTERED", "TP_ATTN_FULL", A_AG, A_AG)],
+        ),
+        (
+            SharingPolicy(8, 2, None, residual="scattered"),
+            [
+                ("TP_ATTN_FULL", "SCATTERED", A_AR, A_RS),
+                ("SCATTERED", "FULL", "all_gather(dp)", "all_gather(whole)"),
+                ("FULL", "TP_ATTN_FULL", "all_reduce(whole)", f"reduce_scatter(whole) + {A_AG}"),
+            ],
+        ),
+    ],
+)
+def test_the_report_shows_layouts_and_collectives_before_and_after(policy, lines):
+    assert lines_of(policy) == lines
+
+
+def test_the_report_counts_the_bytes_that_each_rank_sends():
+    report, _ = explained(SharingPolicy(8, 2, 1), length=4)
+    rows = 2 * 4 * HIDDEN * 8
+    assert [(b.bytes_before, b.bytes_after) for b in report.boundaries[:2]] == [
+        (2 * rows * 3 / 4, rows * 3 / 4),  # an all-reduce sends twice what a reduce-scatter sends
+        (rows * 3 / 4, rows * 3 / 4),
+    ]
+    again = tpfuse.Report.from_json(report.to_json())
+    assert again == report
+    for shown in ("TP_ATTN_FULL →", "reduce_scatter", "3072 B → 1536 B"):
+        assert shown in str(report)

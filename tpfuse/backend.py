@@ -15,12 +15,14 @@ from torch import fx
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from . import report_store
+from .agreement import check_groups, with_recorded_policy
 from .cache_key import cache_key
 from .errors import FusionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .passes.fuse import PassOptions, fuse
 from .passes.groups import resolve_group
 from .report import Report, record
+from .rows_check import checking, take_marks
 
 
 def tpfuse(
@@ -49,6 +51,8 @@ def tpfuse(
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    options = with_recorded_policy(options, gm)
+    marks = take_marks(gm)
     fusion = FusionPass(options)
     name = report_store.key(gm, example_inputs, fusion.uuid())
     spare = copy_graph(gm)
@@ -59,9 +63,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     else:
         # A warm cache: nothing was traced, so the pass did not run.
         report = report_store.load(name) or trace_report(spare, example_inputs, options)
+    check_groups(report, options.policy)
     record(report)
     check(report, options)
-    return compiled
+    return checking(compiled, spare, marks)
 
 
 def check(report: Report, options: Options) -> None:
@@ -83,14 +88,7 @@ CustomGraphPass = private.custom_graph_pass()
 
 def pass_options(options: Options) -> PassOptions:
     """What of the backend's options concerns the pass."""
-    policy = options.policy
-    return PassOptions(
-        rewrites=options.rewrites,
-        batch_invariant=options.batch_invariant,
-        strict=options.strict,
-        residual=policy.residual if policy is not None else "auto",
-        rows=policy.max_rows if policy is not None else None,
-    )
+    return PassOptions(options.rewrites, options.strict, options.policy, options.batch_invariant)
 
 
 class FusionPass(CustomGraphPass):
@@ -173,6 +171,7 @@ _INNER = {"inductor": _with_inductor, "aot_eager": _with_aot_eager}
 def trace_report(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
     """The report on a graph, by tracing it and throwing the result away: nothing is compiled and nothing runs."""
     fusion = FusionPass(options)
+    take_marks(gm)
     _with_aot_eager(gm, example_inputs, options, fusion)
     return report_store.merge(fusion.reports)
 

@@ -23,31 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpfuse._torch_private import under_dispatch_mode
-from tpfuse.collectives import all_gather, copy_to, gather_columns, gather_rows, reduce_from, scatter_rows
+from tpfuse.collectives import copy_to, gather_columns, gather_rows, reduce_from, scatter_rows
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.groups import Group
 from tpfuse.rows import announced_rows, trim_rows
-
-
-class RowsCheck:
-    """Whether dp replicas were seen to hold equal rows. One for each model; the ranks meet once, on the first call."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def __call__(self, x: Tensor, group: Group) -> None:
-        # A compiled graph must not meet its peers at a time of its own (ranks do not compile in step), and under a
-        # dispatch mode (fake tensors, tracing) there is nobody to meet.
-        if self.done or torch.compiler.is_compiling() or under_dispatch_mode():
-            return
-        self.done = True
-        counts = all_gather(torch.tensor([x.shape[0]], device=x.device), group.size, group.name).tolist()
-        if len(set(counts)) > 1:
-            raise PolicyError(
-                f"the dp replicas hold {counts} rows; equal rows are assumed unless announced: use "
-                f"`with tpfuse.rows({tuple(counts)}):` around the call, or SharingPolicy(max_rows=...)"
-            )
+from tpfuse.rows_check import RowsCheck
 
 
 @dataclass(frozen=True)
@@ -106,7 +86,7 @@ class AllRows:
         x, put = _hidden(self.name, args, kwargs)
         dp, flat, padded = self.dp, _flat(x), self._padded(x)
         if padded is None and announced_rows() is None:
-            self.check(flat, dp)
+            flat = self.check(flat, dp)
         args, kwargs = put(_like(gather_rows(flat, dp.size, dp.index, dp.name, padded), x))
         args, kwargs = self.inner(None, args, kwargs)
         y, rest = _first(self.name, forward(*args, **kwargs))
@@ -164,20 +144,28 @@ def _at_least_one(value: Any) -> Any:
     return F.pad(value, pads, value=value.dtype == torch.bool)
 
 
+#: Where a class keeps its subclass with a boundary around `forward`.
+AROUND = "_tpfuse_around"
+
+
 def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention) -> None:
     """Puts a boundary around the module's forward.
 
     By a subclass of its class, as FSDP2 does, and not by hooks: what follows the module needs the shape of what came
-    before it, and between two hooks that could only be kept in mutable state.
+    before it, and between two hooks that could only be kept in mutable state. Modules of one class share the subclass,
+    so that layers which are compiled one by one share their code.
     """
     base = type(module)
+    if AROUND not in vars(base):
 
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
-        return self._tpfuse_boundary(functools.partial(base.forward, self), args, kwargs)
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            return self._tpfuse_boundary(functools.partial(base.forward, self), args, kwargs)
 
+        members = {"forward": forward, "__module__": base.__module__}
+        setattr(base, AROUND, type(f"TP{base.__name__}", (base,), members))
     module._tpfuse_boundary = boundary  # type: ignore[assignment]
-    module.__class__ = type(f"TP{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+    module.__class__ = vars(base)[AROUND]
 
 
 class RowwiseLinear(nn.Linear):

@@ -11,6 +11,8 @@ from torch import fx
 
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
+from .agreement import check_groups, with_recorded_policy
+from .errors import TPFuseError
 from .passes.fuse import PassOptions, fuse
 from .passes.groups import resolve_group
 from .policy import SharingPolicy
@@ -39,7 +41,7 @@ def explain(
     Traces with fake tensors and runs no collective and no kernel, so one rank may call it alone. Stops at the first
     graph break and says so in the report's notes.
 
-    Raises OptionError for options that the backend would refuse.
+    Raises OptionError and PolicyError for options that the backend would refuse.
     """
     from .backend import trace_report
     from .options import parse_options
@@ -48,7 +50,12 @@ def explain(
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
 
     def report_and_stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        report = trace_report(gm, example_inputs, parsed)
+        try:
+            stated = with_recorded_policy(parsed, gm)
+            report = trace_report(gm, example_inputs, stated)
+            check_groups(report, stated.policy)
+        except TPFuseError as error:
+            raise private.raised_through_dynamo(error) from error.__cause__
         if private.compile_stopped_at_graph_break(gm):
             why = private.graph_break_reason(gm)
             note = f"the model has a graph break here, and what follows was not looked at: {why}"
@@ -74,9 +81,11 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
     with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
-    Raises: nothing for a graph that cannot be fused (the report says why); with `strict=True`, internal errors.
+    Raises: nothing for a graph that cannot be fused (the report says why); PolicyError where the graph's groups are not
+    those of `policy`; with `strict=True`, internal errors.
     """
-    outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict))
+    outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict, policy=policy))
+    check_groups(outcome.report, policy)
     if outcome.graph is not graph_module.graph:
         graph_module.graph = outcome.graph
         graph_module.recompile()

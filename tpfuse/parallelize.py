@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpfuse._torch_private import backward_hooks
+from tpfuse.agreement import record_policy
 from tpfuse.boundary import (
     AllRows,
     CopyIn,
@@ -22,7 +23,6 @@ from tpfuse.boundary import (
     OwnRows,
     PartialLinear,
     ReduceOut,
-    RowsCheck,
     RowwiseLinear,
     VocabEmbedding,
     install,
@@ -34,6 +34,7 @@ from tpfuse.groups import Group, Groups, check_mesh, create_whole_group, describ
 from tpfuse.plans import Planned, ancestors, model_plan, read_plan
 from tpfuse.policy import SharingPolicy
 from tpfuse.roles import Kind, Role, policy_of, role_of
+from tpfuse.rows_check import RowsCheck
 from tpfuse.sharding import Cut
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def parallelize(
     groups = create_whole_group(mesh, groups)
     _apply(model, cuts)
     check = RowsCheck()
+    classes: dict[type, type] = {}
     sites = []
     for name, role, cut in done:
         cut.rewrite()
@@ -135,6 +137,7 @@ def parallelize(
             sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
             modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
             modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
+            record_policy(modules[name], policy, classes)
     for edge in edges:
         _hook_edge(modules[edge.name], edge, groups.attention)
     owed = _owed(model, done, roles, groups)

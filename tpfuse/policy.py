@@ -127,6 +127,15 @@ class SharingPolicy(StrictJson):
         size = self.overrides.get(name, size)
         return self.tp_size if size is None else size
 
+    def normalised(self) -> SharingPolicy:
+        """The same choices with None written as the size it means, so that equal policies compare equal."""
+
+        def size(given: int | None) -> int:
+            return self.tp_size if given is None else given
+
+        overrides = {pattern: size(given) for pattern, given in self.overrides.items()}
+        return dataclasses.replace(self, moe_dense_tp_size=size(self.moe_dense_tp_size), overrides=overrides)
+
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The override globs that match none of these qualified names."""
         names = list(names)

@@ -9,6 +9,18 @@ from .strict_json import StrictJson
 
 
 @dataclass(frozen=True)
+class Transfer(StrictJson):
+    """One collective over the ranks `group`, and the bytes each of them sends (None where a size is unknown)."""
+
+    collective: str
+    group: tuple[int, ...]
+    bytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.collective} {_ranks(self.group)}"
+
+
+@dataclass(frozen=True)
 class Boundary(StrictJson):
     """The verdict on one collective.
 
@@ -24,6 +36,11 @@ class Boundary(StrictJson):
     feeds_norm: whether a norm reads the result with only row-wise arithmetic in between (what `strict` asks about).
     runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
         kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
+    layout_in, layout_out: how the rows lie before and after the boundary as it is performed now: "SCATTERED" (each rank
+        holds its share of its replica's rows), "TP_ATTN_FULL" (the rows of its replica) or "FULL" (of every replica);
+        empty where the policy does not tell. Where the first collective reduces, what comes in owes it that sum.
+    before, after: the collectives as written and as performed now. None after: what the boundary paid is paid, or no
+        longer needed, at another one.
     """
 
     kind: str
@@ -37,6 +54,20 @@ class Boundary(StrictJson):
     direction: str = "forward"
     feeds_norm: bool = False
     runs: str = ""
+    layout_in: str = ""
+    layout_out: str = ""
+    before: tuple[Transfer, ...] = ()
+    after: tuple[Transfer, ...] = ()
+
+    @property
+    def bytes_before(self) -> int | None:
+        """Bytes each rank sends as the graph was written; None where a size is unknown."""
+        return _total(self.before)
+
+    @property
+    def bytes_after(self) -> int | None:
+        """Bytes each rank sends now."""
+        return _total(self.after)
 
 
 @dataclass(frozen=True)
@@ -79,23 +110,24 @@ class Report(StrictJson):
         from rich.table import Table
 
         table = Table(title=self.summary(), title_justify="left", title_style="bold", expand=False)
-        for column in ("#", "kind", "module", "collective", "ranks", "norm", "fused by", "runs", "reason"):
+        columns = ("#", "kind", "module", "norm", "collectives", "bytes a rank sends", "rows", "rewrite", "runs")
+        for column in (*columns, "reason"):
             table.add_column(column, overflow="fold")
         for index, boundary in enumerate(self.boundaries):
-            collective = boundary.collective + (" (backward)" if boundary.direction == "backward" else "")
             table.add_row(
                 str(index),
-                boundary.kind,
+                boundary.kind + (" (backward)" if boundary.direction == "backward" else ""),
                 boundary.module or "-",
-                collective,
-                _ranks(boundary.group),
                 boundary.norm or "-",
-                boundary.rewrite or "not fused",
+                _before_and_after(boundary),
+                _arrow(_size(boundary.bytes_before), _size(boundary.bytes_after)),
+                _arrow(boundary.layout_in or "-", boundary.layout_out or "-"),
+                ", ".join(filter(None, (boundary.rewrite, "" if boundary.fused else "not fused"))),
                 boundary.runs.partition(":")[0] or "-",
                 boundary.reason,
             )
         out = io.StringIO()
-        console = Console(file=out, width=160, color_system=None)
+        console = Console(file=out, width=180, color_system=None)
         console.print(table if self.boundaries else self.summary())
         for why in dict.fromkeys(boundary.runs for boundary in self.boundaries if ":" in boundary.runs):
             console.print(why)
@@ -106,6 +138,28 @@ class Report(StrictJson):
     def summary(self) -> str:
         count = len(self.boundaries)
         return f"tpfuse: {len(self.fused)} of {count} collective{'s' if count != 1 else ''} fused, {self.norms} norms"
+
+
+def _before_and_after(boundary: Boundary) -> str:
+    if not boundary.before:
+        return f"{boundary.collective} {_ranks(boundary.group)}"
+    names = [" + ".join(map(str, transfers)) or "none" for transfers in (boundary.before, boundary.after)]
+    return _arrow(*names)
+
+
+def _arrow(before: str, after: str) -> str:
+    return before if before == after else f"{before} → {after}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count} B" if count < 10_000 else f"{count / 1e3:.0f} KB" if count < 1e7 else f"{count / 1e6:.0f} MB"
+
+
+def _total(transfers: tuple[Transfer, ...]) -> int | None:
+    sent = [transfer.bytes for transfer in transfers]
+    return None if None in sent else sum(sent)
 
 
 def _ranks(group: tuple[int, ...]) -> str:

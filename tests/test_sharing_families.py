@@ -1,0 +1,134 @@
+"""Compiled models under every sharing policy: tiny Hugging Face MoE families, bfloat16, and real processes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tpfuse.backend import tpfuse as tpfuse_backend
+from tpfuse.parallelize import parallelize
+from tpfuse.policy import SharingPolicy
+from tpfuse.rows import rows
+
+from .graphs import relative_error
+from .policy_harness import Model, build, relative, run_threads
+from .ranks import run_processes
+from .test_parallelize_families import model_of
+from .test_parallelize_models import batches_of, mesh_of
+
+FAMILIES = ["deepseek_v3", "qwen3_moe", "glm4_moe"]
+#: (tp, dp, dense). Every family runs once with each kind of policy; more ranks and the rest of the matrix nightly.
+SHORT = {("deepseek_v3", 4, 2, 2), ("qwen3_moe", 2, 1, 1), ("glm4_moe", 2, 2, 2)}
+MESHES = [(2, 1), (2, 2), (4, 2), (8, 2)]
+POLICIES = [(tp, dp, dense) for tp, dp in MESHES for dense in sorted({1, tp // dp, tp})]
+CASES = [
+    pytest.param(f, *p, marks=() if (f, *p) in SHORT else pytest.mark.nightly) for f in FAMILIES for p in POLICIES
+]
+
+
+def compiled(model, policy, **options):
+    parallelize(model, mesh_of(policy), policy)
+    if hasattr(model, "config"):
+        model.config._experts_implementation = "grouped_mm"  # the eager one loops over data, which breaks the graph
+    return torch.compile(model, backend=tpfuse_backend, options={"inner": "aot_eager", **options}, fullgraph=True)
+
+
+def logits_of(model, ids):
+    out = model(ids, use_cache=False) if hasattr(model, "config") else model(ids)
+    return getattr(out, "logits", out)
+
+
+def ids_of(dp, seed=0, vocabulary=32):
+    return torch.randint(0, vocabulary, (dp, 2, 3), generator=torch.Generator().manual_seed(seed))
+
+
+def run_float32(rank, model, policy, ids, want):
+    replica = rank // policy.attn_tp_size
+    with torch.no_grad():
+        return relative(logits_of(compiled(model, policy), ids[replica]), want[replica])
+
+
+@pytest.mark.parametrize(("family", "tp", "dp", "dense"), CASES)
+def test_compiled_family_equals_the_unsharded_model(family, tp, dp, dense):
+    torch._dynamo.reset()
+    plain = model_of(family).float().eval()
+    policy, ids = SharingPolicy(tp, dp, dense), ids_of(dp)
+    with torch.no_grad():
+        want = logits_of(plain, ids.flatten(0, 1)).unflatten(0, (dp, 2))
+    models = [copy.deepcopy(plain) for _ in range(tp)]
+    assert max(run_threads(tp, lambda r: run_float32(r, models[r], policy, ids, want))) < 1e-5
+
+
+# -- the error rule ---------------------------------------------------------------------------------------------------
+
+SEEDS = 20
+
+
+def run_bfloat16(rank, model, policy, want):
+    """(error of eager mode, error of the compiled model), each the mean over seeds against float64."""
+    replica = rank // policy.attn_tp_size
+    run = compiled(model, policy)
+    errors = {"eager": 0.0, "compiled": 0.0}
+    with torch.no_grad():
+        for seed in range(SEEDS):
+            ids = ids_of(policy.dp_size, seed)[replica]
+            for name, forward in (("eager", model), ("compiled", run)):
+                errors[name] += relative_error([logits_of(forward, ids)], [want[seed][replica]])[0] / SEEDS
+    return errors
+
+
+def check_error_rule(plain, policy):
+    """At most 1.1 × the error of the graph it replaces, plus one rounding of the output."""
+    torch._dynamo.reset()
+    exact = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        want = [
+            logits_of(exact, ids_of(policy.dp_size, seed).flatten(0, 1)).unflatten(0, (policy.dp_size, 2))
+            for seed in range(SEEDS)
+        ]
+    models = [copy.deepcopy(plain) for _ in range(policy.tp_size)]
+    for errors in run_threads(policy.tp_size, lambda r: run_bfloat16(r, models[r], policy, want)):
+        assert errors["compiled"] <= 1.1 * errors["eager"] + torch.finfo(torch.bfloat16).eps / 2, errors
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "dense"),
+    [(4, 2, 1), (4, 2, 2), (4, 2, 4)]
+    + [pytest.param(*p, marks=pytest.mark.nightly) for p in [(2, 1, 2), (2, 2, 2), (8, 2, 1), (8, 2, 4), (8, 2, 8)]],
+)
+def test_bfloat16_of_our_own_model_is_within_the_error_rule(tp, dp, dense):
+    check_error_rule(build(lambda: Model(routed=False), dtype=torch.bfloat16).eval(), SharingPolicy(tp, dp, dense))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dense", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_of_a_family_is_within_the_error_rule(family, dense):
+    check_error_rule(model_of(family).bfloat16().eval(), SharingPolicy(4, 2, dense))
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def run_gloo(rank, policies):
+    """The error of every policy's compiled model, with equal rows and with a replica that has none."""
+    errors = {}
+    for policy in policies:
+        torch._dynamo.reset()
+        plain = build(Model).eval()
+        run = compiled(copy.deepcopy(plain), policy)
+        replica = rank // policy.attn_tp_size
+        for counts in ([2, 2], [2, 0]):
+            batches = batches_of(counts)
+            with torch.no_grad(), rows([batch.numel() for batch in batches]):
+                want = plain(torch.cat(batches)).split(counts)[replica]
+                errors[policy.dp_size, policy.moe_dense_tp_size, tuple(counts)] = relative(run(batches[replica]), want)
+    return errors
+
+
+def test_every_policy_in_real_processes():
+    policies = [SharingPolicy(4, 2, dense) for dense in (1, 2, 4)]
+    for errors in run_processes(4, run_gloo, policies):
+        assert len(errors) == 6 and max(errors.values()) < 1e-11, errors

@@ -1,0 +1,138 @@
+"""Equal rows on all dp replicas: assumed where nobody announced counts, and checked once for each model.
+
+The check is a collective, so every rank must enter it at the same call. That is the model's first one: ranks compile at
+different times, but all of them make the first call. Eager code checks there and then. Compiled code cannot leave the
+graph, so the operator `same_rows` marks the place; the tpfuse backend takes the marks out again and checks before it
+runs the graph for the first time. Under another backend the operator itself checks when it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from tpfuse._torch_private import process_group, under_dispatch_mode
+from tpfuse.collectives import all_gather
+from tpfuse.errors import PolicyError
+from tpfuse.groups import Group
+from tpfuse.rows import announced_rows
+
+_keys = itertools.count()
+#: REGISTRY: the checks of all models of this process, by the key that graphs know them by.
+_CHECKS: WeakValueDictionary[int, RowsCheck] = WeakValueDictionary()
+
+_lib = torch.library.Library("tpfuse", "FRAGMENT")
+_lib.define("same_rows(Tensor x, str group_name, int key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class RowsCheck:
+    """Whether the dp replicas of one model were seen to hold equal rows."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.key = next(_keys)
+        _CHECKS[self.key] = self
+
+    def __deepcopy__(self, memo: dict) -> RowsCheck:
+        memo[id(self)] = copied = RowsCheck()
+        return copied
+
+    def __call__(self, x: Tensor, group: Group) -> Tensor:
+        """x [R, H], whose rows are compared over the dp `group` on the first call.
+
+        Raises:
+            PolicyError: on every rank of the group, when their R differ.
+        """
+        if torch.compiler.is_compiling():
+            return torch.ops.tpfuse.same_rows.default(x, group.name, self.key)
+        # Under a dispatch mode (fake tensors, tracing) there is nobody to meet.
+        if not under_dispatch_mode():
+            self.meet(x.shape[0], group.name, x.device)
+        return x
+
+    def meet(self, rows: int, group_name: str, device: torch.device) -> None:
+        if self.done:
+            return
+        self.done = True
+        size = dist.get_world_size(process_group(group_name))
+        counts = all_gather(torch.tensor([rows], device=device), size, group_name).tolist()
+        if len(set(counts)) > 1:
+            raise PolicyError(
+                f"the dp replicas hold {counts} rows; equal rows are assumed unless announced: use "
+                f"`with tpfuse.rows({tuple(counts)}):` around the call, or SharingPolicy(max_rows=...)"
+            )
+
+
+def _same_rows(x: Tensor, group_name: str, key: int) -> Tensor:
+    if (check := _CHECKS.get(key)) is not None:
+        check.meet(x.shape[0], group_name, x.device)
+    return x.clone()
+
+
+_lib.impl("same_rows", _same_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("tpfuse::same_rows", lambda x, group_name, key: torch.empty_like(x), lib=_lib)
+torch.library.register_autograd("tpfuse::same_rows", lambda ctx, grad: (grad, None, None), lib=_lib)
+
+
+# -- in the backend ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One `same_rows` taken out of a graph: `rows` is a number, or an expression over the graph's symbolic inputs."""
+
+    check: RowsCheck
+    group_name: str
+    rows: Any
+    device: torch.device
+
+
+def take_marks(gm: fx.GraphModule) -> list[Mark]:
+    """Take every `same_rows` out of a Dynamo graph; one mark for each model is kept."""
+    marks: dict[int, Mark] = {}
+    for node in list(gm.graph.nodes):
+        if node.target is not torch.ops.tpfuse.same_rows.default:
+            continue
+        x, group_name, key = node.args
+        example = x.meta["example_value"]
+        if key in _CHECKS and key not in marks:
+            marks[key] = Mark(_CHECKS[key], group_name, example.shape[0], example.device)
+        node.replace_all_uses_with(x)
+        gm.graph.erase_node(node)
+    if marks:
+        gm.recompile()
+    return list(marks.values())
+
+
+def checking(compiled: Callable[..., Any], gm: fx.GraphModule, marks: Sequence[Mark]) -> Callable[..., Any]:
+    """`compiled`, checked before its first run. Costs one comparison afterwards, and no synchronisation."""
+    symbols = {
+        node.meta["example_value"].node.expr: position
+        for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")
+        if isinstance(node.meta.get("example_value"), torch.SymInt)
+    }
+    pending = [mark for mark in marks if not mark.check.done]
+    if not pending:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        for mark in pending:
+            if not mark.check.done and announced_rows() is None:
+                mark.check.meet(_evaluated(mark.rows, symbols, args), mark.group_name, mark.device)
+        return compiled(*args)
+
+    return run
+
+
+def _evaluated(rows: Any, symbols: dict[Any, int], args: Sequence[Any]) -> int:
+    if isinstance(rows, int):
+        return rows
+    expression = rows.node.expr
+    return int(expression.subs({symbol: args[symbols[symbol]] for symbol in expression.free_symbols}))
