@@ -17,7 +17,7 @@ from tpfuse.backend import tpfuse as tpfuse_backend
 from tpfuse.report import Boundary, Report
 
 from .graphs import all_reduce, executed_collectives, fake_world, trace
-from .policy_harness import HIDDEN, MLP, Layer, Model, build, run_threads
+from .policy_harness import HIDDEN, MLP, Layer, Model, build, compiles_in_threads, run_threads
 from .test_parallelize_models import batches_of, mesh_of
 
 
@@ -181,6 +181,7 @@ def run_rows(rank, model, policy, batches, backend, dynamic):
     return executed_collectives(run, batches[-1][rank // policy.attn_tp_size])["all_gather"] if rank == 0 else None
 
 
+@compiles_in_threads
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", [tpfuse_backend, "aot_eager"])
 def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic):

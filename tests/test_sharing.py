@@ -100,6 +100,7 @@ def test_either_layout_of_the_residual_gives_the_same_numbers(dense, residual):
     assert max(run_threads(4, lambda r: run_inference(r, models[r], policy, batches, want))) < 1e-11
 
 
+@compiles_in_threads
 @pytest.mark.parametrize("counts", [(2, 2), (2, 1), (0, 2)])
 @pytest.mark.parametrize("residual", ["replicated", pytest.param("auto", marks=pytest.mark.nightly)])
 def test_sums_paid_in_factors_give_the_same_numbers(counts, residual, free_starts):
