@@ -16,11 +16,12 @@ from ..errors import OpError
 from ..groups import group_name_of
 from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
 from .dispatch import choose
-from .groups import why_not, workspace_of
+from .groups import check_peers, why_not, workspace_of
 from .operands import Operands
 from .pieces import run
+from .watch import new_watch, raise_if_late, set_timeout
 
-__all__ = ["all_reduce_add_norm", "init_workspace", "why_not"]
+__all__ = ["all_reduce_add_norm", "check_peers", "init_workspace", "why_not"]
 
 
 def all_reduce_add_norm(
@@ -62,11 +63,14 @@ def all_reduce_add_norm(
     ws = workspace_of(group_name, x.device)
     if ws is None:
         return None
+    raise_if_late(ws, group_name)
     device = ws.device_name or torch.cuda.get_device_name(x.device)
     return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
 
 
-def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -> bool:
+def init_workspace(
+    group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *, timeout: float | None = None
+) -> bool:
     """Set up the workspace of `group` now, so that no later call of up to `max_rows` rows in one shot allocates.
 
     Collective: every rank of the group calls it, with the same arguments, outside CUDA-graph capture. Optional: without
@@ -78,18 +82,23 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -
         max_rows: the most rows (tokens) of one call, at least 1.
         hidden: elements a row, at least 1.
         dtype: torch.bfloat16, torch.float16 or torch.float32.
+        timeout: seconds that a kernel of this group waits for a peer before it gives up (see `PeerTimeoutError`); None:
+            what TPFUSE_PEER_TIMEOUT says, or else 600.
 
-    Returns: whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence)
-        they take the functional path, and nothing needs to be set up.
+    Returns:
+        Whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence) they
+        take the functional path, and nothing needs to be set up.
 
     Raises:
         OpError: an argument that is not allowed, a group that is not known on this rank, or a call inside capture.
+        OptionError: a timeout that is not a positive number.
     """
     for name, given in (("max_rows", max_rows), ("hidden", hidden)):
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise OpError(f"init_workspace: {name}={given!r}; allowed: an integer of at least 1")
     if dtype not in KERNEL_DTYPES:
         raise OpError(f"init_workspace: dtype={dtype!r}; allowed: {', '.join(map(str, KERNEL_DTYPES))}")
+    new_watch("cpu", timeout)  # a timeout that is not allowed is refused before anyone is met
     group_name = group_name_of(group)
     members = process_group(group_name)
     if members is None:
@@ -100,4 +109,6 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype) -
         raise OpError("init_workspace: called inside CUDA-graph capture; allowed: before it, since it allocates")
     need = members.size() * max_rows * hidden * dtype.itemsize
     ws = workspace_of(group_name, torch.device("cuda", torch.cuda.current_device()), need)
+    if ws is not None:
+        set_timeout(ws.watch, timeout)
     return ws is not None and ws.slot_words * 4 >= need

@@ -15,33 +15,46 @@ from .compat import tl, triton
 from .device import advance_epoch, as_words, count_of, finish_row, load_eps, load_row, peer, unpack
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
+from .watch import out_of_patience, report
 from .workspace import CHANNELS, Workspace
 
 _CHANNELS = tl.constexpr(CHANNELS)
 
 
 @triton.jit
-def _meet(peers_ptr, flags, pid, rank, value, WORLD: tl.constexpr):
-    """Raise this program's flag at every peer and wait until every peer has raised its own here. A peer may already be
-    one call ahead, so this call's value or the next one's is waited for; "at least" would in time take a flag that was
-    last raised half a wrap ago for a new one."""
+def _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD: tl.constexpr):
+    """Raise this program's flag at every peer and wait until every peer has raised its own here; returns how many did
+    not (see `watch`). A peer may already be one call ahead, so this call's value or the next one's is waited for; "at
+    least" would in time take a flag that was last raised half a wrap ago for a new one. A raised flag is a multiple of
+    4, one never raised is 1: no count can make it look raised."""
+    value = count_of(epoch) + 4
     lanes = tl.arange(0, WORLD)
     theirs = tl.load(peers_ptr + lanes).to(tl.pointer_type(tl.int32)) + flags + pid * WORLD + rank
     here = peer(peers_ptr, rank) + flags + pid * WORLD + lanes
     tl.debug_barrier()  # all of the program's stores come before the release
     tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + value, sem="release", scope="sys")
-    seen = tl.load(here, volatile=True)
-    while tl.sum((((seen - value) & -5) != 0).to(tl.int32), axis=0) > 0:  # neither this call's flag nor the next's
-        seen = tl.load(here, volatile=True)
+    behind = ((tl.load(here, volatile=True) - value) & -5) != 0  # neither this call's flag nor the next's
+    absent = tl.sum(behind.to(tl.int32), axis=0)
+    polls = 0
+    began = 0
+    ends = polls < 0
+    while (absent > 0) & (not ends):
+        behind = ((tl.load(here, volatile=True) - value) & -5) != 0
+        absent = tl.sum(behind.to(tl.int32), axis=0)
+        polls += 1
+        ends, began = out_of_patience(polls, began, watch_ptr)
+    report(behind, lanes, epoch, watch_ptr)
     tl.atomic_add(here, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
+    return absent
 
 
 @triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "stage_words"],
             do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
 def _barrier_kernel(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, stages, stage_words, flags, rows, rank, programs, first,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, stages, stage_words, flags, rows, rank,
+    programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +74,7 @@ def _barrier_kernel(
         words = tl.load(as_words(x_ptr) + row * ROW_WORDS + at, mask=at < ROW_WORDS, other=0)
         tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         row += programs
-    _meet(peers_ptr, flags, pid, rank, count_of(epoch) + 4, WORLD)
+    absent = _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD)
     residual_row = residual_ptr
     row = pid
     while row < rows:
@@ -77,6 +90,7 @@ def _barrier_kernel(
                 s = part
             else:
                 s += part
+        s = tl.where(absent > 0, float("nan"), s)
         if sum_ptr is not None:
             tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
         finish_row(
@@ -85,7 +99,7 @@ def _barrier_kernel(
         )  # fmt: skip
         row += programs
     if not ROTATE:
-        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, count_of(epoch) + 4, WORLD)
+        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch, watch_ptr, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 
@@ -99,8 +113,8 @@ def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, 
     ready = prepare(op)
     programs = min(op.rows, ws.max_blocks)
     args = (
-        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slots_end, ws.stage_words,
-        ws.flags_offset, op.rows, ws.rank, programs, 0,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slots_end,
+        ws.stage_words, ws.flags_offset, op.rows, ws.rank, programs, 0,
     )  # fmt: skip
     settings = constants(op, ws.world, 1, False, False) | {"ROTATE": rotate}
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]

@@ -22,6 +22,7 @@ from .._torch_private import process_group
 from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .dispatch import default_table
+from .watch import raise_if_late
 from .workspace import DEFAULT_SLOT_BYTES, STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,20 @@ def injected(group_name: str, workspace: Workspace | None) -> Iterator[None]:
             del WORKSPACE_REGISTRY[group_name]
         else:
             WORKSPACE_REGISTRY[group_name] = before
+
+
+def check_peers(group_name: str | None = None, boundary: str = "") -> None:
+    """Raise PeerTimeoutError if a kernel of this group (of any group: None) gave up waiting for a peer.
+
+    For the host's side of a replayed CUDA graph, which no Python watches: call it after a step, or from a thread. It
+    reads pinned memory, costs about a microsecond, and waits neither for the device nor for other ranks. `boundary`:
+    where in the model the caller is, for the message.
+    """
+    for name, member in list(WORKSPACE_REGISTRY.items()):
+        if group_name in (None, name):
+            for ws in (member.workspace, *member.outgrown):
+                if ws is not None:
+                    raise_if_late(ws, name, boundary)
 
 
 def _forget(group_name: str, group: Any) -> None:

@@ -29,8 +29,8 @@ def _push(words, bases, offset, at, width, WORLD: tl.constexpr):
 @triton.jit
 def _take(
     own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr,
-    rstd_ptr, eps, weight_offset, alpha, like_ptr, inbox, pid, part, rank,
-    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
+    rstd_ptr, eps, weight_offset, alpha, like_ptr, inbox, pid, part, rank, epoch,
+    watch_ptr, H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
     WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
 ):  # fmt: skip
     """Wait for one row (part) from every peer, finish it, empty its words."""
@@ -47,7 +47,7 @@ def _take(
     residual, pre_bias, weight, bias = load_row(
         residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
     )
-    s = receive_sum(own, base, W, PW, stride, rank, like_ptr, WORLD, SPIN)
+    s = receive_sum(own, base, W, PW, stride, rank, like_ptr, epoch, watch_ptr, WORLD, SPIN)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
@@ -62,7 +62,7 @@ def _take(
             do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
 def _one_shot_kernel(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, slot_words, rows, rank, programs, first,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
     WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, MANY: tl.constexpr, SPIN: tl.constexpr,
 ):  # fmt: skip
@@ -96,14 +96,14 @@ def _one_shot_kernel(
             _take(
                 own, mine, this, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
                 sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
-                H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+                epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
             )  # fmt: skip
             this += step
     else:
         _take(
             own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
             sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
-            H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+            epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
         )  # fmt: skip
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
@@ -119,8 +119,8 @@ def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, regist
     ready = prepare(op)
     programs = programs_of(op, ws, split)
     args = (
-        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slot_words, op.rows, ws.rank, programs,
-        first or 0,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        programs, first or 0,
     )  # fmt: skip
     settings = constants(op, ws.world, split, programs < op.rows * split, spin)
     settings |= launch_options(warps or default_warps(op, split), registers)

@@ -34,7 +34,7 @@ _CHANNELS = tl.constexpr(CHANNELS)
             do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
 def _sharded_kernel(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, slot_words, rows, rank, programs, first,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _sharded_kernel(
         )
         own = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
         here = mine + slot + local * ROW_WORDS
-        s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, WORLD, SPIN)
+        s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, epoch, watch_ptr, WORLD, SPIN)
         n = finish_row(
             s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
             row, local, cols, mask, H, NORM, POST, None, pid, 0, 1,
@@ -92,7 +92,7 @@ def _sharded_kernel(
     while i < rows - count:
         row = tl.where(i < begin, i, i + count)
         there = mine + totals + row * ROW_WORDS
-        words = receive(there, W, ROW_WORDS, SPIN)
+        words = receive(there, W, ROW_WORDS, row // chunk, W, epoch, watch_ptr, SPIN)
         tl.store(as_words(y_ptr) + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         tl.debug_barrier()
         clear_one(there, W, ROW_WORDS)
@@ -126,8 +126,8 @@ def sharded(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, 
     out = AddNormOut(ready.out.y, residual_out, None, None)
     programs = min(op.rows, ws.max_blocks)
     args = (
-        *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.slot_words,
-        op.rows, ws.rank, programs, first or 0,
+        *ready.inputs, out.y, residual_out, *ready.outputs[2:], *ready.scalars, ws.peers, ws.state, ws.watch,
+        ws.slot_words, op.rows, ws.rank, programs, first or 0,
     )  # fmt: skip
     settings = constants(op, ws.world, 1, False, spin)
     del settings["SPLIT"], settings["MANY"]

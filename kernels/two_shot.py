@@ -41,12 +41,12 @@ def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.con
 
 
 @triton.jit
-def _reduce(pieces, targets, stride, like_ptr, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr,
-            SPIN: tl.constexpr):  # fmt: skip
+def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, C: tl.constexpr, CHUNK: tl.constexpr,
+            WORLD: tl.constexpr, SPIN: tl.constexpr):  # fmt: skip
     """Add up the pieces of the own chunk of one row and store the rounded sum at all `targets`. Only this rank adds
     these columns, so the order, a fixed one, need not be the rank order for all ranks to hold the same."""
     at = tl.arange(0, C)[None, :]
-    words = receive_block(pieces, WORLD, stride, C, CHUNK, SPIN)
+    words = receive_block(pieces, WORLD, stride, C, CHUNK, epoch, watch_ptr, SPIN)
     total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr)
     tl.store(targets + at, tl.broadcast_to(total[None, :], (WORLD, C)), mask=at < CHUNK)
 
@@ -54,9 +54,9 @@ def _reduce(pieces, targets, stride, like_ptr, C: tl.constexpr, CHUNK: tl.conste
 @triton.jit
 def _finish(
     there, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps, weight_offset, alpha, like_ptr, pid,
-    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, NORM: tl.constexpr,
-    POST: tl.constexpr, SPIN: tl.constexpr,
+    eps, weight_offset, alpha, like_ptr, pid, epoch, watch_ptr,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
 ):  # fmt: skip
     """Wait for the sums of one row, from all ranks, and finish it."""
     cols = tl.arange(0, EL)
@@ -67,7 +67,7 @@ def _finish(
     residual, pre_bias, weight, bias = load_row(
         residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
     )
-    s = unpack(receive(there, W, ROW_WORDS, SPIN), like_ptr)
+    s = unpack(receive(there, W, ROW_WORDS, 0, CHUNK, epoch, watch_ptr, SPIN), like_ptr)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
@@ -91,7 +91,7 @@ def _empty(pieces, there, stride, C: tl.constexpr, CHUNK: tl.constexpr, W: tl.co
             do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
 def _two_shot_kernel(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, slot_words, rows, rank, programs, first,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -116,24 +116,24 @@ def _two_shot_kernel(
         row = pid
         while row < rows:
             there = bases + totals + row * ROW_WORDS + rank * CHUNK
-            _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, C, CHUNK, WORLD, SPIN)
+            _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
             row += programs
         row = pid
         while row < rows:
             _finish(
                 mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
                 residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-                H, ROW_WORDS, W, EL, NORM, POST, SPIN,
+                epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
             )  # fmt: skip
             _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
             row += programs
     else:
         there = bases + totals + row * ROW_WORDS + rank * CHUNK
-        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, C, CHUNK, WORLD, SPIN)
+        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
         _finish(
             mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
             residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-            H, ROW_WORDS, W, EL, NORM, POST, SPIN,
+            epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
         )  # fmt: skip
         _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
@@ -150,8 +150,8 @@ def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *,
     ready = prepare(op)
     programs = min(op.rows, ws.max_blocks)
     args = (
-        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.slot_words, op.rows, ws.rank, programs,
-        first or 0,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        programs, first or 0,
     )  # fmt: skip
     settings = constants(op, ws.world, 1, programs < op.rows, spin)
     settings |= {"C": next_power_of_2(op.row_words // ws.world)}

@@ -4,11 +4,12 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
 
     3 slots of slot_words          written by peers, read and emptied by the owner (one-shot and two-shot, `lamport`)
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
-    2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel)
+    2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel); 1 before that
 
 `state` is the owner's alone: CHANNELS epochs (always equal to each other; the slot in the low two bits, the count of
 calls above), then two sets of inboxes through which the programs of one row talk to each other. At rest every word of
-slots and inboxes holds SENTINEL.
+slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and tells the host of those that did not come
+(see `watch`).
 
 The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of
 several ranks that live on a single device, or on CPU tensors in shared memory. docs/kernels.md has the protocol.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from .device import SENTINEL
+from .watch import new_watch
 
 SLOTS = 3
 CHANNELS = 256  # most programs of one call
@@ -48,6 +50,7 @@ class Workspace:
     buffer: Tensor
     peers: Tensor
     state: Tensor
+    watch: Tensor
     owner: Any = None
     device_name: str = ""
 
@@ -73,24 +76,25 @@ def buffer_words(slot_words: int, world: int) -> int:
 def initialise(buffer: Tensor, state: Tensor, slot_words: int) -> None:
     """Bring buffer and state to rest. Every rank must have done so before any rank launches a kernel."""
     buffer[: SLOTS * slot_words].fill_(SENTINEL)
-    buffer[SLOTS * slot_words :].zero_()
+    buffer[SLOTS * slot_words :].fill_(1)
     state[:CHANNELS].zero_()
     state[CHANNELS:].fill_(SENTINEL)
 
 
 def from_buffers(
     rank: int, addresses: Sequence[int], buffer: Tensor, state: Tensor, slot_words: int, max_blocks: int, owner: Any,
-    peers: Tensor | None = None,
+    peers: Tensor | None = None, watch: Tensor | None = None,
 ) -> Workspace:  # fmt: skip
     """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer. `peers`: int64
-    [world] memory to keep them in, else allocated."""
+    [world] memory to keep them in, else allocated; likewise `watch`."""
     world = len(addresses)
     if buffer_words(slot_words, world) >= 1 << 31:
         raise OpError(f"a workspace of {4 * buffer_words(slot_words, world):,} bytes is more than kernels address")
     listed = torch.tensor(list(addresses), dtype=torch.int64)
     peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
     stage = stage_words_of(slot_words, world)
-    return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, owner)
+    watch = new_watch(buffer.device) if watch is None else watch
+    return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, watch, owner)
 
 
 def virtual_ranks(

@@ -21,12 +21,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _entry(rank: int, world: int, store: str, cache: str, fn: Callable[..., Any], args: tuple, results: Any) -> None:
+def _entry(
+    rank: int, world: int, backend: str, store: str, cache: str, fn: Callable[..., Any], args: tuple, results: Any
+) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, f"rank{rank}")
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
@@ -41,9 +43,14 @@ def _entry(rank: int, world: int, store: str, cache: str, fn: Callable[..., Any]
 
 
 def run_processes(
-    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, cache_dir: str | None = None
+    world: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    cache_dir: str | None = None,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call `fn(rank, *args)` on `world` gloo processes; returns the results in rank order.
+    """Call `fn(rank, *args)` on `world` processes (gloo ones unless `backend` says otherwise); results in rank order.
 
     `cache_dir`: where compile caches go (one folder a rank); a fresh one, removed afterwards, when None.
     Results must be picklable; tensors are best returned as numpy arrays or CPU tensors.
@@ -54,7 +61,7 @@ def run_processes(
         cache = cache_dir or os.path.join(scratch, "cache")
         store = os.path.join(scratch, "store")
         processes = [
-            context.Process(target=_entry, args=(rank, world, store, cache, fn, args, results), daemon=True)
+            context.Process(target=_entry, args=(rank, world, backend, store, cache, fn, args, results), daemon=True)
             for rank in range(world)
         ]
         for process in processes:

@@ -96,7 +96,7 @@ def test_the_report_says_how_each_boundary_will_run(four_ranks, monkeypatch):
     _, report = fused(trace(boundary, *args))
     (verdict,) = report.boundaries
     assert verdict.fused and verdict.reason == ""
-    assert verdict.runs == "functional: Tensors are on cpu; the symmetric-memory kernels need NVIDIA GPUs with peer access."
+    assert verdict.runs.startswith("functional: Tensors are on cpu; the symmetric-memory kernels need NVIDIA GPUs")
     assert str(report).count(verdict.runs) == 1
 
     monkeypatch.setattr("tpfuse.passes.runs.why_not", lambda *_: "")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tpfuse.kernels.watch import new_watch
 from tpfuse.kernels.workspace import STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
 
 
@@ -47,9 +48,11 @@ def _entry(fn: Callable, seat: Seat, results: Any, args: tuple) -> None:
 
 
 def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int = 1, slot_bytes: int = 1 << 16,
-        max_blocks: int = 4, seed: int = 0, timeout: float = 100) -> list[list[Any]]:  # fmt: skip
+        max_blocks: int = 4, seed: int = 0, timeout: float = 100, patience: float = float("inf"), rest: bool = True,
+        ) -> list[list[Any]]:  # fmt: skip
     """`fn(seat, *args)` on every seat; returns [rank][program] of what came back. Raises what a seat raised, and
-    TimeoutError when ranks hang."""
+    TimeoutError when ranks hang. `patience`: how long kernels wait for peers, in units of 32 polls rather than
+    milliseconds. `rest`: whether all memory must be at rest in the end."""
     slot_words = slot_bytes // 16 * 4
     buffers = [torch.empty(buffer_words(slot_words, world), dtype=torch.int32).share_memory_() for _ in range(world)]
     states = [torch.empty(STATE_WORDS, dtype=torch.int32).share_memory_() for _ in range(world)]
@@ -57,11 +60,13 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
         initialise(buffer, state, slot_words)
     context = multiprocessing.get_context("fork")  # the mappings keep their addresses
     results: Any = context.Queue()
+    watches = [new_watch("cpu", patience).share_memory_() for _ in range(world)]
     addresses = [buffer.data_ptr() for buffer in buffers]
     seats = []
     for rank in range(world):
         fence = context.Barrier(programs_per_rank)
-        ws = from_buffers(rank, addresses, buffers[rank], states[rank], slot_words, max_blocks, None)
+        ws = from_buffers(rank, addresses, buffers[rank], states[rank], slot_words, max_blocks, None,
+                          watch=watches[rank])  # fmt: skip
         for program in range(programs_per_rank):
             delay = random.Random(f"{seed}/{rank}/{program}")
             seats.append(Seat(ws, program, programs_per_rank, fence, delay))
@@ -80,7 +85,7 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
             if not ok:
                 raise RuntimeError(f"rank {rank} program {program}:\n{value}")
             answers[rank, program] = pickle.loads(value)
-        for rank, (buffer, state) in enumerate(zip(buffers, states, strict=True)):
+        for rank, (buffer, state) in enumerate(zip(buffers, states, strict=True)) if rest else ():
             check_rest(rank, buffer, state, slot_words)
         return [[answers[rank, program] for program in range(programs_per_rank)] for rank in range(world)]
     finally:

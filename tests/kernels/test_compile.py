@@ -41,7 +41,7 @@ def test_add_norm_is_vectorised(H: int, norm: int) -> None:
 
 
 I32, I64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
-COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, 0.0, 1.0, I64, I32)
+COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, 0.0, 1.0, I64, I32, I32)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -1,0 +1,95 @@
+"""On a GPU with virtual ranks: kernels whose peer was never launched give up in time, and say whom they missed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from tpfuse.errors import PeerTimeoutError
+from tpfuse.kernels.barrier import barrier
+from tpfuse.kernels.one_shot import one_shot
+from tpfuse.kernels.operands import Operands
+from tpfuse.kernels.two_shot import two_shot
+from tpfuse.kernels.virtual import VirtualRanks
+from tpfuse.kernels.watch import GONE, gave_up, late_ranks, raise_if_late, set_timeout
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+KERNELS = {
+    "one_shot": one_shot,
+    "one_shot, split rows": lambda op, ws: one_shot(op, ws, 4),
+    "one_shot, portable": lambda op, ws: one_shot(op, ws, spin=False),
+    "two_shot": two_shot,
+    "barrier": barrier,
+    "barrier, two rounds": lambda op, ws: barrier(op, ws, rotate=False),
+}
+
+
+def operands(rows: int = 4, hidden: int = 2048) -> Operands:
+    x = torch.randn(rows, hidden, device="cuda").to(BF16)
+    return Operands(x, x.clone(), None, x[0].clone(), None, 1e-6, "rms_norm", BF16, BF16)
+
+
+def ranks_with(world: int, kernel: str, seconds: float, rows: int = 4) -> tuple[VirtualRanks, list]:
+    ranks = VirtualRanks(world, slot_bytes=1 << 20)
+    for ws in ranks.workspaces:
+        set_timeout(ws.watch, seconds)
+    op = operands(rows)
+    launches = ranks.bind(lambda ws: KERNELS[kernel](op, ws))
+    ranks.run(launches)
+    torch.cuda.synchronize()
+    assert not any(gave_up(ws.watch) for ws in ranks.workspaces)
+    return ranks, launches
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_a_rank_that_is_not_launched(world: int, kernel: str) -> None:
+    ranks, launches = ranks_with(world, kernel, 0.3)
+    deserter = world - 1
+    started = time.monotonic()
+    ranks.run(launches[:deserter])
+    torch.cuda.synchronize()
+    waited = time.monotonic() - started
+    assert 0.29 < waited < 1.5
+    for ws, launch in zip(ranks.workspaces[:deserter], launches, strict=False):
+        assert deserter in late_ranks(ws.watch)
+        assert late_ranks(ws.watch)[deserter] == 1  # the second call
+        assert launch.out.y.isnan().all() and launch.out.residual_out.isnan().any()
+        with pytest.raises(PeerTimeoutError, match=rf"rank {ws.rank}: .*rank {deserter} \(call 1\)"):
+            raise_if_late(ws, "tp")
+
+
+def test_what_is_queued_behind_does_not_wait_once_more() -> None:
+    """40 rows on few programs, and 20 more calls: all end soon after the first wait was given up."""
+    ranks, launches = ranks_with(2, "one_shot", 0.5, rows=40)
+    started = time.monotonic()
+    for _ in range(20):
+        ranks.run(launches[:1])
+    torch.cuda.synchronize()
+    assert time.monotonic() - started < 3
+
+
+def test_the_host_can_call_all_waits_off() -> None:
+    ranks, launches = ranks_with(2, "one_shot", float("inf"))
+    ranks.run(launches[:1])
+    time.sleep(0.05)
+    assert not ranks.streams[0].query()  # it waits, and would for ever
+    ranks.workspaces[0].watch[GONE] = 1
+    torch.cuda.synchronize()
+    assert late_ranks(ranks.workspaces[0].watch) == {1: 1}
+
+
+def test_a_limit_changed_later_holds_for_captured_graphs() -> None:
+    ranks, launches = ranks_with(2, "two_shot", float("inf"))
+    graph = ranks.capture(launches[:1], calls=1)
+    set_timeout(ranks.workspaces[0].watch, 0.2)
+    started = time.monotonic()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 0.19 < time.monotonic() - started < 1.5 and gave_up(ranks.workspaces[0].watch)
