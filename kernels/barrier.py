@@ -15,10 +15,10 @@ from .compat import tl, triton
 from .device import advance_epoch, as_words, count_of, finish_row, load_eps, load_row, peer, unpack
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
-from .watch import out_of_patience, report
+from .watch import POLLS, out_of_patience, report
 from .workspace import CHANNELS, Workspace
 
-_CHANNELS = tl.constexpr(CHANNELS)
+_CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
 
 
 @triton.jit
@@ -42,8 +42,10 @@ def _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD: tl.constexpr):
         behind = ((tl.load(here, volatile=True) - value) & -5) != 0
         absent = tl.sum(behind.to(tl.int32), axis=0)
         polls += 1
-        ends, began = out_of_patience(polls, began, watch_ptr)
-    report(behind, lanes, epoch, watch_ptr)
+        if polls % _POLLS == 0:
+            ends, began = out_of_patience(polls, began, watch_ptr)
+    if ends:
+        report(behind, lanes, epoch, watch_ptr)
     tl.atomic_add(here, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
     return absent

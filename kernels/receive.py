@@ -16,7 +16,7 @@ from .compat import tl, triton
 from .device import SENTINEL, unpack
 from .watch import GONE, LATE, POISON, POLLS, out_of_patience, report
 
-_SENTINEL, _POISON = tl.constexpr(SENTINEL), tl.constexpr(POISON)
+_SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
 
 
 def _spin_ptx(sources: int) -> str:
@@ -102,10 +102,13 @@ def _poll(here, mask, source, epoch, watch_ptr):
     while (tl.sum((words == _SENTINEL).to(tl.int32)) > 0) & (not ends):
         words = tl.load(here, mask=mask, other=0, volatile=True)
         polls += 1
-        ends, began = out_of_patience(polls, began, watch_ptr)
-    missing = words == _SENTINEL
-    report(missing, source, epoch, watch_ptr)
-    return tl.where(missing, _POISON, words)
+        if polls % _POLLS == 0:
+            ends, began = out_of_patience(polls, began, watch_ptr)
+    if ends:
+        missing = words == _SENTINEL
+        report(missing, source, epoch, watch_ptr)
+        words = tl.where(missing, _POISON, words)
+    return words
 
 
 @triton.jit

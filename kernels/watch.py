@@ -107,12 +107,10 @@ def _now(polls):
 
 @triton.jit
 def out_of_patience(polls, began, watch_ptr):
-    """(whether a wait that polled so often must end, when it began if that is known). `began`: 0 at first."""
-    ends = polls < 0
-    if polls % _POLLS == 0:
-        now = _now(polls)
-        began = tl.where(began == 0, now, began)
-        ends = (now - began >= tl.load(watch_ptr, volatile=True)) | (tl.load(watch_ptr + _GONE, volatile=True) != 0)
+    """(whether a wait must end, when it began). For every POLLS-th poll; `began`: 0 at the first of these."""
+    now = _now(polls)
+    began = tl.where(began == 0, now, began)
+    ends = (now - began >= tl.load(watch_ptr, volatile=True)) | (tl.load(watch_ptr + _GONE, volatile=True) != 0)
     return ends, began
 
 
