@@ -57,7 +57,7 @@ class Stack(nn.Module):
 
 def loss(y: Tensor) -> Tensor:
     """A loss whose gradient does not vanish: the sum of squares of a normed value is a constant."""
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()).square().sum()
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()).square().sum()
 
 
 def cut_from(whole: Stack, rank: int, world: int, how: str) -> Stack:

@@ -59,6 +59,7 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 def run_inference(rank: int, norm: type[nn.Module], options: dict, rows: list[int]) -> dict:
     """Each number of rows in turn, against eager code and float64."""
     import tpfuse
+    from tpfuse import backend
 
     device = here(rank)
     torch.manual_seed(0)
@@ -68,7 +69,7 @@ def run_inference(rank: int, norm: type[nn.Module], options: dict, rows: list[in
     exact.to(device)
     model = cut_from(whole, rank, WORLD, "funcol").to(device)
     options = {"expect_fused": 4, **options}
-    fn = torch.compile(model, backend="tpfuse", options=options, fullgraph=True, dynamic=False)
+    fn = torch.compile(model, backend=backend.tpfuse, options=options, fullgraph=True, dynamic=False)
     errors, outputs = [], []
     with torch.no_grad():
         for n, count in enumerate(rows):
@@ -114,6 +115,7 @@ def run_training(rank: int) -> dict:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     import tpfuse
+    from tpfuse import backend
 
     device = here(rank)
     mesh = init_device_mesh("cuda", (WORLD,))
@@ -137,7 +139,7 @@ def run_training(rank: int) -> dict:
     model, exact = cut(), Stack(1, "none").double().to(device)
     exact.load_state_dict(whole.state_dict())
     truth = gradients(exact, lambda x: exact(x.double()))
-    fused = gradients(model, torch.compile(model, backend="tpfuse", fullgraph=True))
+    fused = gradients(model, torch.compile(model, backend=backend.tpfuse, fullgraph=True))
     eager_model = cut()
     eager = gradients(eager_model, eager_model)
     forward = [b for b in tpfuse.reports()[0].boundaries if b.direction == "forward"]
