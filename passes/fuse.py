@@ -20,6 +20,7 @@ from .collectives import ResolveGroup, find_collectives, is_collective
 from .graph import use_positions
 from .groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .hazards import Hazards
+from .in_place import drop_copies
 from .merge import merge_all_reduces
 from .norms import find_norms
 from .plan import REWRITES, Decisions, plan
@@ -82,6 +83,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
         return graph, Report(inner, len(find_norms(graph)), _communicating(graph) + len(inner))
     changed = copy.deepcopy(graph)
     use_positions(changed)
+    drop_copies(changed)
     recognition = recognise(changed, resolve)
     before = verdicts(recognition, plan(recognition, options.rewrites))
     names = [collective.node.name for collective in recognition.collectives]
