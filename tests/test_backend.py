@@ -242,11 +242,14 @@ def test_the_cache_key_follows_what_the_graph_depends_on(monkeypatch, tmp_path):
     policies = [tpfuse.SharingPolicy(tp_size=2), tpfuse.SharingPolicy(tp_size=2, moe_dense_tp_size=1)]
     keys = {cache_key.cache_key(parse_options({"policy": policy})) for policy in policies}
     assert len(keys | {plain}) == 3
+    with monkeypatch.context() as other_rank:
+        other_rank.setattr(dist, "get_rank", lambda: 1)
+        assert plain != cache_key.cache_key(parse_options({}))
     dist.new_group([0])
     assert plain != cache_key.cache_key(parse_options({}))
     monkeypatch.setattr(torch, "__version__", "0.0")
     versioned = cache_key.cache_key(parse_options({}))
-    monkeypatch.setattr(cache_key, "_source_digest", lambda stamp: "changed")
+    monkeypatch.setattr(cache_key, "_SOURCES", "changed")
     assert versioned != cache_key.cache_key(parse_options({}))
 
 

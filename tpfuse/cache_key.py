@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import sys
@@ -15,19 +14,22 @@ import torch.distributed as dist
 from ._torch_private import all_group_members
 from .kernels.all_reduce import why_not
 from .options import Options
+from .passes.groups import own_rank
 
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_key(options: Options) -> bytes:
-    """A digest that changes whenever the rewritten graph could: sources of tpfuse, options, policy, versions, world
-    size, members of the process groups, device architecture."""
+    """A digest that changes whenever the rewritten graph could: sources of tpfuse, options, policy, versions, own rank,
+    world size, members of the process groups, device architecture."""
     facts: dict[str, Any] = {
-        "sources": _source_digest(_source_stamp()),
+        "sources": _SOURCES,
         "options": _canonical(options),
         "torch": torch.__version__,
         "python": sys.version,
         "triton": _triton_version(),
+        # Ranks may share a cache folder and trace the same graph; which rows are a rank's own is in the rewritten one.
+        "rank": own_rank(),
         "world": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         "groups": sorted(all_group_members().items()),
         "runs": _how_groups_communicate(),
@@ -50,18 +52,16 @@ def _sources() -> list[Path]:
     return sorted(path for folder in (".", "passes", "kernels") for path in (_PACKAGE / folder).glob("*.py"))
 
 
-def _source_stamp() -> tuple[tuple[str, int, int], ...]:
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _sources())
-
-
-@functools.lru_cache(maxsize=4)
-def _source_digest(stamp: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest of the files' contents; `stamp` is what tells that they may have changed."""
+def _source_digest() -> str:
     digest = hashlib.sha256()
-    for name, _, _ in stamp:
-        path = Path(name)
+    for path in _sources():
         digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+#: Taken once, on import: a file edited later is not what this process runs, and what it compiles must not be taken for
+#: the work of the new source.
+_SOURCES = _source_digest()
 
 
 def _how_groups_communicate() -> list[tuple[str, str]]:
