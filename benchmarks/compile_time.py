@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from machine import cpu_machine
 
 WORLD = 8
 HIDDEN, HEADS, INTERMEDIATE, TOKENS = 256, 8, 512, 16
@@ -153,23 +154,6 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def machine() -> dict[str, Any]:
-    import torch
-
-    model = ""
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def conclude(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Whether the passes keep under their share at every depth, and cost the same for every layer."""
     shares = {row["layers"]: (row["passes_s"] + row["around_s"]) / row["total_s"] for row in rows}
@@ -214,7 +198,7 @@ def main() -> int:
     verdict = conclude(rows)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
-        json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": rows, "verdict": verdict}, indent=2)
+        json.dumps({"machine": cpu_machine(), "repeats": arguments.repeats, "rows": rows, "verdict": verdict}, indent=2)
         + "\n"
     )
     print(table(rows))
