@@ -182,8 +182,11 @@ def run_rows(rank, model, policy, batches, backend, dynamic):
 
 
 @compiles_in_threads
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", [tpfuse_backend, "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [(tpfuse_backend, False), ("aot_eager", False)]
+    + [pytest.param(backend, True, marks=pytest.mark.nightly) for backend in (tpfuse_backend, "aot_eager")],
+)
 def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic):
     torch._dynamo.reset()
     models = [build(lambda: Model(routed=False)) for _ in range(4)]
