@@ -40,6 +40,7 @@ class Family:
     feeding: how many all-reduces of a forward pass of `LAYERS` layers feed a norm, worked out on paper in `why`.
     plan: None for Hugging Face's own plan; otherwise styles for `torch.distributed.tensor.parallel`, by module name.
     heads: attributes of the attention modules that count heads, to be divided where the plan is ours.
+    exceptions: for a mode in which fewer are fused than feed a norm, how many are, and what it would take.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Family:
     fields: dict[str, Any] = field(default_factory=lambda: dict(COMMON))
     plan: dict[str, str] | None = None
     heads: tuple[str, ...] = ()
+    exceptions: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def fused_in(self, mode: str) -> int:
+        """How many all-reduces have to be fused in `mode`."""
+        return self.exceptions.get(mode, (self.feeding, ""))[0]
 
 
 def _plain(name: str, config: str, **fields: Any) -> Family:
@@ -58,6 +64,28 @@ def _plain(name: str, config: str, **fields: Any) -> Family:
 
 def _routed(name: str, config: str, feeding: int, why: str, **fields: Any) -> Family:
     return Family(name, config, feeding, why, {**COMMON, **EXPERTS, **fields})
+
+
+def _opt(name: str, dropout: float, **facts: Any) -> Family:
+    return Family(
+        name,
+        "OPTConfig",
+        2 * LAYERS + 1,
+        "embedding (position embedding added), then attention and MLP of each layer, each with a bias after the sum",
+        dict(
+            hidden_size=HIDDEN, ffn_dim=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=VOCAB,
+            max_position_embeddings=POSITIONS, word_embed_proj_dim=HIDDEN, dropout=dropout, tie_word_embeddings=False,
+        ),
+        {
+            "model.decoder.embed_tokens": "embedding",
+            **{f"model.decoder.layers.*.self_attn.{p}_proj": "colwise" for p in "qkv"},
+            "model.decoder.layers.*.self_attn.out_proj": "rowwise",
+            "model.decoder.layers.*.fc1": "colwise",
+            "model.decoder.layers.*.fc2": "rowwise",
+        },
+        ("num_heads",),
+        **facts,
+    )  # fmt: skip
 
 
 FAMILIES = (
@@ -74,23 +102,18 @@ FAMILIES = (
         "attention and MLP of each layer, the two added up; the embedding is not cut by the plan",
         {k: v for k, v in COMMON.items() if k != "num_key_value_heads"},
     ),
-    Family(
-        "opt",
-        "OPTConfig",
-        2 * LAYERS + 1,
-        "embedding (position embedding added), then attention and MLP of each layer, each with a bias after the sum",
-        dict(
-            hidden_size=HIDDEN, ffn_dim=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=VOCAB,
-            max_position_embeddings=POSITIONS, word_embed_proj_dim=HIDDEN, dropout=0.1, tie_word_embeddings=False,
-        ),
-        {
-            "model.decoder.embed_tokens": "embedding",
-            **{f"model.decoder.layers.*.self_attn.{p}_proj": "colwise" for p in "qkv"},
-            "model.decoder.layers.*.self_attn.out_proj": "rowwise",
-            "model.decoder.layers.*.fc1": "colwise",
-            "model.decoder.layers.*.fc2": "rowwise",
+    _opt("opt", dropout=0.0),
+    _opt(
+        "opt_dropout",
+        dropout=0.1,
+        exceptions={
+            "training": (
+                1,
+                "Dropout stands between the sums and the norms (the embedding's norm comes before any). The mask could move "
+                "in front of the all-reduce only if all ranks drew the same one, and nothing in a graph says that their "
+                "random states agree. It would take a kernel that applies the mask to the sum it has just made.",
+            )
         },
-        ("num_heads",),
     ),
     Family(
         "falcon",
@@ -107,7 +130,7 @@ FAMILIES = (
             "transformer.h.*.self_attention.query_key_value": "colwise",
             "transformer.h.*.self_attention.dense": "rowwise",
             "transformer.h.*.mlp.dense_h_to_4h": "colwise",
-            "transformer.h.*.mlp.dense_4h_to_h": "rowwise",
+            "transformer.h.*.mlp.dense_4h_to_h": "rowwise_copied",
         },
         ("num_heads", "num_kv_heads"),
     ),
@@ -128,7 +151,7 @@ FAMILIES = (
             "embedding, attention of each layer, dense MLP of layer 0, routed and shared experts of layer 1",
             **HEAD_DIM, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
             attention_bias=True, use_qk_norm=True),
-    # Not asked for, tried because each does something of its own.
+    # Tried because each does something of its own.
     _plain("cohere2", "Cohere2Config", **HEAD_DIM, sliding_window=32),
     _plain("glm4", "Glm4Config", **HEAD_DIM),
     Family("olmo2", "Olmo2Config", 2 * LAYERS,
@@ -141,6 +164,8 @@ FAMILIES = (
             num_experts=8, shared_expert_intermediate_size=EXPERT_INNER),
     _routed("olmoe", "OlmoeConfig", 2 * LAYERS + 1, "embedding, attention and experts of each layer", num_experts=8),
 )  # fmt: skip
+#: The families that were asked for by name; the others each do something of their own.
+NAMED = FAMILIES[:15]
 BY_NAME = {family.name: family for family in FAMILIES}
 MODES = ("inference", "dynamic", "decode", "training")
 
@@ -199,9 +224,17 @@ def _cut_with_parallelize_module(family: Family, whole: nn.Module, world: int) -
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    class RowwiseCopied(RowwiseParallel):
+        """For a model that adds to its output in place: autograd forbids that on what a DTensor hands out (Falcon)."""
+
+        @staticmethod
+        def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, outputs: Any, mesh: Any) -> Any:
+            return RowwiseParallel._prepare_output_fn(output_layouts, use_local_output, module, outputs, mesh).clone()
+
     styles: dict[str, Callable[[], Any]] = {
         "colwise": ColwiseParallel,
         "rowwise": RowwiseParallel,
+        "rowwise_copied": RowwiseCopied,
         "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
     }
     cut = copy.deepcopy(whole)
@@ -254,4 +287,7 @@ def call_of(model: nn.Module, mode: str) -> tuple[Callable[..., Tensor], dict[st
         position_ids=torch.full((ids.shape[0], 1), ids.shape[1]),
         use_cache=True,
     )
+    if model.config.model_type == "opt":
+        # Without a mask the model makes one whose size depends on what is in the cache: a graph break.
+        step["attention_mask"] = torch.ones(ids.shape[0], ids.shape[1] + 1)
     return logits, step, False
