@@ -235,8 +235,8 @@ def _step_problem(site: Site, total: Sum, leaves: set[fx.Node]) -> str:
         if owed.used_alone and not term.only_reshapes:
             step = next(step for step in term.steps if not step.reshapes)
             return (
-                f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
-                "only one of the two could be had from a fused operation"
+                f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well;"
+                " only one of the two could be had from a fused operation"
             )
     return ""
 

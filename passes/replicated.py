@@ -33,8 +33,8 @@ def differs_between_ranks(node: fx.Node) -> str:
         seen.add(current)
         if is_random(current):
             return (
-                f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of "
-                "masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary is fused"
+                f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of"
+                " masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary fuses"
             )
         if any(word in _name(current) for word in _SCATTERING):
             return f"a value that differs between ranks ({current.target} gives each rank its own rows)"

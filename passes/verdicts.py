@@ -116,8 +116,8 @@ def _reason(collective: Collective, refused: str, reached: _Reached, backward: b
         return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
     if reached.product is not None:
         return (
-            f"{reached.product.target} in {module_name(reached.product) or 'the graph'} reads the all-reduced value before "
-            "any norm does, so the sum has to be finished by itself"
+            f"{reached.product.target} in {module_name(reached.product) or 'the graph'} reads the all-reduced value "
+            "before any norm does, so the sum has to be finished by itself"
         )
     if reached.norm is not None:
         if reached.obstacle is not None:

@@ -109,9 +109,9 @@ FAMILIES = (
         exceptions={
             "training": (
                 1,
-                "Dropout stands between the sums and the norms (the embedding's norm comes before any). The mask could move "
-                "in front of the all-reduce only if all ranks drew the same one, and nothing in a graph says that their "
-                "random states agree. It would take a kernel that applies the mask to the sum it has just made.",
+                "Dropout stands between the sums and the norms (the embedding's norm comes before any). The mask could "
+                "move in front of the all-reduce only if all ranks drew the same one, and nothing in a graph says that "
+                "their random states agree. It would take a kernel that applies the mask to the sum it has just made.",
             )
         },
     ),
@@ -228,8 +228,8 @@ def _cut_with_parallelize_module(family: Family, whole: nn.Module, world: int) -
         """For a model that adds to its output in place: autograd forbids that on what a DTensor hands out (Falcon)."""
 
         @staticmethod
-        def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, outputs: Any, mesh: Any) -> Any:
-            return RowwiseParallel._prepare_output_fn(output_layouts, use_local_output, module, outputs, mesh).clone()
+        def _prepare_output_fn(*args: Any) -> Any:
+            return RowwiseParallel._prepare_output_fn(*args).clone()
 
     styles: dict[str, Callable[[], Any]] = {
         "colwise": ColwiseParallel,
