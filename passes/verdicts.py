@@ -128,7 +128,7 @@ def _reason(collective: Collective, refused: str, reached: _Reached, backward: b
         return reached.norm.problem or "the norm that reads it takes over another all-reduce"
     if reached.returned:
         return (
-            "the all-reduced value is returned from the graph before any norm: the norm of the next block is in another "
-            "compiled graph; compile the whole model instead of each block"
+            "the all-reduced value is returned from the graph before any norm: the norm of the next block is in another"
+            " compiled graph; compile the whole model instead of each block"
         )
     return "no norm reads the all-reduced value"

@@ -193,6 +193,15 @@ def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
     assert "the sum before it is read as well" in verdict.reason
 
 
+def test_a_sum_added_to_itself_and_read_alone(four_ranks):
+    def run(x, r, weight, bias):
+        s = all_reduce(x)
+        return spellings.rms_llama(s * 0.5 + r + s, weight, bias), s * 2
+
+    (verdict,) = refused(run).boundaries
+    assert "added to itself" in verdict.reason
+
+
 def test_a_product_of_two_sums_is_not_linear(four_ranks):
     def run(x, r, weight, bias):
         return spellings.rms_llama(all_reduce(x) * all_reduce(x + 1), weight, bias)

@@ -1,0 +1,102 @@
+"""Boundaries are named by roles first, then by the modules a node was traced in, then by the operators around it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+
+import tpfuse
+
+from ..graphs import fake_world
+from ..models import HIDDEN, Stack
+
+WORLD = 2
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN // WORLD, bias=False)
+        self.out = nn.Linear(HIDDEN // WORLD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return funcol.all_reduce(self.out(nn.functional.scaled_dot_product_attention(q, k, v)), "sum", dist.group.WORLD)
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, HIDDEN // WORLD, bias=False)
+        self.down = nn.Linear(HIDDEN // WORLD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return funcol.all_reduce(self.down(self.up(x).relu()), "sum", dist.group.WORLD)
+
+
+# Names that tell nothing: only the operators inside do.
+Mixer = type("Mixer", (SelfAttention,), {})
+Channels = type("Channels", (FeedForward,), {})
+
+
+@tpfuse.dense_mlp(colwise=("up",), rowwise=("down",))
+class AttentiveThing(FeedForward):
+    """An MLP whose name would make it an attention; its role says what it is."""
+
+
+class Sandwich(nn.Module):
+    """Gemma's layer: a norm before and behind each block. "post_feedforward_norm" is a norm, not a feed-forward."""
+
+    def __init__(self, first: type[nn.Module], second: type[nn.Module], first_name: str, second_name: str):
+        super().__init__()
+        self.names = (first_name, second_name)
+        self.add_module(first_name, first())
+        self.add_module(second_name, second())
+        for name in ("input_norm", "post_attention_norm", "pre_feedforward_norm", "post_feedforward_norm"):
+            self.add_module(name, nn.RMSNorm(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (getattr(self, name) for name in self.names)
+        x = x + self.post_attention_norm(first(self.input_norm(x)))
+        return x + self.post_feedforward_norm(second(self.pre_feedforward_norm(x)))
+
+
+def kinds_of(first: type[nn.Module], second: type[nn.Module], *names: str) -> list[str]:
+    with fake_world(WORLD), torch.no_grad():
+        model = nn.Sequential(Sandwich(first, second, *names), Sandwich(first, second, *names), nn.RMSNorm(HIDDEN))
+        report = tpfuse.explain(model, (torch.randn(1, 4, HIDDEN),))
+    assert all(boundary.fused for boundary in report.boundaries), report
+    return [boundary.kind for boundary in report.boundaries]
+
+
+EXPECTED = ["attention→dense_mlp", "dense_mlp→attention", "attention→dense_mlp", "dense_mlp→final_norm"]
+
+
+def test_names_and_classes():
+    assert kinds_of(SelfAttention, FeedForward, "self_attn", "ffn") == EXPECTED
+
+
+def test_operators_where_no_name_tells():
+    assert kinds_of(Mixer, Channels, "a", "b") == EXPECTED
+
+
+def test_a_role_beats_a_name():
+    assert kinds_of(SelfAttention, AttentiveThing, "x", "attention_like") == EXPECTED
+
+
+def test_compiling_each_block_by_itself_is_explained():
+    """The MLP's sum is normed in the next block's graph, so only the attention's boundary can be fused."""
+    with fake_world(WORLD), torch.no_grad():
+        model = Stack(WORLD)
+        for layer in model.layers:
+            layer.compile(backend="tpfuse", options={"inner": "aot_eager"})
+        before = len(tpfuse.reports())
+        model(torch.randn(3, HIDDEN))
+        reports = tpfuse.reports()[before:]
+    assert reports
+    for report in reports:
+        assert [boundary.fused for boundary in report.boundaries] == [True, False]
+        assert "compile the whole model instead of each block" in report.boundaries[1].reason
+        assert not report.missed, "what is in another graph is no failure of this one"
