@@ -228,8 +228,8 @@ def _cut_with_parallelize_module(family: Family, whole: nn.Module, world: int) -
         """For a model that adds to its output in place: autograd forbids that on what a DTensor hands out (Falcon)."""
 
         @staticmethod
-        def _prepare_output_fn(*args: Any) -> Any:
-            return RowwiseParallel._prepare_output_fn(*args).clone()
+        def _prepare_output_fn(layouts: Any, use_local: bool, module: Any, outputs: Any, mesh: Any) -> Any:
+            return RowwiseParallel._prepare_output_fn(layouts, use_local, module, outputs, mesh).clone()
 
     styles: dict[str, Callable[[], Any]] = {
         "colwise": ColwiseParallel,

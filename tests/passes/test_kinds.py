@@ -22,8 +22,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(HIDDEN // WORLD, HIDDEN, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return funcol.all_reduce(self.out(nn.functional.scaled_dot_product_attention(q, k, v)), "sum", dist.group.WORLD)
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return funcol.all_reduce(self.out(attended), "sum", dist.group.WORLD)
 
 
 class FeedForward(nn.Module):
