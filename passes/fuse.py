@@ -41,22 +41,28 @@ class PassOptions:
     """What the pass is told besides the graph.
 
     strict: raise internal errors instead of keeping the old graph. policy: how the model was cut, where that is known;
-    equal on all ranks. batch_invariant: what every fused operation is told.
+    equal on all ranks. batch_invariant: what every fused operation is told. split: the graph is the forward half of
+    one that was split; the other half reads its outputs.
     """
 
     rewrites: tuple[str, ...] = REWRITES
     strict: bool = False
     policy: SharingPolicy | None = None
     batch_invariant: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The graph to use from here on (the given one where nothing was fused), its report, and the seconds it took."""
+    """The graph to use from here on (the given one where nothing was fused), its report, and the seconds it took.
+
+    `names`: of the collectives' nodes in the given graph, in the order of the report's verdicts.
+    """
 
     graph: fx.Graph
     report: Report
     seconds: float
+    names: tuple[str, ...] = ()
 
 
 def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = None) -> Outcome:
@@ -74,13 +80,13 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
         changed, report = graph, _report_of_failure(graph, resolve, error)
     seconds = time.perf_counter() - began
     log.info("%s (%.3f s)", report.summary(), seconds)
-    return Outcome(changed, report, seconds)
+    return Outcome(changed, report, seconds, tuple(node.name for node in graph.nodes if is_collective(node)))
 
 
 def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
     inner = collectives_inside(graph, resolve)
     if not any(is_collective(node) for node in graph.nodes):
-        return graph, Report(inner, len(find_norms(graph)), _communicating(graph) + len(inner))
+        return graph, Report(inner, len(find_norms(graph)), communicating(graph) + len(inner))
     changed = copy.deepcopy(graph)
     use_positions(changed)
     drop_copies(changed)
@@ -101,7 +107,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     boundaries = _with_merges(boundaries, names, merged)
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
         boundaries = accounting.account(boundaries, names, written, written, mesh, {})
-        return graph, Report(boundaries + inner, len(recognition.norms), _communicating(graph) + len(inner))
+        return graph, Report(boundaries + inner, len(recognition.norms), communicating(graph) + len(inner))
     restore_order(changed)
     if options.batch_invariant:
         for node in changed.nodes:
@@ -110,7 +116,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     changed.lint()
     performed = accounting.transfers(changed, resolve)
     boundaries = accounting.account(boundaries, names, written, performed, mesh, moved.layouts)
-    return changed, Report(boundaries + inner, len(recognition.norms), _communicating(changed) + len(inner))
+    return changed, Report(boundaries + inner, len(recognition.norms), communicating(changed) + len(inner))
 
 
 def _mesh(policy: SharingPolicy | None) -> MeshGroups | None:
@@ -122,7 +128,7 @@ def _mesh(policy: SharingPolicy | None) -> MeshGroups | None:
 
 def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
     rank = own_rank()
-    if rank is None or Hazards(graph).writes:
+    if rank is None or options.split or Hazards(graph).writes:
         return Moved()
     policy = options.policy
     residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
@@ -164,7 +170,7 @@ def _with_merges(boundaries: list[Boundary], names: list[str], merged: dict[str,
     ]
 
 
-def _communicating(graph: fx.Graph) -> int:
+def communicating(graph: fx.Graph) -> int:
     """How many collectives the graph performs; a fused operation performs one."""
     return sum(accounting.performs(node) is not None for node in graph.nodes)
 

@@ -286,3 +286,28 @@ def depends_on(node: fx.Node, sources: set[fx.Node]) -> bool:
         seen.add(current)
         stack.extend(current.all_input_nodes)
     return False
+
+
+def region_between(out: fx.Node, waits: set[fx.Node]) -> set[fx.Node]:
+    """The nodes on a way from one of `waits` to `out`, `out` included."""
+    first = min(waits)
+    known: dict[fx.Node, bool] = {}
+
+    def leads_here(node: fx.Node) -> bool:
+        stack = [(node, iter(node.all_input_nodes))]
+        while stack:
+            current, parents = stack[-1]
+            if current in known:
+                stack.pop()
+                continue
+            for parent in parents:
+                if parent not in known and parent not in waits and not parent < first:
+                    stack.append((parent, iter(parent.all_input_nodes)))
+                    break
+            else:
+                known[current] = any(p in waits or known.get(p, False) for p in current.all_input_nodes)
+                stack.pop()
+        return known[node]
+
+    leads_here(out)
+    return {node for node, leads in known.items() if leads} | {out}

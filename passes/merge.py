@@ -112,7 +112,7 @@ def plan_merges(
         alike: dict[tuple, list[Part]] = {}
         for part in parts:
             alike.setdefault((part.collective.ranks, part.collective.reduce_op.lower()), []).append(part)
-        for (first, *more) in alike.values():
+        for first, *more in alike.values():
             if not more:
                 refusals[first.collective.node.name] = _unlike(first, parts)
         mergeable = next((found for found in alike.values() if len(found) > 1), None)
@@ -156,7 +156,9 @@ def _apply(graph: fx.Graph, merge: Merge) -> None:
     root = merge.root
     with graph.inserting_before(root):
         summed = _all_reduced(graph, merge)
-        rest = _without(graph, root, {p.collective.result for p in merge.parts}, {n for p in merge.parts for n in p.chain})
+        rest = _without(
+            graph, root, {p.collective.result for p in merge.parts}, {n for p in merge.parts for n in p.chain}
+        )
         if rest is not None:
             summed = insert_call(graph, aten.add.Tensor, (summed, rest), like=root)
     root.replace_all_uses_with(summed, propagate_meta=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .checkpoint import ASTRIDE
 from .recognise import Owed, Recognition, Site
 
 #: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
@@ -47,6 +48,9 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
     for site in recognition.sites:
         if site.problem:
             refusals += [(owed, site.problem) for owed in site.owed]
+            continue
+        if site.astride:
+            refusals += [(owed, ASTRIDE) for owed in site.owed]
             continue
         paid, left = _paid_together(site, "merge_all_reduces" in rewrites)
         post = site.add_after is not None and "all_reduce_post_norm" in rewrites

@@ -15,8 +15,18 @@ from torch import fx
 
 from . import aten_ops as ops
 from .collectives import is_collective
-from .graph import added, argument, insert_call, inserting_behind, is_call, same_shape, same_size, scaled, value
-from .rewrite import region_between
+from .graph import (
+    added,
+    argument,
+    insert_call,
+    inserting_behind,
+    is_call,
+    region_between,
+    same_shape,
+    same_size,
+    scaled,
+    value,
+)
 from .stream import StreamStage
 
 aten, c10d = ops.aten, ops.c10d

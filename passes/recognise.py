@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from . import aten_ops as ops
+from .checkpoint import is_astride, is_checkpointed
 from .collectives import Collective, ResolveGroup, find_collectives
 from .graph import (
     depends_on,
     is_call,
     last_dim,
+    region_between,
     row_major,
     same_shape,
     same_size,
@@ -46,6 +48,8 @@ class Site:
     """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
 
     `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
+    `astride`: in a graph that is still to be split into forward and backward, an activation checkpoint treats parts of
+    the boundary differently.
     """
 
     norm: Norm
@@ -54,6 +58,7 @@ class Site:
     add_after: fx.Node | None = None
     residual_after: fx.Node | None = None
     problem: str = ""
+    astride: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     norms = find_norms(graph) if collectives else []
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
     hazards = Hazards(graph) if norms else None
+    backward = backward_nodes(graph)
+    to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
     taken: set[fx.Node] = set()
     fixed: set[fx.Node] = set()
@@ -83,11 +90,13 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
         site = _site(norm, {n: c for n, c in eligible.items() if n not in taken}, fixed, hazards)
         if site is None:
             continue
+        if to_be_split:
+            site = replace(site, astride=is_astride(_replaced_by_fusing(site)))
         sites.append(site)
         if not site.problem:
             taken.update(owed.collective.result for owed in site.owed)
             fixed.add(site.hidden)
-    return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward_nodes(graph)))
+    return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward))
 
 
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -130,6 +139,12 @@ def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
             break
         node = below
     return node
+
+
+def _replaced_by_fusing(site: Site) -> set[fx.Node]:
+    results = {owed.collective.result for owed in site.owed}
+    nodes = region_between(site.add_after or site.norm.output, results) | results
+    return nodes | {owed.collective.node for owed in site.owed}
 
 
 def _one_term_each(total: Sum) -> list[Term]:

@@ -16,12 +16,11 @@ from torch import fx
 
 from .collectives import Collective, ResolveGroup, find_collectives
 from .factor import Factored, factor_sums, unfactor
-from .graph import value
+from .graph import region_between, value
 from .layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from .rebuild import Chain, Moved
 from .recognise import backward_nodes, recognise
 from .replicate import fuse_scattered, replicate
-from .rewrite import region_between
 from .scatter import scatter
 from .stream import StreamStage, find_streams, moves_rows
 

@@ -11,10 +11,10 @@ from torch import fx
 
 from . import aten_ops as ops
 from .accounting import origin
-from .graph import fake_result, insert_call, inserting_behind, same_shape, value
+from .graph import fake_result, insert_call, inserting_behind, region_between, same_shape, value
 from .layouts import TP_ATTN_FULL
 from .rebuild import Chain
-from .rewrite import region_between, sizes_of
+from .rewrite import sizes_of
 from .stream import StreamStage, divides
 
 aten, c10d = ops.aten, ops.c10d

@@ -14,10 +14,22 @@ from heapq import heapify, heappop, heappush
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from . import aten_ops as ops
 from .collectives import Collective
-from .graph import added, carry_meta, fake_result, insert_call, inserting_behind, is_call, same_shape, scaled, value
+from .graph import (
+    added,
+    carry_meta,
+    fake_result,
+    insert_call,
+    inserting_behind,
+    is_call,
+    region_between,
+    same_shape,
+    scaled,
+    value,
+)
 from .plan import Plan
 from .sums import Step, Sum, decompose
 
@@ -61,6 +73,8 @@ def apply(graph: fx.Graph, plan: Plan) -> Rewritten:
             residual = _residual_after(plan)
         fused = _insert_fused(graph, plan, wanted, partial, residual, vector, scale, out)
         _hand_out(graph, plan, wanted, fused, out, waits)
+    # The partitioner never recomputes a collective of its own accord, but knows one by its namespace only.
+    fused.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
     removed = _erase(graph, wanted.dead, waits)
     return Rewritten(plan, fused, removed)
 
@@ -97,31 +111,6 @@ def _wanted(plan: Plan, total: Sum, waits: dict[fx.Node, Collective]) -> _Wanted
         norm.rstd in read,
         frozenset(dead),
     )
-
-
-def region_between(out: fx.Node, waits: set[fx.Node]) -> set[fx.Node]:
-    """The nodes on a way from one of `waits` to `out`, `out` included."""
-    first = min(waits)
-    known: dict[fx.Node, bool] = {}
-
-    def leads_here(node: fx.Node) -> bool:
-        stack = [(node, iter(node.all_input_nodes))]
-        while stack:
-            current, parents = stack[-1]
-            if current in known:
-                stack.pop()
-                continue
-            for parent in parents:
-                if parent not in known and parent not in waits and not parent < first:
-                    stack.append((parent, iter(parent.all_input_nodes)))
-                    break
-            else:
-                known[current] = any(p in waits or known.get(p, False) for p in current.all_input_nodes)
-                stack.pop()
-        return known[node]
-
-    leads_here(out)
-    return {node for node, leads in known.items() if leads} | {out}
 
 
 def _operands(plan: Plan, total: Sum) -> list[fx.Node]:

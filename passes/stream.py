@@ -18,10 +18,9 @@ from tpfuse._torch_private import operator_schema
 
 from . import aten_ops as ops
 from .collectives import Collective, ResolveGroup, find_collectives, is_collective
-from .graph import is_call, value, why_unusual
+from .graph import is_call, region_between, value, why_unusual
 from .norms import Norm, find_norms
 from .recognise import hidden_of
-from .rewrite import region_between
 from .sums import Sum, Term, decompose
 
 CUT_ROWS, TRIM_ROWS = "tpfuse::cut_rows", "tpfuse::trim_rows"

@@ -55,6 +55,85 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+class SplitBlock(nn.Module):
+    """A decoder layer with a linear for each of query, key, value, gate and up, as most models have them: backward adds
+    the gradients of three linears, and of two.
+
+    `how`: "dtensor" (parallelize_module is the caller's), or "pairs" (conjugate pairs of collectives by hand).
+    """
+
+    def __init__(self, world: int, how: str, norm: type[nn.Module]):
+        super().__init__()
+        cut = world if how == "pairs" else 1
+        self.how = how
+        self.attn_norm, self.mlp_norm = norm(HIDDEN), norm(HIDDEN)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(HIDDEN, HIDDEN // cut, bias=False))
+        for name in ("gate_proj", "up_proj"):
+            setattr(self, name, nn.Linear(HIDDEN, INTER // cut, bias=False))
+        self.o_proj = nn.Linear(HIDDEN // cut, HIDDEN, bias=False)
+        self.down_proj = nn.Linear(INTER // cut, HIDDEN, bias=False)
+
+    def column(self, name: str, x: Tensor) -> Tensor:
+        from tpfuse.collectives import copy_to
+
+        return getattr(self, name)(copy_to(x, dist.group.WORLD.group_name) if self.how == "pairs" else x)
+
+    def row(self, name: str, x: Tensor) -> Tensor:
+        from tpfuse.collectives import reduce_from
+
+        partial = getattr(self, name)(x)
+        return reduce_from(partial, dist.group.WORLD.group_name) if self.how == "pairs" else partial
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn_norm(x)
+        q, k, v = (self.column(name, y) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + self.row("o_proj", torch.tanh(q) * k + v)
+        y = self.mlp_norm(x)
+        gate, up = (self.column(name, y) for name in ("gate_proj", "up_proj"))
+        return x + self.row("down_proj", torch.nn.functional.silu(gate) * up)
+
+
+class SplitStack(nn.Module):
+    """`layers` split blocks and a final norm. `wrap` runs a block (a checkpoint, say)."""
+
+    def __init__(self, world: int, how: str, layers: int = 2, norm: type[nn.Module] = nn.RMSNorm, wrap=None):
+        super().__init__()
+        self.layers = nn.ModuleList(SplitBlock(world, how, norm) for _ in range(layers))
+        self.norm = norm(HIDDEN)
+        self.wrap = wrap or (lambda block, x: block(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.wrap(layer, x)
+        return self.norm(x)
+
+
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def split_stack(rank: int, mesh, how: str, dtype: torch.dtype = torch.float32, **options) -> SplitStack:
+    """This rank's part of a split stack with random weights, over the 1-D `mesh`: the same whole for every `how`."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    whole = SplitStack(1, "dtensor", **options).to(dtype)
+    if how == "dtensor":
+        styles = {name: ColwiseParallel() for name in COLUMNS} | {n: RowwiseParallel() for n in ("o_proj", "down_proj")}
+        for layer in whole.layers:
+            parallelize_module(layer, mesh, styles)
+        return whole
+    world = mesh.size()
+    part = SplitStack(world, how, **options).to(dtype)
+    dims = dict.fromkeys((f"{name}.weight" for name in COLUMNS), 0) | {"o_proj.weight": 1, "down_proj.weight": 1}
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        dim = next((dim for end, dim in dims.items() if name.endswith(end)), None)
+        state[name] = tensor if dim is None else tensor.chunk(world, dim)[rank].contiguous()
+    part.load_state_dict(state)
+    return part
+
+
 def loss(y: Tensor) -> Tensor:
     """A loss whose gradient does not vanish: the sum of squares of a normed value is a constant."""
     return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()).square().sum()

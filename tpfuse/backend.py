@@ -1,13 +1,15 @@
 """`torch.compile(model, backend="tpfuse")`: Inductor with one more pass at its joint stage.
 
 The pass runs where a graph is whole and has its collectives: on the joint forward and backward graph of training, and
-on the forward graph of inference, after Inductor's own joint passes and the user's.
+on the forward graph of inference, after Inductor's own joint passes and the user's. Boundaries that an activation
+checkpoint cuts in two wait until the joint graph is split, and are fused in its forward half.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -19,8 +21,10 @@ from .agreement import check_groups, with_recorded_policy
 from .cache_key import cache_key
 from .errors import FusionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
-from .passes.fuse import PassOptions, fuse
+from .passes.checkpoint import ASTRIDE
+from .passes.fuse import PassOptions, communicating, fuse
 from .passes.groups import resolve_group
+from .passes.recognise import backward_nodes
 from .report import Report, record
 from .rows_check import checking, take_marks
 
@@ -57,11 +61,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     name = report_store.key(gm, example_inputs, fusion.uuid())
     spare = copy_graph(gm)
     compiled = _INNER[options.inner](gm, example_inputs, options, fusion)
-    if fusion.reports:
+    if fusion.reports and not fusion.waiting:
         report = report_store.merge(fusion.reports)
         report_store.save(name, report)
     else:
-        # A warm cache: nothing was traced, so the pass did not run.
+        # A warm cache: nothing was traced, so the pass did not run, or not to its end.
         report = report_store.load(name) or trace_report(spare, example_inputs, options)
     check_groups(report, options.policy)
     record(report)
@@ -99,6 +103,8 @@ class FusionPass(CustomGraphPass):
         self.before = tuple(before)
         self.reports: list[Report] = []
         self.seconds = 0.0
+        #: Names of the collectives in the last joint graph, while boundaries of it wait for its forward half.
+        self.waiting: tuple[str, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> None:
         owner = graph.owning_module
@@ -109,16 +115,61 @@ class FusionPass(CustomGraphPass):
             owner.graph = outcome.graph
         self.reports.append(outcome.report)
         self.seconds += outcome.seconds
+        waits = any(boundary.reason == ASTRIDE for boundary in outcome.report.boundaries)
+        self.waiting = outcome.names if waits else ()
+
+    def finish(self, graph: fx.Graph) -> None:
+        """Fuse what waited for `graph`, the forward half of the last joint graph; any other graph stays as it is."""
+        owner = graph.owning_module
+        if not self.waiting or backward_nodes(graph):
+            return
+        names, self.waiting = self.waiting, ()
+        before = communicating(graph)
+        outcome = fuse(graph, resolve_group, replace(pass_options(self.options), split=True))
+        if outcome.graph is not graph:
+            owner.graph = outcome.graph
+        self.seconds += outcome.seconds
+        # Verdicts on collectives of inner graphs come last, and have no names.
+        late = dict(zip(outcome.names, outcome.report.boundaries, strict=False))
+        report = self.reports[-1]
+        boundaries = list(report.boundaries)
+        for index, name in enumerate(names):
+            if boundaries[index].reason == ASTRIDE and name in late:
+                boundaries[index] = late[name]
+        inner = len(outcome.report.boundaries) - len(outcome.names)
+        fewer = before - (outcome.report.collectives_after - inner)
+        self.reports[-1] = replace(report, boundaries=boundaries, collectives_after=report.collectives_after - fewer)
 
     def uuid(self) -> bytes | None:
         """None, which bypasses the caches, where a user's pass has no key of its own."""
-        parts = [cache_key(self.options)]
+        return _key(self.options, self.before)
+
+
+class ForwardHalf(CustomGraphPass):
+    """The rest of `fusion`, as Inductor calls it once the joint graph is split: on each half. `before`: as there."""
+
+    def __init__(self, fusion: FusionPass, before: Sequence[Callable[[fx.Graph], None]] = ()):
+        self.fusion = fusion
+        self.before = tuple(before)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        owner = graph.owning_module
         for user_pass in self.before:
-            part = user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None
-            if part is None:
-                return None
-            parts.append(part if isinstance(part, bytes) else repr(part).encode())
-        return b"".join(parts)
+            user_pass(owner.graph)
+        self.fusion.finish(owner.graph)
+
+    def uuid(self) -> bytes | None:
+        return _key(self.fusion.options, self.before)
+
+
+def _key(options: Options, before: Sequence[Callable[[fx.Graph], None]]) -> bytes | None:
+    parts = [cache_key(options)]
+    for user_pass in before:
+        part = user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None
+        if part is None:
+            return None
+        parts.append(part if isinstance(part, bytes) else repr(part).encode())
+    return b"".join(parts)
 
 
 # -- who compiles the rewritten graph ---------------------------------------------------------------------------------
@@ -128,10 +179,15 @@ def _with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
 ) -> Callable[..., Any]:
     patches = inductor_patches(options)
-    users = patches.get("joint_custom_post_pass", private.inductor_config()["joint_custom_post_pass"])
-    fusion.before = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
+    fusion.before = _users_passes(patches, "joint_custom_post_pass")
     patches["joint_custom_post_pass"] = fusion
+    patches["post_grad_custom_pre_pass"] = ForwardHalf(fusion, _users_passes(patches, "post_grad_custom_pre_pass"))
     return private.compile_with_inductor(gm, example_inputs, patches)
+
+
+def _users_passes(patches: Mapping[str, Any], stage: str) -> tuple[Callable[[fx.Graph], None], ...]:
+    passes = patches.get(stage, private.inductor_config()[stage])
+    return tuple(passes) if isinstance(passes, (list, tuple)) else () if passes is None else (passes,)
 
 
 def _with_aot_eager(
@@ -145,6 +201,8 @@ def _with_aot_eager(
         joint.recompile()
 
     def boxed(compiled: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        fusion.finish(compiled.graph)
+        compiled.recompile()
         return make_boxed_func(compiled.forward)
 
     def inference(compiled: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
