@@ -243,8 +243,6 @@ def _step_problem(site: Site, total: Sum, leaves: set[fx.Node]) -> str:
     by_leaf = {owed.collective.result: owed for owed in site.owed}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        if owed.used_alone and sum(other.leaf is term.leaf for other in total.owed) > 1:
-            return "the all-reduced sum is added to itself before the norm, and read on its own as well"
         for gate in (gate for step in term.gates for gate in step.others):
             if depends_on(gate, leaves):
                 return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
