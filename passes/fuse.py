@@ -16,11 +16,12 @@ from tpfuse.report import Boundary, Report
 
 from . import accounting
 from .accounting import origin
-from .collectives import ResolveGroup, find_collectives, is_collective
+from .collectives import Collective, ResolveGroup, find_collectives, is_collective
 from .graph import use_positions
 from .groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .hazards import Hazards
 from .in_place import drop_copies
+from .kinds import module_name
 from .merge import merge_all_reduces
 from .norms import find_norms
 from .plan import REWRITES, Decisions, plan
@@ -29,6 +30,7 @@ from .recognise import recognise
 from .relayout import Choice, relayout
 from .rewrite import apply, restore_order
 from .runs import NO_KERNEL, how_it_runs
+from .steps import dtype_and_hidden, find_steps
 from .stream import calls
 from .subgraphs import collectives_inside
 from .verdicts import verdicts
@@ -86,7 +88,8 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
     inner = collectives_inside(graph, resolve)
     if not any(is_collective(node) for node in graph.nodes):
-        return graph, Report(inner, len(find_norms(graph)), communicating(graph) + len(inner))
+        steps = find_steps(graph, resolve)
+        return graph, Report(inner, len(find_norms(graph)), len(steps) + len(inner), steps=steps)
     changed = copy.deepcopy(graph)
     use_positions(changed)
     drop_copies(changed)
@@ -107,7 +110,8 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     boundaries = _with_merges(boundaries, names, merged)
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
         boundaries = accounting.account(boundaries, names, written, written, mesh, {})
-        return graph, Report(boundaries + inner, len(recognition.norms), communicating(graph) + len(inner))
+        steps = find_steps(graph, resolve)
+        return graph, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
     restore_order(changed)
     if options.batch_invariant:
         for node in changed.nodes:
@@ -116,7 +120,8 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     changed.lint()
     performed = accounting.transfers(changed, resolve)
     boundaries = accounting.account(boundaries, names, written, performed, mesh, moved.layouts)
-    return changed, Report(boundaries + inner, len(recognition.norms), communicating(changed) + len(inner))
+    steps = find_steps(changed, resolve)
+    return changed, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
 
 
 def _mesh(policy: SharingPolicy | None) -> MeshGroups | None:
@@ -170,20 +175,19 @@ def _with_merges(boundaries: list[Boundary], names: list[str], merged: dict[str,
     ]
 
 
-def communicating(graph: fx.Graph) -> int:
-    """How many collectives the graph performs; a fused operation performs one."""
-    return sum(accounting.performs(node) is not None for node in graph.nodes)
-
-
 def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception) -> Report:
     """Verdicts without recognition, for a graph the recogniser itself stumbled over."""
     reason = f"an internal error of tpfuse kept the whole graph as it was ({type(error).__name__}: {error})"
     try:
-        collectives = find_collectives(graph, resolve)
+        boundaries = [_without_recognition(collective, reason) for collective in find_collectives(graph, resolve)]
+        steps = find_steps(graph, resolve)
     except Exception:
-        collectives = []
-    boundaries = [
-        Boundary("unknown", "", c.kind, c.ranks or (), reason=c.problem or reason, feeds_norm=False)
-        for c in collectives
-    ]
-    return Report(boundaries, 0, len(boundaries), [reason])
+        boundaries, steps = [], []
+    return Report(boundaries, 0, len(boundaries), [reason], steps)
+
+
+def _without_recognition(collective: Collective, reason: str) -> Boundary:
+    dtype, hidden = dtype_and_hidden(collective.input)
+    module, ranks = module_name(collective.node), collective.ranks or ()
+    reason = collective.problem or reason
+    return Boundary("unknown", module, collective.kind, ranks, reason=reason, dtype=dtype, hidden=hidden)

@@ -15,6 +15,7 @@ from .kinds import boundary_kind, module_name
 from .norms import Norm
 from .plan import Decisions, Plan
 from .recognise import Recognition
+from .steps import dtype_and_hidden
 from .sums import gated_inputs, linear_inputs
 
 #: What may stand between an all-reduce and a norm for the norm to count as fed by it: everything that works row by
@@ -43,6 +44,7 @@ def _verdict(
     reached = _Reached() if backward else _reach(collective.result, norms_at)
     norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
     consumer = None if backward else (norm.output if norm is not None else collective.result)
+    dtype, hidden = dtype_and_hidden(collective.input)
     return Boundary(
         kind=boundary_kind(collective.node, consumer, frozenset(norm.output for norm in recognition.norms)),
         module=module_name(collective.node),
@@ -54,6 +56,8 @@ def _verdict(
         reason="" if plan is not None else _reason(collective, refused, reached, backward),
         direction="backward" if backward else "forward",
         feeds_norm=norm is not None,
+        dtype=dtype,
+        hidden=hidden,
     )
 
 

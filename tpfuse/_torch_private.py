@@ -7,7 +7,9 @@ collectives and of symmetric memory, and the names of operators (`torch.ops.aten
 
 from __future__ import annotations
 
+import datetime
 import re
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +52,10 @@ def _dotted(release: tuple[int, int]) -> str:
 # Here, because every file that depends on a release imports this one before it uses anything.
 check_torch_version()
 
+_c10d: Any = None
+if dist.is_available():
+    from torch.distributed import distributed_c10d as _c10d
+
 
 def process_group(name: str) -> dist.ProcessGroup | None:
     """The process group registered under `name` on this rank, or None.
@@ -64,6 +70,63 @@ def process_group(name: str) -> dist.ProcessGroup | None:
         return distributed_c10d._resolve_process_group(name)
     except (RuntimeError, ValueError, KeyError):
         return None
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """This rank's default process group, or None; cheap enough to ask at every call of a compiled graph.
+
+    If `_world` goes: `dist.group.WORLD`, which costs twice as much.
+    """
+    return _c10d._world.default_pg if _c10d is not None else None
+
+
+def default_store() -> dist.Store:
+    """The store through which the ranks met.
+
+    If `_get_default_store` goes: a PrefixStore over the store given to `init_process_group` by the caller.
+    """
+    return _c10d._get_default_store()
+
+
+def group_of(members: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The oldest process group of this rank with these members.
+
+    If `_world` goes: as for `all_group_members`.
+    """
+    for group in list(_c10d._world.pg_names):
+        if tuple(dist.get_process_group_ranks(group)) == members:
+            return group
+    return None
+
+
+def group_exists(group: dist.ProcessGroup) -> bool:
+    """Whether `group` was not destroyed yet; may be asked by any thread.
+
+    If `_world` goes: answer True, and a pulse ends with the last reference to its process group.
+    """
+    return group in _c10d._world.pg_map
+
+
+def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """How long an operation of `group` may wait, from now on.
+
+    If `_set_pg_timeout` goes: leave the group as it is; `peer_timeout` is then the time given to `init_process_group`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the name is deprecated, and that other backends have no timeout
+        _c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def compiling(frame: types.FrameType | None) -> bool:
+    """Whether a thread that stands at `frame` is inside torch.compile's compiler.
+
+    If `convert_frame` moves: answer False; a message then says less about a peer.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("_dynamo/convert_frame.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def group_size(name: str) -> int:

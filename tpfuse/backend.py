@@ -20,11 +20,13 @@ from . import report_store
 from .agreement import check_groups, with_recorded_policy
 from .cache_key import cache_key
 from .errors import FusionError, TPFuseError
+from .guard import guard
 from .options import Options, inductor_patches, parse_options
 from .passes.checkpoint import ASTRIDE
-from .passes.fuse import PassOptions, communicating, fuse
+from .passes.fuse import PassOptions, fuse
 from .passes.groups import resolve_group
 from .passes.recognise import backward_nodes
+from .passes.steps import find_steps
 from .report import Report, record
 from .rows_check import checking, take_marks
 
@@ -70,7 +72,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     check_groups(report, options.policy)
     record(report)
     check(report, options)
-    return checking(compiled, spare, marks)
+    return guard(checking(compiled, spare, marks), report, options)
 
 
 def check(report: Report, options: Options) -> None:
@@ -124,7 +126,7 @@ class FusionPass(CustomGraphPass):
         if not self.waiting or backward_nodes(graph):
             return
         names, self.waiting = self.waiting, ()
-        before = communicating(graph)
+        before = len(find_steps(graph, resolve_group))
         outcome = fuse(graph, resolve_group, replace(pass_options(self.options), split=True))
         if outcome.graph is not graph:
             owner.graph = outcome.graph

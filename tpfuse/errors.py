@@ -29,8 +29,9 @@ class FusionError(TPFuseError):
 
 
 class PlanMismatchError(TPFuseError):
-    """The ranks of one group compiled different plans for the same boundary."""
+    """The ranks of one group compiled different plans for the same boundary, or entered it with different tensors."""
 
 
 class PeerTimeoutError(TPFuseError, TimeoutError):
-    """A rank waited longer than allowed for a peer of its group; names group, rank, boundary and epoch."""
+    """A rank waited longer than allowed for a peer of its group; or the peer is gone; names group, rank
+    and boundary, and in the symmetric-memory kernels the epoch."""

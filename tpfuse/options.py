@@ -29,6 +29,9 @@ class Options:
     batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
         order of summation at every size, which costs speed where another kernel would be faster. It holds on GPUs whose
         memory the ranks share (`Boundary.runs` says so); elsewhere the process group's all-reduce decides.
+    check_plans: compare the plans of the ranks of a group at each graph's first run.
+    plan_timeout: seconds that a group's first graph waits for the plans of the other ranks; then it runs unchecked.
+    peer_timeout: seconds that a call may wait for a rank of its groups; None leaves it to the groups' own timeouts.
     """
 
     policy: SharingPolicy | None = None
@@ -39,6 +42,9 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     rewrites: tuple[str, ...] = REWRITES
     batch_invariant: bool = False
+    check_plans: bool = True
+    plan_timeout: float = 60.0
+    peer_timeout: float | None = None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -50,6 +56,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "inductor": (Mapping,),
     "rewrites": (tuple, list),
     "batch_invariant": (bool,),
+    "check_plans": (bool,),
+    "plan_timeout": (float, int),
+    "peer_timeout": (float, int, type(None)),
 }
 
 
@@ -83,6 +92,10 @@ def _check_values(options: Options) -> None:
         raise OptionError(f"options['inner'] is {options.inner!r}; allowed: {', '.join(map(repr, INNER))}")
     if options.expect_fused is not None and options.expect_fused < 0:
         raise OptionError(f"options['expect_fused'] is {options.expect_fused}; allowed: 0 or more, or None")
+    for name in ("plan_timeout", "peer_timeout"):
+        seconds = getattr(options, name)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise OptionError(f"options[{name!r}] is {seconds}; allowed: a positive, finite number of seconds")
     for name in options.rewrites:
         if name not in REWRITES:
             raise OptionError(f"options['rewrites'] names {name!r}; {_nearest(name, REWRITES)}")

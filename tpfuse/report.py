@@ -41,6 +41,7 @@ class Boundary(StrictJson):
         empty where the policy does not tell. Where the first collective reduces, what comes in owes it that sum.
     before, after: the collectives as written and as performed now. None after: what the boundary paid is paid, or no
         longer needed, at another one.
+    dtype, hidden: of the collective's input, as far as they are known before the graph runs.
     """
 
     kind: str
@@ -54,6 +55,8 @@ class Boundary(StrictJson):
     direction: str = "forward"
     feeds_norm: bool = False
     runs: str = ""
+    dtype: str = ""
+    hidden: int | None = None
     layout_in: str = ""
     layout_out: str = ""
     before: tuple[Transfer, ...] = ()
@@ -71,17 +74,34 @@ class Boundary(StrictJson):
 
 
 @dataclass(frozen=True)
+class Step(StrictJson):
+    """One communicating operation of a rewritten graph; a fused operation is one step.
+
+    op: a functional collective's name, or that of a fused operator. group: the global ranks it runs over.
+    dtype, hidden: of its input. module: qualified name of the module it stands in, to name it in messages.
+    """
+
+    op: str
+    group: tuple[int, ...]
+    dtype: str = ""
+    hidden: int | None = None
+    module: str = ""
+
+
+@dataclass(frozen=True)
 class Report(StrictJson):
     """All verdicts on one graph, in graph order.
 
     norms: how many norms the graph has. notes: sentences about the whole graph (a graph break, an internal error).
     collectives_after: how many collectives the rewritten graph still performs (a fused operation performs one).
+    steps: what it communicates, in order: with the verdicts, the plan that the ranks of a group must share.
     """
 
     boundaries: list[Boundary] = field(default_factory=list)
     norms: int = 0
     collectives_after: int = 0
     notes: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     @property
     def fused(self) -> list[Boundary]:

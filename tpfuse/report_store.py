@@ -88,4 +88,5 @@ def merge(reports: Sequence[Report]) -> Report:
         norms=sum(report.norms for report in reports),
         collectives_after=sum(report.collectives_after for report in reports),
         notes=[note for report in reports for note in report.notes],
+        steps=[step for report in reports for step in report.steps],
     )
