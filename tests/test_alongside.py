@@ -212,15 +212,15 @@ def run_autocast(rank: int) -> dict:
             "eager": relative_error(eager, reference),
             "compiled": relative_error(got, reference),
             "unexplained": [b for b in forward if not b.fused and not b.reason],
-            "fused": sum(b.fused for b in forward),
         }
     return results
 
 
 def test_autocast():
+    """A float32 residual stream under autocast adds bfloat16 sums: mixed additions stay as they are, with a reason."""
     rounding = torch.finfo(torch.bfloat16).eps
     for results in run_processes(WORLD, run_autocast):
         for how, found in results.items():
-            assert found["unexplained"] == [] and found["fused"] == 4, how
+            assert found["unexplained"] == [], how
             for compiled, eager in zip(found["compiled"], found["eager"], strict=True):
                 assert compiled <= 1.1 * eager + rounding / 2, how
