@@ -4,6 +4,8 @@ The links `tpfuse/passes` and `tpfuse/kernels` make that true in the source tree
 wheel alike; nothing but `tpfuse` lands in site-packages.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 DEMO = ["transformers>=5.0", "accelerate>=1.0", "matplotlib>=3.8", "rich>=13", "numpy"]
@@ -12,7 +14,7 @@ setup(
     name="tpfuse",
     version="0.1.0",
     description="Fused all-reduce + residual + norm for tensor-parallel models under torch.compile",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -68,9 +68,7 @@ def run(fault: Fault) -> dict[str, Any]:
     from tests.faults import outcomes
 
     with tempfile.TemporaryDirectory() as folder:
-        ended = outcomes(
-            2, fault.fn, folder, *fault.args, unending=fault.unending, environment=fault.environment
-        )
+        ended = outcomes(2, fault.fn, folder, *fault.args, unending=fault.unending, environment=fault.environment)
         began = float(Path(folder, "fault").read_text())
     errors = [o.error or _without_error(o) for o in ended]
     first = next((o for o in ended if o.error and o.error != "Hang"), None)

@@ -186,7 +186,6 @@ def providers(sizes: Sizes, world: int) -> dict[str, Callable]:
     options = {"expect_fused": 2 * sizes.layers}
     from tpfuse.backend import tpfuse as backend
 
-
     def fused(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         return backend(gm, inputs, options=options)
 

@@ -28,6 +28,7 @@ READ_PER_US, FLOPS_PER_US, REACHED = 4.8e6, 990e6, 0.7
 MESHES = [(tp, dp) for tp in (2, 4, 8) for dp in (1, 2, 4) if dp <= tp]
 ROWS = [1, 8, 64, 256, 1024, 4096]
 
+
 @dataclass(frozen=True)
 class Row:
     """One policy at one size. Counts and bytes are per dense layer (both of its boundaries), times in microseconds.

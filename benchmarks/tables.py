@@ -1,6 +1,6 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py linked | norm | layers | models | shipped
+python benchmarks/tables.py linked | norm | layers | models | shipped
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def all_reduce_add_norm(
     return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
 
 
-def init_workspace(
-    group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *, timeout: float | None = None
-) -> bool:
+def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *, timeout: float | None = None) -> bool:
     """Set up the workspace of `group` now, so that no later call of up to `max_rows` rows in one shot allocates.
 
     Collective: every rank of the group calls it, with the same arguments, outside CUDA-graph capture. Optional: without

@@ -108,6 +108,7 @@ def _boot_id() -> str:
 
 def judge(facts: list[dict[str, Any]]) -> str:
     """The refusal that follows from all ranks' facts, or nothing. Pure, so every rank comes to the same end."""
+
     def differing(key: str) -> list[Any]:
         return sorted({str(fact[key]) for fact in facts})
 

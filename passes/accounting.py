@@ -26,6 +26,7 @@ from .layouts import STEP_LAYOUTS, sent_bytes
 #: Our own operators that communicate, and what each performs.
 OURS = {"tpfuse::all_reduce_norm": "all_reduce", "tpfuse::reduce_scatter_norm": "reduce_scatter"}
 
+
 def mark(collectives: Iterable[Collective]) -> None:
     """Mark every collective with its own name."""
     for collective in collectives:

@@ -44,7 +44,7 @@ class MeshGroups:
     whole: tuple[int, ...]
 
     def called(self, ranks: tuple[int, ...]) -> str:
-        """"attention", "dp" or "whole" (the first that has these members), or "" for any other group."""
+        """ "attention", "dp" or "whole" (the first that has these members), or "" for any other group."""
         for name in ("attention", "dp", "whole"):
             if ranks == getattr(self, name):
                 return name

@@ -98,9 +98,7 @@ def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def plan_merges(
-    sums: Sequence[tuple[Part, ...]], hazards: Hazards | None = None
-) -> tuple[list[Merge], dict[str, str]]:
+def plan_merges(sums: Sequence[tuple[Part, ...]], hazards: Hazards | None = None) -> tuple[list[Merge], dict[str, str]]:
     """(merges, refusals by the name of the collective's node).
 
     One sum gets one merge at a time: where it adds up the all-reduces of two groups, the second group's are found

@@ -87,9 +87,7 @@ def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None
     chain.sweep()
 
 
-def _keep_whole(
-    graph: fx.Graph, resolve: ResolveGroup, factored: list[Factored], choice: Choice, moved: Moved
-) -> None:
+def _keep_whole(graph: fx.Graph, resolve: ResolveGroup, factored: list[Factored], choice: Choice, moved: Moved) -> None:
     """Take factors back where the replica's rows stayed wanted and one all-reduce over the whole group is cheaper."""
     left = set(graph.nodes)
     sizes = {one: _sizes_of_factors(one, resolve, choice) for one in factored if one.second in left}

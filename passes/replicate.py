@@ -1,7 +1,7 @@
 """Stages written over a scattered residual stream: SCATTERED → TP_ATTN_FULL (share_attention_group), or fused in place.
 
-    reduce-scatter, + own residual, norm, all-gather  →  all-reduce, + residual, norm
-    reduce-scatter, + own residual, norm              →  one operation (reduce_scatter_norm)
+reduce-scatter, + own residual, norm, all-gather  →  all-reduce, + residual, norm
+reduce-scatter, + own residual, norm              →  one operation (reduce_scatter_norm)
 """
 
 from __future__ import annotations

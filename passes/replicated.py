@@ -28,7 +28,7 @@ def differs_between_ranks(node: fx.Node) -> str:
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
-        if current in seen or current.op != "call_function" or current.target is ops.WAIT and _replicates(current):
+        if current in seen or current.op != "call_function" or (current.target is ops.WAIT and _replicates(current)):
             continue
         seen.add(current)
         if is_random(current):

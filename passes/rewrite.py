@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -338,5 +339,5 @@ def restore_order(graph: fx.Graph) -> None:
                 heappush(ready, (position[user], user))
     if len(order) != len(position):
         raise RuntimeError("the rewritten graph has a cycle")
-    for before, node in zip(order, order[1:], strict=False):
+    for before, node in pairwise(order):
         before.append(node)

@@ -12,7 +12,7 @@ NO_KERNEL = "functional: Its layout was changed, and only an all-reduce before a
 
 
 def how_it_runs(plan: Plan) -> str:
-    """"symmetric memory", or "functional: " and why. To be called before the graph is rewritten."""
+    """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten."""
     collective = plan.paid[-1].collective
     val = value(collective.result)
     hidden = val.shape[-1] if isinstance(val.shape[-1], int) else None

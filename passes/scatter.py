@@ -1,10 +1,10 @@
 """TP_ATTN_FULL → SCATTERED: a stage of the residual stream on own rows (scatter_dense, gather_full_tp).
 
-    all-reduce, + residual, norm        →  reduce-scatter + own residual + norm, in one operation
-    all-gather, + residual, norm        →  + own residual + norm; the gather is no longer needed here
-    norm, own rows                      →  nothing
-    norm, all-gather over the replicas  →  all-gather over the whole group
-    norm, any other reader              →  all-gather over the attention group
+all-reduce, + residual, norm        →  reduce-scatter + own residual + norm, in one operation
+all-gather, + residual, norm        →  + own residual + norm; the gather is no longer needed here
+norm, own rows                      →  nothing
+norm, all-gather over the replicas  →  all-gather over the whole group
+norm, any other reader              →  all-gather over the attention group
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def _stages(
 
 
 def _fits(norm: Norm, hidden: fx.Node, total: Sum, addend: Addend, previous: int | None) -> bool:
-    """Whether the stage can change its layout: nothing else reads the steps in between, and its statistics are its own."""
+    """Whether the stage can change its layout: nothing else reads the steps in between, and its statistics are its
+    own."""
     inside = total.interior
     if addend.kind != "scattered" and any(user not in inside for user in addend.leaf.users if not _is_size(user)):
         return False
@@ -152,9 +153,7 @@ def _fits(norm: Norm, hidden: fx.Node, total: Sum, addend: Addend, previous: int
         return False
     if addend.kind == "gathered" and previous is None:
         return False
-    if any(term.scale != 1.0 for term in total.replicated if value(term.leaf).dim() > 1):
-        return False
-    return True
+    return all(term.scale == 1.0 for term in total.replicated if value(term.leaf).dim() > 1)
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,8 +67,6 @@ def trace(function: Any, arguments: Mapping[str, Any], dynamic: bool = False) ->
         raise private.raised_through_dynamo(_Traced())
 
     torch.compiler.reset()
-    try:
+    with contextlib.suppress(_Traced):
         torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic or None)(**arguments)
-    except _Traced:
-        pass
     return Traced(tuple(recorder.graphs), report_store.merge(recorder.reports))

@@ -76,10 +76,7 @@ def outcomes(
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         common = (world, folder, cache, group_timeout, environment or {}, fn, args, results)
-        processes = [
-            context.Process(target=_entry, args=(rank, *common), daemon=True)
-            for rank in range(world)
-        ]
+        processes = [context.Process(target=_entry, args=(rank, *common), daemon=True) for rank in range(world)]
         for process in processes:
             process.start()
         ended: dict[int, Outcome] = {}

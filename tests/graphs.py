@@ -91,6 +91,5 @@ def executed_collectives(fn: Callable[..., Any], *args: Any) -> Counter:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fn(*args)
     names = [e.name.removeprefix("c10d::") for e in profile.events() if e.name.startswith("c10d::")]
-    return Counter(
-        next((word for part, word in _C10D_NAMES.items() if part in name), name) for name in names if "barrier" not in name
-    )
+    words = {name: next((word for part, word in _C10D_NAMES.items() if part in name), name) for name in names}
+    return Counter(words[name] for name in names if "barrier" not in name)

@@ -259,7 +259,8 @@ def test_the_backend_is_found_by_name_without_an_import():
         assert "tpfuse" in torch.compiler.list_backends()
         import sys
         assert "tpfuse" not in sys.modules
-        assert torch.compile(lambda x: x + 1, backend="tpfuse", options={"inner": "aot_eager"})(torch.ones(1)).item() == 2
+        compiled = torch.compile(lambda x: x + 1, backend="tpfuse", options={"inner": "aot_eager"})
+        assert compiled(torch.ones(1)).item() == 2
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

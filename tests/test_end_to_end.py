@@ -71,9 +71,10 @@ def test_hand_written_collectives(how, norm, dtype, inner, dynamic):
 
 
 def run_dtensor(rank: int, inner: str, train: bool) -> dict:
-    import tpfuse
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    import tpfuse
 
     mesh = init_device_mesh("cpu", (WORLD,))
 

@@ -163,6 +163,7 @@ def test_graphs_without_collectives_are_returned_as_they_are():
 
 def test_a_guarded_call_costs_next_to_nothing_after_the_first():
     """Nothing of the check is left: less than two microseconds a call, of the tens that a compiled graph takes."""
+
     def plain(*args):
         return args
 

@@ -23,9 +23,7 @@ FAMILIES = ["deepseek_v3", "qwen3_moe", "glm4_moe"]
 SHORT = {("deepseek_v3", 4, 2, 2), ("qwen3_moe", 2, 1, 1), ("glm4_moe", 2, 2, 2)}
 MESHES = [(2, 1), (2, 2), (4, 2), (8, 2)]
 POLICIES = [(tp, dp, dense) for tp, dp in MESHES for dense in sorted({1, tp // dp, tp})]
-CASES = [
-    pytest.param(f, *p, marks=() if (f, *p) in SHORT else pytest.mark.nightly) for f in FAMILIES for p in POLICIES
-]
+CASES = [pytest.param(f, *p, marks=() if (f, *p) in SHORT else pytest.mark.nightly) for f in FAMILIES for p in POLICIES]
 
 
 def compiled(model, policy, **options):

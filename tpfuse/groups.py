@@ -14,9 +14,10 @@ from tpfuse.policy import SharingPolicy
 
 
 def group_name_of(group: Any) -> str:
-    """The registered name of `group`: a ProcessGroup, a name, a 1-D DeviceMesh or (mesh, dim). Dynamo traces through it.
+    """The registered name of `group`: a ProcessGroup, a name, a 1-D DeviceMesh or (mesh, dim).
 
-    Raises OpError for anything else. A name is not looked up here: the operator that is given it does so.
+    Dynamo traces through it. A name is not looked up here: the operator that is given it does so. Raises OpError for
+    anything else.
     """
     if isinstance(group, str):
         return group

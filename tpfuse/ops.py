@@ -301,8 +301,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     """The gradients of the replicated computation behind the all-reduce, in float32 (float64 where x is)."""
     if not ctx.differentiable:
         raise OpError(
-            "all_reduce_norm has gradients only with hidden_dtype set, stats=True and post=False; a graph that fuse_graph"
-            " rewrote is for inference: to train, compile the model with the backend"
+            "all_reduce_norm has gradients only with hidden_dtype set, stats=True and post=False; a graph that "
+            "fuse_graph rewrote is for inference: to train, compile the model with the backend"
         )
     hidden, weight, *statistics = ctx.saved_tensors
     options = ctx.options

@@ -1,7 +1,7 @@
-"""Random programs over everything a boundary is made of: written as data, so that a failing one can be read and kept.
+"""Random programs over everything a boundary is made of, as data: a failing one can be read and kept.
 
 A program starts from two values, `x` (whose name may be `tangents`, which makes the graph a backward pass) and a
-residual `r`, and every step appends one value computed from earlier ones. Values have the shape [A, B, H] or [A * B, H].
+residual `r`, and every step appends one value computed from earlier ones. Values are [A, B, H] or [A * B, H].
 """
 
 from __future__ import annotations

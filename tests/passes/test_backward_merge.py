@@ -23,7 +23,7 @@ def gradients(seed: int, dtype: torch.dtype, count: int, world: int = 4) -> list
 
 
 def judged(run, count: int, collectives: int, dtype: torch.dtype = torch.float32, world: int = 4):
-    """Fuse `run(tangents, ...)`: that many collectives must remain, and the error rule must hold. Returns the report."""
+    """Fuse `run(tangents, ...)`: that many collectives must remain, within the error rule. Returns the report."""
     before = trace(run, *(parts[0] for parts in gradients(0, dtype, count)))
     after, report = fused(before)
     example = [parts[0] for parts in gradients(0, dtype, count)]
