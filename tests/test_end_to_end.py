@@ -54,7 +54,7 @@ def run_stack(rank: int, how: str, norm: type[nn.Module], dtype: torch.dtype, in
         ("funcol", nn.RMSNorm, torch.bfloat16, "inductor", None),
         ("inplace", nn.LayerNorm, torch.float32, "inductor", None),
         ("funcol", nn.LayerNorm, torch.float16, "aot_eager", True),
-        ("inplace", nn.RMSNorm, torch.bfloat16, "aot_eager", True),
+        pytest.param("inplace", nn.RMSNorm, torch.bfloat16, "aot_eager", True, marks=pytest.mark.nightly),
     ],
     ids=lambda p: getattr(p, "__name__", str(p)),
 )
@@ -113,7 +113,9 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-@pytest.mark.parametrize(("inner", "train"), [("inductor", True), ("aot_eager", False)])
+@pytest.mark.parametrize(
+    ("inner", "train"), [("inductor", True), pytest.param("aot_eager", False, marks=pytest.mark.nightly)]
+)
 def test_dtensor(inner, train):
     for result in run_processes(WORLD, run_dtensor, inner, train):
         assert result["fused"] == [True] * 4
@@ -149,7 +151,7 @@ def run_hugging_face(rank: int, family: str, dynamic: bool | None) -> dict:
 @pytest.mark.parametrize(
     ("family", "dynamic", "kinds"),
     [
-        (
+        pytest.param(
             "llama",
             True,
             [
@@ -159,6 +161,7 @@ def run_hugging_face(rank: int, family: str, dynamic: bool | None) -> dict:
                 "attention→dense_mlp",
                 "dense_mlp→final_norm",
             ],
+            marks=pytest.mark.nightly,
         ),
         ("deepseek_v3", None, ["embedding→attention", "dense_mlp→attention", "moe→final_norm", "moe→final_norm"]),
     ],

@@ -102,7 +102,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("kind", "dense"), list(EXPECTED))
 def test_traced_collectives(fake_ranks, kind, dense, dynamic):
     fake_ranks(4, 3)
@@ -151,8 +151,8 @@ def test_uneven_rows_are_padded_and_guarded(fake_ranks):
     [
         # vocabulary-parallel embedding, then two boundaries for the dense and two for the routed layer, then the head
         ("deepseek_v3", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A]),
-        ("qwen3_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A]),
-        ("glm4_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A]),
+        pytest.param("qwen3_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A], marks=pytest.mark.nightly),
+        pytest.param("glm4_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A], marks=pytest.mark.nightly),
         ("llama", [A_AR, A_AR, A_AR, A_AR, A_AR, GATHER_A]),
     ],
 )

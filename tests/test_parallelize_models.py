@@ -170,6 +170,6 @@ def run_gloo(rank, dense):
     return run_eager(rank, plain, policy, batches, want, grads)
 
 
-@pytest.mark.parametrize("dense", [1, 2, "dp"])
+@pytest.mark.parametrize("dense", ["dp", *(pytest.param(dense, marks=pytest.mark.nightly) for dense in (1, 2))])
 def test_real_processes(dense):
     assert max(run_processes(2, run_gloo, dense))[0] < 1e-11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -180,6 +181,14 @@ def census() -> Counter[str]:
     return counts
 
 
+@pytest.fixture
+def unlogged():
+    """pytest keeps the log records of a running test, and torch's trace records hold graph modules."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def live_once(rows: tuple[int, ...] = (3, 5)) -> None:
     """A process group, a compilation, recompilations for new shapes, and the end of all of them."""
     with fake_world(2), torch.no_grad():
@@ -189,7 +198,7 @@ def live_once(rows: tuple[int, ...] = (3, 5)) -> None:
     torch.compiler.reset()
 
 
-def test_groups_compilations_and_resets_leave_nothing_behind():
+def test_groups_compilations_and_resets_leave_nothing_behind(unlogged):
     for _ in range(2):
         live_once()
     before, reports = census(), len(tpfuse.reports())
@@ -199,7 +208,7 @@ def test_groups_compilations_and_resets_leave_nothing_behind():
     assert len(tpfuse.reports()) == reports + 4 * 2, "reports are what may grow: one for each compilation"
 
 
-def test_calls_leave_nothing_behind():
+def test_calls_leave_nothing_behind(unlogged):
     with fake_world(2), torch.no_grad():
         fn = compiled(boundary, dynamic=True)
         arguments = [[torch.ones(rows, WIDTH)] * 2 for rows in range(2, 9)]

@@ -141,6 +141,7 @@ def test_a_peer_that_recompiles_in_time_is_waited_for(tmp_path):
     assert ended[0].value == pytest.approx(ended[1].value)
 
 
+@pytest.mark.nightly
 def test_a_peer_that_compiles_for_longer_than_the_limit_is_said_to_compile(tmp_path):
     waiting, compiling = outcomes(2, recompile, str(tmp_path), 4 * LIMIT)
     assert waiting.error == "PeerTimeoutError" and "rank 1 is alive, compiling" in waiting.message

@@ -101,7 +101,7 @@ def test_a_test_file_that_crashes_is_a_failure(tmp_path, monkeypatch):
 HOMES = {"torch.distributed._functional_collectives", "torch.distributed._symmetric_memory"}
 #: Private names of ours or of the standard library, and those of Triton, that any object may have.
 OURS = ("_tpfuse",)
-NOT_TORCH = {"_init_handles"}
+NOT_TORCH = {"_init_handles", "_current_frames", "_exit"}
 
 
 def private_names(source: str) -> Iterator[str]:
