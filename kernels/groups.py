@@ -11,6 +11,7 @@ import os
 import socket
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +141,10 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
     if torch.cuda.is_current_stream_capturing():
         log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
         return known.workspace if known is not None else None
-    workspace, refusal = _meet(group, group_name, device, max(slot_bytes, DEFAULT_SLOT_BYTES))
+    # On a thread of its own: where CUDA graphs warm up, what this thread allocates comes from the graph's private pool,
+    # and the two small tensors of addresses that a rendezvous keeps would be taken for results that nobody returns.
+    with ThreadPoolExecutor(1) as aside:
+        workspace, refusal = aside.submit(_meet, group, group_name, device, max(slot_bytes, DEFAULT_SLOT_BYTES)).result()
     if refusal:
         log.info("group %s: %s", group_name, refusal)
     if known is None:
@@ -197,6 +201,7 @@ def _gather(group: Any, value: Any) -> list[Any]:
 
 def _meet(group: Any, group_name: str, device: torch.device, slot_bytes: int) -> tuple[Workspace | None, str]:
     """Collective: exchange facts, allocate, rendezvous, bring to rest, and only then return, on all ranks alike."""
+    torch.cuda.set_device(device)  # each thread has its own
     facts = _gather(group, _facts(device, slot_bytes))
     refusal = judge(facts)
     if refusal:
