@@ -115,9 +115,11 @@ def run_training(rank: int) -> dict:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     import tpfuse
-    from tpfuse import backend
+    from tpfuse import backend, demo_models
 
     device = here(rank)
+    if dist.get_backend() == "gloo":
+        demo_models.repair_gloo_all_gather()  # full_tensor() gathers
     mesh = init_device_mesh("cuda", (WORLD,))
     torch.manual_seed(0)
     whole = Stack(1, "dtensor").to(device)
