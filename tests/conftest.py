@@ -15,6 +15,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def own_environment():
+    """A test that takes a rank's place (RANK, WORLD_SIZE) leaves nothing of it to the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def own_compile_cache(tmp_path, monkeypatch):
     """No test sees what another one compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
