@@ -144,7 +144,8 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
     # On a thread of its own: where CUDA graphs warm up, what this thread allocates comes from the graph's private pool,
     # and the two small tensors of addresses that a rendezvous keeps would be taken for results that nobody returns.
     with ThreadPoolExecutor(1) as aside:
-        workspace, refusal = aside.submit(_meet, group, group_name, device, max(slot_bytes, DEFAULT_SLOT_BYTES)).result()
+        slots = max(slot_bytes, DEFAULT_SLOT_BYTES)
+        workspace, refusal = aside.submit(_meet, group, group_name, device, slots).result()
     if refusal:
         log.info("group %s: %s", group_name, refusal)
     if known is None:

@@ -21,7 +21,7 @@ from . import aten_ops as ops
 from .accounting import origin
 from .collectives import Collective, ResolveGroup, find_collectives
 from .graph import insert_call, inserting_behind, same_shape, scaled, value
-from .stream import CUT_ROWS, TRIM_ROWS, calls, divides
+from .stream import CUT_ROWS, TRIM_ROWS, calls, divides, flat_rows
 from .sums import Term, decompose
 
 c10d = ops.c10d
@@ -90,8 +90,7 @@ def _factor(
     inside = total.interior | {cut}
     if any(user not in inside for node in [term.leaf, *total.interior] for user in node.users if not _is_size(user)):
         return None
-    flat = _flat_size(source)
-    if flat is None or not divides(parts, flat) or not _is_flat_path(term):
+    if value(source) is None or not divides(parts, flat_rows(source)) or not _is_flat_path(term):
         return None
     dp, attention = groups
     readers = [user for user in cut.users if not _is_size(user)]
@@ -149,16 +148,6 @@ def _factors(
     if own_dp != index or dp not in names or (attn > 1 and attention not in names):
         return None
     return names[dp], names[attention] if attn > 1 else ""
-
-
-def _flat_size(node: fx.Node) -> object:
-    val = value(node)
-    if val is None:
-        return None
-    rows = 1
-    for size in val.shape[:-1]:
-        rows = rows * size
-    return rows
 
 
 def _is_flat_path(term: Term) -> bool:

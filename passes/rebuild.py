@@ -45,7 +45,8 @@ class Moved:
 
 
 class Chain:
-    """The stages of one group's residual stream while they are rebuilt. `full` and `own` hold the new hidden states.
+    """The stages of one group's residual stream while they are rebuilt. `full` and `own` hold the new hidden states of
+    the stages that were, in the layout they were given.
 
     names: members -> name of the groups this rank may use; ranks: the chain's group.
     """
@@ -64,24 +65,40 @@ class Chain:
         self.parts, self.index = len(ranks), ranks.index(rank)
         self.full: dict[fx.Node, fx.Node] = {}
         self.own: dict[fx.Node, fx.Node] = {}
-        self.shape: fx.Node | None = None
+        #: Collectives that were replaced, and those that were put in for a reader: both may go once nobody reads them.
         self.replaced: set[fx.Node] = set()
+        self.inserted: set[fx.Node] = set()
+        #: What a rebuilt stage reads of values that keep their layout: their own rows, and the rows they are part of.
+        self.cuts: dict[fx.Node, fx.Node] = {}
+        self.gathers: dict[fx.Node, fx.Node] = {}
+        #: Nodes that stay, off which sizes may be read; later ones may be computed from what earlier stages hand out.
+        self.staying = [node for node in graph.nodes if node.op == "placeholder"]
 
     def arrive(self, stage: StreamStage) -> None:
-        """Remember a tensor that has the stream's full shape and stays in the graph: sizes are read off it."""
-        source = stage.addend.source
-        if stage.addend.kind == "owed" and same_shape(source, stage.hidden):
-            self.shape = source
+        """From here on sizes may be read off what the stage's collective is given, too."""
+        self.staying.append(stage.addend.source)
+
+    def knows_sizes(self, stage: StreamStage) -> bool:
+        """Whether every size that the stage's values have can be read off a node that stays."""
+        nodes = [stage.hidden, stage.norm.output, *(t.joins for t in stage.residuals if t.joins is not None)]
+        sizes = [size for node in nodes for size in value(node).shape]
+        return all(isinstance(size, int) or self._where(size) is not None for size in sizes)
 
     def operands(self, stage: StreamStage, own: bool) -> tuple[fx.Node | None, fx.Node | None]:
         """(a bias per hidden unit, the residual): what is added to the stage's addend; of the residual the own rows
-        where `own`."""
+        where `own`, else what there is in the layout it was written in."""
         vector = residual = None
-        for term in stage.total.replicated:
-            if value(term.leaf).dim() == 1:
-                vector = added(self.graph, vector, scaled(self.graph, term.leaf, term.scale))
+        for term in stage.vectors:
+            vector = added(self.graph, vector, scaled(self.graph, term.leaf, term.scale))
+        for term in stage.residuals:
+            if not own:
+                node = self.own.get(term.leaf, term.leaf)
+            elif term.joins is None or same_shape(term.leaf, term.joins):
+                node = self.own_of(term.leaf)
             else:
-                residual = added(self.graph, residual, self.own_of(term.leaf) if own else term.leaf)
+                wide = (term.leaf, self.sizes(term.joins))
+                node = self.own_of(insert_call(self.graph, aten.expand.default, wide, like=term.leaf))
+            residual = added(self.graph, residual, node)
         return vector, residual
 
     def norm_op(
@@ -108,30 +125,36 @@ class Chain:
     # -- one layout from the other ------------------------------------------------------------------------------------
 
     def own_of(self, node: fx.Node) -> fx.Node:
-        if node not in self.own:
-            self.own[node] = insert_call(
-                self.graph, torch.ops.tpfuse.cut_rows.default, (node, self.parts, self.index), like=node
-            )
-        return self.own[node]
+        """The own rows of a value that was written with all rows: a rebuilt stage's, or cut."""
+        if node in self.own:
+            return self.own[node]
+        if node not in self.cuts:
+            cut = (node, self.parts, self.index)
+            self.cuts[node] = insert_call(self.graph, torch.ops.tpfuse.cut_rows.default, cut, like=node)
+        return self.cuts[node]
 
     def full_of(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        """The unscattered form of own rows: known, the tensor they were cut from, or gathered."""
-        if node not in self.full:
-            source = node
-            while source.target in (aten.slice.Tensor, ops.operator.getitem, aten.clone.default, aten.alias.default):
-                whole = self._cut_from(source)
-                if whole is not None:
-                    self.full[node] = whole
-                    return whole
-                source = source.args[0]
-            gathered = insert_call(
-                self.graph, c10d.all_gather_into_tensor.default, (node, self.parts, self.group), like=like
-            )
-            self.full[node] = insert_call(self.graph, ops.WAIT, (gathered,), like=like)
-        return self.full[node]
+        """All rows of a value that was written as own rows: a rebuilt stage's, the tensor they were cut from, or
+        gathered."""
+        if node in self.full:
+            return self.full[node]
+        if node not in self.gathers:
+            self.gathers[node] = self._whole(node) or self._gathered(self.own.get(node, node), like)
+        return self.gathers[node]
+
+    def _whole(self, node: fx.Node) -> fx.Node | None:
+        """The tensor of which `node` is this rank's even share of the rows, if the graph has it."""
+        while node.target in (aten.slice.Tensor, ops.operator.getitem, aten.clone.default, aten.alias.default):
+            whole = self._cut_from(node)
+            if whole is not None or not same_shape(node, node.args[0]):
+                return whole
+            node = node.args[0]
+        return None
 
     def _cut_from(self, node: fx.Node) -> fx.Node | None:
-        """The tensor of which `node` is this rank's even share of the rows: `x.chunk(n)[index]` or a slice of it."""
+        """The tensor x that `node` is this rank's even share of, as x.chunk(n)[index] or as a slice."""
+        if node.target in (aten.clone.default, aten.alias.default):
+            return None
         if node.target is ops.operator.getitem:
             split, position = node.args
             if not is_call(split, aten.split.Tensor) or argument(split, "dim", 0) != 0:
@@ -150,9 +173,8 @@ class Chain:
     def gathered(self, own: fx.Node, old: fx.Node, like: fx.Node) -> fx.Node:
         """All rows, in the shape of `old`, from every rank's own."""
         graph = self.graph
-        node = insert_call(graph, c10d.all_gather_into_tensor.default, (own, self.parts, self.group), like=like)
-        node = insert_call(graph, ops.WAIT, (node,), like=like)
-        sizes = [self._size(dim) for dim in range(value(old).dim())]
+        node = self._gathered(own, like)
+        sizes = self.sizes(old)
         rows: Any = 1
         for size in sizes[:-1]:
             rows = size if rows == 1 else self._product(rows, size)
@@ -160,32 +182,57 @@ class Chain:
             node = insert_call(graph, torch.ops.tpfuse.trim_rows.default, (node, rows), like=like)
         return node if same_shape(node, old) else insert_call(graph, aten.reshape.default, (node, sizes), like=like)
 
+    def _gathered(self, own: fx.Node, like: fx.Node) -> fx.Node:
+        gather = (own, self.parts, self.group)
+        node = insert_call(self.graph, c10d.all_gather_into_tensor.default, gather, like=like)
+        wait = insert_call(self.graph, ops.WAIT, (node,), like=like)
+        self.inserted |= {node, wait}
+        return wait
+
     def cut(self, full: fx.Node, old: fx.Node) -> fx.Node:
         cut = insert_call(self.graph, torch.ops.tpfuse.cut_rows.default, (full, self.parts, self.index), like=old)
         return self.shaped(cut, old)
 
-    def _size(self, dim: int) -> Any:
-        size = value(self.shape).shape[dim]
-        if isinstance(size, int):
-            return size
-        return insert_call(self.graph, aten.sym_size.int, (self.shape, dim), like=self.shape)
+    def sizes(self, old: fx.Node) -> list[Any]:
+        """The sizes of `old`, which may be about to go: numbers, or nodes that read them off something that stays."""
+        return [size if isinstance(size, int) else self._read(size) for size in value(old).shape]
+
+    def _read(self, size: Any) -> fx.Node:
+        node, dim = self._where(size)
+        return node if dim is None else insert_call(self.graph, aten.sym_size.int, (node, dim), like=node)
+
+    def _where(self, size: Any) -> tuple[fx.Node, int | None] | None:
+        """The first node that stays and has a dimension of this symbolic size, or is it."""
+        for node in self.staying:
+            if value(node) is None:
+                if same_size(node.meta.get("val"), size):
+                    return node, None
+                continue
+            for dim, other in enumerate(value(node).shape):
+                if same_size(other, size):
+                    return node, dim
+        return None
 
     def _product(self, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
             return left * right
-        return insert_call(self.graph, ops.operator.mul, (left, right), like=self.shape)
+        node = next(side for side in (left, right) if isinstance(side, fx.Node))
+        return insert_call(self.graph, ops.operator.mul, (left, right), like=node)
 
     def shaped(self, node: fx.Node, old: fx.Node) -> fx.Node:
         if same_shape(node, old):
             return node
-        return insert_call(self.graph, aten.reshape.default, (node, list(value(old).shape)), like=old)
+        sizes = [size if isinstance(size, int) else -1 for size in value(old).shape]
+        if sizes.count(-1) > 1:
+            sizes = self.sizes(old)
+        return insert_call(self.graph, aten.reshape.default, (node, sizes), like=old)
 
     def alive(self, node: fx.Node) -> bool:
         """Whether something that stays reads `node`."""
         pending, seen = list(node.users), set()
         while pending:
             user = pending.pop()
-            if user in seen or user in self.replaced:
+            if user in seen or user in self.replaced or (user.op == "call_function" and _is_dead(user)):
                 continue
             seen.add(user)
             if user.op == "output" or is_collective(user) or user.target not in ops.VIEWS:
@@ -194,24 +241,24 @@ class Chain:
         return False
 
     def hand_out_hidden(self) -> None:
-        """Readers of the old hidden states that are no stage of the chain get them in the layout they had."""
-        for table, scattered in ((self.own, True), (self.full, False)):
-            for stage in self.stages:
-                hidden = stage.hidden
-                if hidden not in table or scattered == stage.scattered_form:
-                    continue
-                old = self._old_nodes(stage)
-                readers = [user for user in hidden.users if user not in old]
-                if not readers:
-                    continue
-                with inserting_behind(self.graph, table[hidden]):
-                    node = (
-                        self.gathered(table[hidden], hidden, like=stage.addend.collective.node)
-                        if scattered
-                        else self.cut(table[hidden], hidden)
-                    )
-                for reader in readers:
-                    reader.replace_input_with(hidden, node)
+        """Readers of a rebuilt stage's old hidden states that are no stage of the chain get the new ones in the layout
+        they had."""
+        for stage in self.stages:
+            hidden = stage.hidden
+            if hidden not in self.own and hidden not in self.full:
+                continue
+            old = self._old_nodes(stage)
+            readers = [user for user in hidden.users if user not in old]
+            if not readers:
+                continue
+            new = self.own.get(hidden) or self.full[hidden]
+            with inserting_behind(self.graph, new):
+                if not stage.scattered_form:
+                    new = self.gathered(new, hidden, like=stage.addend.collective.node)
+                elif hidden in self.full:
+                    new = self.cut(new, hidden)
+            for reader in readers:
+                reader.replace_input_with(hidden, new)
 
     def _old_nodes(self, stage: StreamStage) -> set[fx.Node]:
         """The nodes that go with the old form: the stage's norm, and the additions of stages that were rebuilt."""
@@ -224,8 +271,11 @@ class Chain:
     def sweep(self) -> None:
         """Sweep what nobody reads any more; collectives only where they were replaced."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op != "call_function" or node.users:
-                continue
-            collective = is_collective(node) or node.target is ops.WAIT
-            if node in self.replaced or (not collective and not node.is_impure()):
+            ours = not node.users and (node in self.replaced or node in self.inserted)
+            if node.op == "call_function" and (ours or _is_dead(node)):
                 self.graph.erase_node(node)
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Whether nobody reads what `node` computes, and computing it does nothing else."""
+    return not node.users and not is_collective(node) and node.target is not ops.WAIT and not node.is_impure()

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from . import aten_ops as ops
+from .accounting import origin
 from .collectives import Collective, ResolveGroup, find_collectives
 from .factor import Factored, factor_sums, unfactor
-from .graph import region_between, value
+from .graph import region_between, same_size, value
 from .layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from .rebuild import Chain, Moved
 from .recognise import backward_nodes, recognise
@@ -28,6 +30,8 @@ IN_TRAINING = (
     "in a training graph the residual stream keeps its layout: the backward pass reads the rows that forward had, so "
     "own rows would have to be gathered again there, for as many bytes as scattering saves"
 )
+
+KEPT = "the residual stream keeps its layout here: "
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,28 @@ def relayout(
         reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
         moved.verdicts[one.name] = ("gather_full_tp", False, reason)
     if choice.inference:
-        for ranks, stages in find_streams(graph, resolve, rank).items():
-            _rebuild(Chain(graph, stages, names, ranks, rank, moved), factored, choice)
+        _read_sizes_off_inputs(graph)
+        for ranks, stream in find_streams(graph, resolve, rank).items():
+            gathers = {origin(c.node) for c in find_collectives(graph, resolve) if c.kind != "all_reduce"}
+            left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
+            if stream.stages:
+                _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved), factored, choice)
+            moved.kept |= left
     else:
         moved.kept |= {c.node.name: IN_TRAINING for c in _gathers_of_rows(graph, resolve)}
     _keep_whole(graph, resolve, factored, choice, moved)
     return moved
+
+
+def _read_sizes_off_inputs(graph: fx.Graph) -> None:
+    """So that nothing that is about to go is read for its sizes alone."""
+    sizes = [node for node in graph.nodes if node.target is ops.aten.sym_size.int]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and value(node) is not None]
+    known = [(node, dim) for node in inputs for dim in range(value(node).dim())]
+    for node in sizes:
+        size = node.meta.get("val")
+        place = next(((other, dim) for other, dim in known if same_size(value(other).shape[dim], size)), None)
+        node.args = node.args if place is None else place
 
 
 def _gathers_of_rows(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]:
@@ -78,7 +98,7 @@ def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None
     for stage, layout in zip(stages, choose(planned, sizes, choice.residual), strict=True):
         chain.arrive(stage)
         own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
-        layout = _allowed(stage, layout, choice.rewrites)
+        layout = _allowed(chain, stage, layout, choice.rewrites)
         if layout != own:
             (scatter if layout == SCATTERED else replicate)(chain, stage)
         elif stage.scattered_form and "reduce_scatter_norm" in choice.rewrites:
@@ -119,10 +139,10 @@ def _sizes(hidden: fx.Node, attn: int, dp: int, choice: Choice) -> Sizes:
     return Sizes(attn, dp, (choice.rows or NOMINAL_ROWS) * width * val.element_size())
 
 
-def _allowed(stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
-    """The layout, or the one the stage is written in where the rewrite to change it is switched off."""
+def _allowed(chain: Chain, stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
+    """The layout, or the one the stage is written in where it cannot change, or the rewrite for it is switched off."""
     own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
-    if layout == own or (stage.scattered_form and not stage.clonable):
+    if layout == own or not chain.knows_sizes(stage) or (stage.scattered_form and not stage.clonable):
         return own
     rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
     return layout if rewrite in rewrites else own

@@ -29,9 +29,8 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
         chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, "")
         chain.moved.layouts[origin(addend.collective.node)] = TP_ATTN_FULL
         replacements = {addend.leaf: insert_call(graph, ops.WAIT, (node,), like=addend.leaf)}
-        for term in stage.total.replicated:
-            if value(term.leaf).dim() > 1:
-                replacements[term.leaf] = chain.full_of(term.leaf, like=addend.collective.node)
+        for term in stage.residuals:
+            replacements[term.leaf] = chain.full_of(term.leaf, like=addend.collective.node)
         hidden = _cloned(chain, stage.hidden, replacements, set(stage.total.interior))
         chain.full[stage.hidden] = hidden
         between = region_between(norm.output, {stage.hidden}) - {stage.hidden}
@@ -62,12 +61,11 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
     """Reduce-scatter, addition and norm in one operation; the layout stays."""
     norm, addend, graph = stage.norm, stage.addend, chain.graph
     hidden = stage.hidden
-    residuals = [t for t in stage.total.replicated if value(t.leaf).dim() > 1]
     if not divides(chain.parts, value(addend.source).shape[0]) or value(addend.source).dim() != 2:
         return
-    if any(not same_shape(t.leaf, hidden) or t.views for t in residuals) or not same_shape(norm.output, hidden):
+    if any(not same_shape(t.leaf, hidden) for t in stage.residuals) or not same_shape(norm.output, hidden):
         return
-    if not residuals and value(hidden).dim() != 2:
+    if not stage.residuals and value(hidden).dim() != 2:
         return
     with inserting_behind(graph, norm.output):
         vector, residual = chain.operands(stage, own=False)
@@ -79,11 +77,8 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
         results = chain.norm_op(stage, op, addend.source, residual, vector, chain.group)
         if sizes is not None:
             results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
-        y, h = results
-        old = region_between(norm.output, {hidden})
+        y, chain.own[hidden] = results
         norm.output.replace_all_uses_with(y, propagate_meta=False)
-        for reader in [user for user in hidden.users if user not in old]:
-            reader.replace_input_with(hidden, h)
     chain.replaced |= {addend.collective.node, addend.collective.wait}
     node = addend.collective.node
     rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"

@@ -15,9 +15,10 @@ from torch import fx
 from . import aten_ops as ops
 from .accounting import origin
 from .collectives import Collective
-from .graph import argument, insert_call, inserting_behind, value
+from .graph import argument, insert_call, inserting_behind, last_dim, same_size, value
 from .layouts import SCATTERED
 from .rebuild import Chain
+from .rewrite import replay
 from .stream import StreamStage, divides
 
 c10d = ops.c10d
@@ -49,8 +50,14 @@ def scatter(chain: Chain, stage: StreamStage) -> None:
 
 
 def _owed_over(chain: Chain, stage: StreamStage) -> tuple[fx.Node, str]:
-    """(partial, group): where a reduce-scatter over dp comes first, both are one over the whole group."""
-    source = stage.addend.source
+    """(partial, group): where a reduce-scatter over dp comes first, both are one over the whole group.
+
+    Rows are cut from the partial sum as they are from the hidden states: what rearranges them between the two is
+    repeated on the partial sum.
+    """
+    source, term = stage.addend.source, stage.term
+    if not term.only_reshapes or not same_size(last_dim(source), last_dim(stage.hidden)):
+        return replay(chain.graph, term.steps, source), chain.group
     first = source.args[0] if source.target is ops.WAIT else None
     if first is None or first.target is not c10d.reduce_scatter_tensor.default or len(source.users) != 1:
         return source, chain.group

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -142,3 +144,27 @@ def test_a_mesh_of_several_dimensions_is_no_group(four_ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "attn_tp"))
     with pytest.raises(tpfuse.OpError, match="1-D DeviceMesh or"):
         ops.all_reduce_rms_norm(torch.ones(2, H), None, EPS, mesh)
+
+
+OPTIONS = dict(
+    norm="rms_norm", eps=EPS, weight_offset=0.0, alpha=1.0, post=False, out_dtype=torch.float32,
+    hidden_dtype=torch.float32, want_sum=False, stats=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "needed"),
+    [
+        ("all_reduce_norm", (1, H), (6, H)),
+        ("reduce_scatter_norm", (6, H), (2, H)),
+        ("reduce_scatter_norm", (1, H), (2, H)),
+        ("rows_norm", (H,), (6, H)),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operators_refuse_a_residual_of_another_shape_than_their_result(four_ranks, name, shape, needed, device):
+    x, residual = torch.randn(6, H, device=device), torch.randn(shape, device=device)
+    with pytest.raises(
+        tpfuse.OpError, match=re.escape(f"residual has shape {shape}; needed: that of the result, {needed}")
+    ):
+        getattr(torch.ops.tpfuse, name)(x, residual, None, None, None, None, group_name="0", **OPTIONS)

@@ -258,6 +258,12 @@ def _fake_outputs(x: Tensor, operands: tuple, shape: tuple, options: dict[str, A
     return outputs
 
 
+def _surely_differ(a: tuple, b: tuple) -> bool:
+    """Whether two shapes differ whatever their symbolic sizes are; adds no guard."""
+    pairs = zip(a, b, strict=False)
+    return len(a) != len(b) or any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in pairs)
+
+
 def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> None:
     """Define the operator `name`, which pays the sum by `pay` and then adds and normalises, unless `in_one_kernel` does
     all of it."""
@@ -265,12 +271,20 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     def functional(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
         return _add_norm(pay(x, options["group_name"]), *operands, **options)
 
+    def result_shape(x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple:
+        shape = shape_of(x, options["group_name"])
+        if residual is not None and _surely_differ(residual.shape, shape):
+            need = f"needed: that of the result, {tuple(shape)}"
+            raise OpError(f"tpfuse::{name}: residual has shape {tuple(residual.shape)}; {need}")
+        return shape
+
     def run(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
+        result_shape(x, operands[0], options)
         done = in_one_kernel(x, *operands, **options)
         return functional(x, *operands, **options) if done is None else done
 
     def fake(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        return _fake_outputs(x, operands, shape_of(x, options["group_name"]), options)
+        return _fake_outputs(x, operands, result_shape(x, operands[0], options), options)
 
     _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

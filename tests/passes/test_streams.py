@@ -1,0 +1,138 @@
+"""Residual streams that change their layout: whatever stands between a collective and its norm, the numbers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tpfuse.policy import SharingPolicy
+
+from .streams import HIDDEN, Mesh, check, inputs, mix, rms
+
+PAIR = Mesh(1, 2)
+#: Shapes of hidden states over two ranks: square, even, with padding, and fewer rows than ranks.
+SHAPES = [(4, 4), (2, 6), (1, 5), (1, 1)]
+
+
+def own_rows_policy(residual="auto"):
+    return SharingPolicy(2, 1, 1, residual=residual)
+
+
+def two_layers(mesh, x, partial, weight, *, attention=None, addend=None):
+    """Attention cut over the attention group and an MLP on own rows, twice. attention: what the partial sum is of the
+    normed value; addend: what else is added to the stream."""
+    for _ in range(2):
+        y = rms(x, weight)
+        x = x + (attention(mesh, y, partial) if attention else mesh.all_reduce(mix(y, partial)))
+        x = x if addend is None else x + addend
+        x = x + mesh.own_rows(lambda rows: mix(rows, weight), rms(x, weight))
+    return (rms(x, weight),)
+
+
+def sequence_first(mesh, y, partial):
+    """Attention that wants [S, B, H] of a model whose hidden states are [B, S, H]."""
+    return mesh.all_reduce(mix(y.transpose(0, 1), partial, 0)).transpose(0, 1)
+
+
+def units_grouped(mesh, y, partial):
+    """A sum over [B, S, 2, H / 2], whose halves are swapped before they are added."""
+    halves = mesh.all_reduce(mix(y, partial).unflatten(-1, (2, -1)))
+    return halves.transpose(-1, -2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("attention", "shape", "dynamic"),
+    [
+        *((sequence_first, shape, False) for shape in SHAPES),
+        (units_grouped, (2, 6), False),
+        (sequence_first, (2, 6), True),
+    ],
+)
+def test_a_sum_that_is_rearranged_before_it_is_added(attention, shape, dynamic):
+    """Own rows are cut in the order of the hidden states, so the partial sum is rearranged before it is scattered."""
+    given = inputs(PAIR, *shape)
+    program = lambda *tensors: two_layers(*tensors, attention=attention)  # noqa: E731
+    report, executed = check(program, PAIR, given, own_rows_policy(), dynamic)
+    assert {b.rewrite for b in report.boundaries} == {"scatter_dense"}
+    assert executed == {"reduce_scatter": 2, "all_gather": 2}
+
+
+def test_rows_that_are_rearranged_together_with_the_residual_keep_their_layout():
+    def program(mesh, x, partial, weight):
+        x = x.transpose(0, 1)
+        y = rms(x, weight)
+        x = (x + mesh.all_reduce(mix(y, partial))).transpose(0, 1)
+        x = x + mesh.own_rows(lambda rows: mix(rows, weight), rms(x, weight))
+        return (rms(x, weight),)
+
+    report, executed = check(program, PAIR, inputs(PAIR, 3, 4), own_rows_policy("scattered"))
+    (reason,) = {b.reason for b in report.boundaries if b.collective == "all_gather"}
+    assert "keeps its layout here: the residual is rearranged" in reason
+    assert executed == {"all_reduce": 1, "all_gather": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dynamic"),
+    [
+        *((shape, False) for shape in [(), (HIDDEN,), (1, 1, HIDDEN), (4, 1, HIDDEN), (6, HIDDEN), (4, 6, 1)]),
+        ((6, HIDDEN), True),
+    ],
+)
+def test_a_value_that_is_broadcast_to_the_hidden_states(shape, dynamic):
+    """A bias is added to own rows as it is; anything else is cut as the hidden states are."""
+    extra = torch.randn(shape, dtype=torch.float64)
+    program = lambda mesh, x, p, w, e: two_layers(mesh, x, p, w, addend=e)  # noqa: E731
+    report, _ = check(program, PAIR, [*inputs(PAIR, 4, 6), extra], own_rows_policy(), dynamic)
+    assert {b.rewrite for b in report.boundaries} == {"scatter_dense"}
+
+
+# -- what reads the normed value --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", ["none", "flat", "transposed"])
+def test_own_rows_that_are_gathered_in_another_order(view):
+    """Only a gather of the rows as they are is no longer needed once the stream is replicated."""
+
+    def program(mesh, x, partial, weight, own):
+        h = own + mesh.reduce_scatter(mix(x, partial))
+        y = rms(h, weight)
+        y = {"none": y, "flat": y.flatten(0, 1), "transposed": y.transpose(0, 1)}[view]
+        return (mesh.all_gather(y) * 2,)
+
+    own = [torch.randn(2, 3, HIDDEN, dtype=torch.float64) for _ in range(2)]
+    policy = SharingPolicy(2, 1, 2, residual="replicated")
+    report, executed = check(program, PAIR, [*inputs(PAIR, 4, 3), own], policy)
+    assert {b.rewrite for b in report.boundaries if b.fused} == {"share_attention_group"}
+    # The residual is gathered at the entry; rows in another order are cut again and gathered as before.
+    assert executed == {"all_reduce": 1, "all_gather": 1 + (view == "transposed")}
+
+
+@pytest.mark.parametrize("view", ["none", "flat", "transposed", "halves"])
+def test_own_rows_that_are_cut_in_another_order(view):
+    def program(mesh, x, partial, weight):
+        y = rms(x + mesh.all_reduce(mix(x, partial)), weight)
+        views = {"none": y, "flat": y.flatten(0, 1), "transposed": y.transpose(0, 1)}
+        return mesh.cut(views.get(view, y.unflatten(-1, (2, -1)))) * 2, y
+
+    _, executed = check(program, PAIR, inputs(PAIR, 3, 5), own_rows_policy("scattered"))
+    assert executed == {"reduce_scatter": 1, "all_gather": 1}
+
+
+# -- stages of different layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [(False, True), (True, False), (False, True, False), (True, False, True)], ids=str)
+@pytest.mark.parametrize("residual", ["auto", "scattered", "replicated"])
+def test_layers_with_whole_and_with_cut_weights_follow_one_another(own, residual):
+    """A stage on own rows takes them from the stream as it finds it, whatever layout the stage before has."""
+
+    def program(mesh, x, partial, weight):
+        for whole in own:
+            y = rms(x, weight)
+            x = x + mesh.all_reduce(mix(y, partial))
+            y = rms(x, weight)
+            x = x + (mesh.own_rows(lambda r: mix(r, weight), y) if whole else mesh.all_reduce(mix(y, partial)))
+        return (rms(x, weight),)
+
+    report, _ = check(program, PAIR, inputs(PAIR, 2, 3), own_rows_policy(residual))
+    assert len(report.fused) == sum(b.collective == "all_reduce" for b in report.boundaries)
