@@ -122,7 +122,7 @@ def mesh():
         ({"blocks.*.up": "colwise"}, "column-wise weights .'up',. and no row-wise one"),
         ({"blocks.*.down": "rowwise"}, "row-wise weights .'down',. and no column-wise one"),
         ({"blocks.*.up": 1}, "mapping from module-name patterns to style names"),
-        ({"blocks.*": "embedding_rowwise"}, "blocks.0 is a Feed; allowed: a plain nn.Embedding"),
+        ({"blocks.*": "embedding_rowwise"}, "blocks.0 is a Feed; allowed: an nn.Linear, or an nn.Embedding"),
     ],
 )
 def test_bad_plans_are_refused(mesh, plan, words):

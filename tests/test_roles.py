@@ -1,6 +1,7 @@
 """Decorators: what they record, and what they and `parallelize` refuse; nothing is changed or communicated before."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrizations
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.policy_harness import HIDDEN, MLP, Attention, Layer, Model, MoE, build, relative, run_threads
@@ -160,6 +162,17 @@ def with_attribute(module, **attributes):
     return module
 
 
+def with_weight_norm(module, normed):
+    normed(module.gate_proj)
+    return module
+
+
+def with_forward(module, leaf):
+    child = module.get_submodule(leaf)
+    child.forward = functools.partial(type(child).forward, child)
+    return module
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -184,6 +197,15 @@ def with_attribute(module, **attributes):
         (WrongExperts, "layer.experts.0 .Linear. is in a routed block"),
         (lambda: with_attribute(MoE(), experts=FusedBias()), "down_proj_bias"),
         (lambda: moe(experts="none")(type("Wrong", (MoE,), {}))(), "experts='none' is no submodule"),
+        (
+            lambda: with_weight_norm(MLP(), parametrizations.weight_norm),
+            "layer.gate_proj.weight is parametrized.*remove_parametrizations",
+        ),
+        (
+            lambda: with_weight_norm(MLP(), nn.utils.weight_norm),
+            "layer.gate_proj.weight is neither parameter nor buffer.*weight_g, weight_v.*remove_weight_norm",
+        ),
+        (lambda: with_forward(MLP(), "down_proj"), "layer.down_proj has a bias.*forward put on the instance"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_anything_changes(mesh, make, words):

@@ -154,16 +154,21 @@ def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention) -> N
     By a subclass of its class, as FSDP2 does, and not by hooks: what follows the module needs the shape of what came
     before it, and between two hooks that could only be kept in mutable state. Modules of one class share the subclass,
     so that layers which are compiled one by one share their code.
+
+    A `forward` of the instance's own, which would hide the subclass's (accelerate's hooks, Liger's patches), moves
+    inside the boundary. One that is put on afterwards must call the one it replaces, as accelerate's do.
     """
     base = type(module)
     if AROUND not in vars(base):
 
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            return self._tpfuse_boundary(functools.partial(base.forward, self), args, kwargs)
+            inner = self._tpfuse_inner or functools.partial(base.forward, self)
+            return self._tpfuse_boundary(inner, args, kwargs)
 
         members = {"forward": forward, "__module__": base.__module__}
         setattr(base, AROUND, type(f"TP{base.__name__}", (base,), members))
+    module._tpfuse_inner = vars(module).pop("forward", None)
     module._tpfuse_boundary = boundary  # type: ignore[assignment]
     module.__class__ = vars(base)[AROUND]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from tpfuse.errors import PlanError
 from tpfuse.groups import Groups
@@ -111,12 +112,16 @@ def cut_edge(
     module, group = modules[name], groups.attention
     plain = type(module) is nn.Embedding if kind == "embedding" else type(module).forward is nn.Linear.forward
     plain = plain and not getattr(module, "max_norm", None) and not getattr(module, "sparse", False)
+    plain = plain and "forward" not in vars(module)
     vocabulary = _matrix_of(module).shape[0] if plain else 0
     divides = plain and vocabulary % group.size == 0
     if group.size == 1 or (planned.trusted and not divides):
         return None
     if not plain:
-        raise PlanError(f"{name} is a {type(module).__name__}; allowed: a plain nn.Embedding or nn.Linear")
+        raise PlanError(
+            f"{name} is a {type(module).__name__}; allowed: an nn.Linear, or an nn.Embedding without max_norm and "
+            "sparse, with its class's forward and not one put on the instance (by a hook of accelerate, for example)"
+        )
     out = ModuleCut(name, "attention")
     _cut_parameters(out, name, module, 0, 1, None, groups)
     if kind == "embedding":
@@ -231,6 +236,11 @@ def _cut_rowwise(
     if getattr(target, "bias", None) is not None:
         if type(target).forward is not nn.Linear.forward:
             raise PlanError(f"{name} is a {type(target).__name__} with a bias, cut row-wise; allowed: an nn.Linear")
+        if "forward" in vars(target):
+            raise PlanError(
+                f"{name} has a bias, is cut row-wise, and has a forward put on the instance (by a hook of accelerate, "
+                "for example), which would add the bias once for each rank; take it off before parallelize"
+            )
         if not nested:
             out.biases_after_sum.append(join(name, "bias"))
     return {full}
@@ -240,7 +250,13 @@ def _cut_parameters(
     out: ModuleCut, name: str, module: nn.Module, dim: int, parts: Parts, units: list[Units] | None,
     groups: Groups,
 ) -> None:  # fmt: skip
-    """Cuts all parameters of one linear-like module along its output (dim 0) or input (dim 1) features."""
+    """Cuts all parameters of one linear-like module along its output (dim 0) or input (dim 1) features.
+
+    Raises:
+        PlanError: for a weight or bias that is computed from other parameters, and for tensors beside the weight that
+            nobody knows how to cut.
+    """
+    _refuse_computed(name, module)
     block = _block_size(module)
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     for leaf, tensor in tensors.items():
@@ -260,6 +276,23 @@ def _cut_parameters(
     values = {("out_features", "in_features")[dim]: _local_width(out.cuts[join(name, "weight")])}
     if isinstance(module, nn.Linear):
         out.attributes.append((module, values))
+
+
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """Refuses a weight or bias that is no parameter or buffer, but computed from some (parametrizations)."""
+    if parametrize.is_parametrized(module):
+        leaf = next(iter(module.parametrizations))  # type: ignore[arg-type]
+        raise PlanError(
+            f"{join(name, leaf)} is parametrized (torch.nn.utils.parametrize) and cannot be cut; make it a plain "
+            f"parameter before parallelize: torch.nn.utils.parametrize.remove_parametrizations(module, {leaf!r})"
+        )
+    stored = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+    for leaf in ("weight", "bias"):
+        if isinstance(getattr(module, leaf, None), Tensor) and leaf not in stored:
+            raise PlanError(
+                f"{join(name, leaf)} is neither parameter nor buffer, but computed from {', '.join(stored)}; make it "
+                "a plain parameter before parallelize (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+            )
 
 
 def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups: Groups) -> None:
