@@ -7,9 +7,11 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tpfuse
 from tpfuse.report import Step
@@ -198,6 +200,23 @@ def test_an_error_of_the_model_stays_what_it_is():
     with pytest.raises(RuntimeError, match="shapes") as found:
         guarded()
     assert not isinstance(found.value, tpfuse.TPFuseError)
+
+
+def test_the_limit_is_set_on_every_group_with_the_graphs_ranks(four_ranks, monkeypatch):
+    """A plan knows a group by its ranks; which of the groups with those ranks the graph uses is not said."""
+    from tpfuse import guard, stuck
+    from tpfuse.options import parse_options
+    from tpfuse.report import Report
+
+    limits = {}
+    monkeypatch.setattr(guard, "set_group_timeout", lambda group, seconds: limits.update({group.group_name: seconds}))
+    # A fake group has no pulse.
+    monkeypatch.setattr(stuck, "pulse", lambda _: SimpleNamespace(began=lambda *_: None, ended=lambda: None))
+    pairs = [dist.new_group([0, 1]) for _ in range(2)]
+    dist.new_group([0, 2])
+    options = parse_options({"peer_timeout": 7.0, "check_plans": False})
+    guard.guard(lambda: None, Report(steps=[Step("all_reduce", (0, 1))]), options)()
+    assert limits == {group.group_name: 7.0 for group in pairs}
 
 
 def test_a_beat_is_read_like_any_other_json():

@@ -88,15 +88,12 @@ def default_store() -> dist.Store:
     return _c10d._get_default_store()
 
 
-def group_of(members: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The oldest process group of this rank with these members.
+def groups_of(members: tuple[int, ...]) -> list[dist.ProcessGroup]:
+    """Every process group of this rank with these members, the oldest first.
 
     If `_world` goes: as for `all_group_members`.
     """
-    for group in list(_c10d._world.pg_names):
-        if tuple(dist.get_process_group_ranks(group)) == members:
-            return group
-    return None
+    return [group for group in list(_c10d._world.pg_names) if tuple(dist.get_process_group_ranks(group)) == members]
 
 
 def group_exists(group: dist.ProcessGroup) -> bool:

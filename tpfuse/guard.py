@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from . import stuck
-from ._torch_private import default_group, group_of, set_group_timeout
+from ._torch_private import default_group, groups_of, set_group_timeout
 from .errors import PlanMismatchError
 from .ledger import Ledger, ledger, records
 from .options import Options
@@ -39,8 +39,9 @@ def guard(compiled: Callable[..., Any], report: Report, options: Options) -> Cal
         world = default_group()
         if world is not None and checked() is not world:
             if limit is not None and (pulse := stuck.pulse(limit)) is not None:
-                for group in plans:
-                    set_group_timeout(group_of(group), limit)
+                # Plans name groups by their ranks, and graphs by one of the groups with those ranks.
+                for group in (group for ranks in plans for group in groups_of(ranks)):
+                    set_group_timeout(group, limit)
             book = ledger() if options.check_plans else None
             if book is not None:
                 book.agree(plans, options.plan_timeout)
