@@ -107,6 +107,14 @@ def test_gradients_are_those_of_the_replicated_computation(four_ranks, norm):
         torch.testing.assert_close(left, right)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_with_an_offset_pass_gradcheck(four_ranks, weighted):
+    x = torch.randn(3, H, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(H, dtype=torch.float64, requires_grad=True) if weighted else None
+    call = lambda x, w: ops.all_reduce_add_rms_norm(x, None, w, EPS, "0", weight_offset=0.5)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, weight))
+
+
 def test_eps_may_be_a_tensor(four_ranks):
     x = torch.randn(2, H)
     by_number, _ = ops.all_reduce_rms_norm(x, None, 0.25, "0")

@@ -5,8 +5,8 @@
     rms_norm:    y = h * rsqrt(mean(h^2) + eps) * (weight + weight_offset)
     layer_norm:  y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
 
-`y` and `h` are rounded once, to the dtype of `x`; the norm runs on the unrounded `h`. Means are over the last
-dimension. Nothing is mutated and no output aliases an input.
+A weight of None counts as ones. `y` and `h` are rounded once, to the dtype of `x`; the norm runs on the unrounded `h`.
+Means are over the last dimension. Nothing is mutated and no output aliases an input.
 
 Gradients follow the tensor-parallel convention: every rank holds the same outputs and the same gradients of them, so
 the gradient of `x` is that of `s`, without a collective (the conjugate of the all-reduce is the identity). Replicated
@@ -58,7 +58,7 @@ def all_reduce_add_rms_norm(
     Args:
         x: [..., H], this rank's partial sum; float16, bfloat16, float32 or float64.
         residual: the shape of `x`, or None. Replicated over the group.
-        weight: [H] or None. Enters as `weight + weight_offset` (1.0 for Gemma).
+        weight: [H], or None for ones. Enters as `weight + weight_offset` (1.0 for Gemma).
         eps: a float, or a 0-d tensor.
         group: a ProcessGroup, a group's name, a 1-D DeviceMesh, or (mesh, dim).
 
@@ -332,7 +332,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     if grads[0] is not None:
         grad_y = grads[0].to(compute)
         grad_weight, grad_bias = (grad_y * normed).sum(rows), grad_y.sum(rows)
-        inner = grad_y if weight is None else grad_y * (weight.to(compute) + options["weight_offset"])
+        factor = 1.0 if weight is None else weight.to(compute)
+        inner = grad_y * (factor + options["weight_offset"])
         correction = normed * (inner * normed).mean(-1, keepdim=True)
         if options["norm"] == "layer_norm":
             correction = correction + inner.mean(-1, keepdim=True)
