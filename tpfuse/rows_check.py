@@ -1,9 +1,10 @@
-"""Equal rows on all dp replicas: assumed where nobody announced counts, and checked once for each model.
+"""Equal rows on all dp replicas: assumed where nobody announced counts, and checked until they were seen equal once.
 
-The check is a collective, so every rank must enter it at the same call. That is the model's first one: ranks compile at
-different times, but all of them make the first call. Eager code checks there and then. Compiled code cannot leave the
-graph, so the operator `same_rows` marks the place; the tpfuse backend takes the marks out again and checks before it
-runs the graph for the first time. Under another backend the operator itself checks when it runs.
+The check is a collective, so every rank must enter it at the same call. That is the model's first one, and, when that
+raised, the next: ranks compile at different times, but all of them make the same calls and see the same counts. Eager
+code checks there and then. Compiled code cannot leave the graph, so the operator `same_rows` marks the place; the
+tpfuse backend takes the marks out again and checks before it runs the graph. Under another backend the operator itself
+checks when it runs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RowsCheck:
         return copied
 
     def __call__(self, x: Tensor, group: Group) -> Tensor:
-        """x [R, H], whose rows are compared over the dp `group` on the first call.
+        """x [R, H], whose rows are compared over the dp `group` until they agree once.
 
         Raises:
             PolicyError: on every rank of the group, when their R differ.
@@ -58,9 +59,9 @@ class RowsCheck:
         return x
 
     def meet(self, rows: int, group_name: str, device: torch.device) -> None:
+        """Compare `rows` over the group, unless equal rows were seen before; a collective. Raises as `__call__`."""
         if self.done:
             return
-        self.done = True
         size = dist.get_world_size(process_group(group_name))
         counts = all_gather(torch.tensor([rows], device=device), size, group_name).tolist()
         if len(set(counts)) > 1:
@@ -68,6 +69,7 @@ class RowsCheck:
                 f"the dp replicas hold {counts} rows; equal rows are assumed unless announced: use "
                 f"`with tpfuse.rows({tuple(counts)}):` around the call, or SharingPolicy(max_rows=...)"
             )
+        self.done = True
 
 
 def _same_rows(x: Tensor, group_name: str, key: int) -> Tensor:
