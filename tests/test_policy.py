@@ -51,6 +51,15 @@ def test_exact_override_wins_then_the_later_glob():
     assert policy.unmatched_overrides(["a.x"]) == ["a.b", "*.c"]
 
 
+def test_policies_are_equal_when_they_mean_the_same():
+    first, second = (SharingPolicy(8, 2, None, overrides) for overrides in ({"a.*": 4, "*.c": 1}, {"*.c": 1, "a.*": 4}))
+    assert first.dense_tp_size_of("a.c") != second.dense_tp_size_of("a.c")
+    assert first != second and hash(first) != hash(second) and first.overrides != second.overrides
+    assert SharingPolicy.from_json(first.to_json()) == first == copy.deepcopy(first)
+    named, reordered = (SharingPolicy(8, 2, None, overrides) for overrides in ({"a": 4, "b": 1}, {"b": 1, "a": 4}))
+    assert named == reordered and hash(named) == hash(reordered)
+
+
 def test_a_policy_is_frozen_all_the_way_down():
     given_overrides = {"a": 1}
     policy = SharingPolicy(4, 2, overrides=given_overrides)

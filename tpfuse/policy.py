@@ -22,6 +22,7 @@ RESIDUALS = ("replicated", "scattered", "auto")
 # No machine has more ranks than this, and no batch more rows; a larger number is a typing error, not a wish.
 MAX_RANKS = 1 << 20
 MAX_ROWS = 1 << 40
+_GLOB = frozenset("*?[")
 
 
 class FrozenDict(dict):
@@ -36,10 +37,29 @@ class FrozenDict(dict):
         return hash(frozenset(self.items()))
 
     def __reduce__(self):
-        return FrozenDict, (dict(self),)
+        return type(self), (dict(self),)
 
     def __deepcopy__(self, memo: dict) -> FrozenDict:
         return self
+
+
+class Overrides(FrozenDict):
+    """Sizes by module-name glob. Two are equal when they mean the same: the same exact names in any order, since they
+    win over every glob, and the same globs in the same order, since a later one wins over an earlier one."""
+
+    def _parts(self) -> tuple[dict[str, int | None], list[tuple[str, int | None]]]:
+        globs = {pattern: size for pattern, size in self.items() if not _GLOB.isdisjoint(pattern)}
+        return {name: size for name, size in self.items() if name not in globs}, list(globs.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self._parts() == Overrides(other)._parts() if isinstance(other, dict) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        names, globs = self._parts()
+        return hash((frozenset(names.items()), tuple(globs)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ class SharingPolicy(StrictJson):
                     f"SharingPolicy.overrides has the key {show(pattern)}; allowed: a non-empty module-name glob"
                 )
             self._check_dense_size(f"overrides[{pattern!r}]", size)
-        object.__setattr__(self, "overrides", FrozenDict(self.overrides))
+        object.__setattr__(self, "overrides", Overrides(self.overrides))
         if not isinstance(self.residual, str) or self.residual not in RESIDUALS:
             raise PolicyError(f"SharingPolicy.residual={show(self.residual)}; allowed: {', '.join(RESIDUALS)}")
         if self.max_rows is not None:
