@@ -115,10 +115,11 @@ def test_a_rank_reads_only_its_slices():
 
 def loads(model, checkpoint):
     parallelize(model, mesh_of(SharingPolicy(2)), SharingPolicy(2))
-    try:
-        state.load_full_state_dict(model, checkpoint)
-    except PlanError as error:
-        return str(error)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError) as refusal:
+        state.load_full_state_dict(model, {name: tensor + 1 for name, tensor in checkpoint.items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    return str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def loads(model, checkpoint):
         (lambda c: c.update({"norm.weight": torch.zeros(3)}), "norm.weight has shape [3]"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(change, words):
+def test_a_checkpoint_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(change, words):
     plain = build(Model)
     checkpoint = dict(plain.state_dict())
     change(checkpoint)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tpfuse.strict_json import parse
 
 # Reads `name` whole, or a part of it: (dim, start, stop).
 Reader = Callable[[str, tuple[int, int, int] | None], Tensor]
+ShapeOf = Callable[[str], Sequence[int]]
 
 # Fused expert weights [experts, features, ...] that checkpoints on the hub hold expert by expert.
 _PER_EXPERT = {
@@ -73,33 +75,22 @@ def load_full_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | 
 
     Raises:
         PolicyError: for a model that was not parallelized.
-        PlanError: for missing or unexpected names, and shapes that differ from the uncut model's.
+        PlanError: for missing or unexpected names, and shapes that differ from the uncut model's. The model is then as
+            it was.
     """
     state = _state(model)
     with _open(source) as (names, read, shape_of):
-        used: set[str] = set()
-        missing: list[str] = []
+        loads, missing, unexpected = _match(model, state, names)
+        if strict and (missing or unexpected):
+            raise PlanError(
+                f"the checkpoint does not fit {type(model).__name__}: missing {_some(missing)}; unexpected "
+                f"{_some(unexpected)}"
+            )
+        for load in loads:
+            load.check(shape_of)
         replaced = False
-        tensors = model.state_dict(keep_vars=True)
-        tied = {id(tensor) for name, tensor in tensors.items() if name in names}
-        for name, tensor in tensors.items():
-            cut = state.cuts.get(name)
-            sources = _sources(name, tensor, names)
-            if not sources:
-                if id(tensor) not in tied:
-                    missing.append(name)
-                continue
-            used.update(sources)
-            value = _read_experts(name, tensor, cut, sources, read, shape_of) if len(sources) > 1 else (
-                _read_one(name, tensor, cut, read, shape_of)
-            )  # fmt: skip
-            replaced |= _assign(model, name, tensor, value)
-        unexpected = sorted(set(names) - used - set(_aliases(model, names)))
-    if strict and (missing or unexpected):
-        raise PlanError(
-            f"the checkpoint does not fit {type(model).__name__}: missing {_some(missing)}; unexpected "
-            f"{_some(unexpected)}"
-        )
+        for load in loads:
+            replaced |= _assign(model, load.name, load.tensor, load.read(read))
     if replaced:
         sum_gradients(model)
 
@@ -111,40 +102,86 @@ def _state(model: nn.Module) -> Parallelized:
     return state
 
 
-def _read_one(name: str, tensor: Tensor, cut: Cut | None, read: Reader, shape_of: Callable[[str], list[int]]) -> Tensor:
-    want = list(tensor.shape)
-    if cut is not None:
-        want[cut.dim] = sum(cut.parts)
-    if (found := list(shape_of(name))) != want:
-        raise PlanError(f"{name} has shape {found} in the checkpoint; the uncut model has {want}")
-    if cut is None:
-        return read(name, None)
-    return cut.read(lambda start, stop: read(name, (cut.dim, start, stop)))
+@dataclass(frozen=True)
+class _Load:
+    """One tensor of the model, and the checkpoint's names that hold it: one, or one for each expert and part."""
+
+    name: str
+    tensor: Tensor
+    cut: Cut | None
+    sources: list[str]
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """The sources of each expert."""
+        leaves = len(_PER_EXPERT[self.name.rpartition(".")[2]])
+        return [self.sources[i : i + leaves] for i in range(0, len(self.sources), leaves)]
+
+    def check(self, shape_of: ShapeOf) -> None:
+        """Raises PlanError when the checkpoint's shapes are not those of the uncut model."""
+        if self.sources != [self.name]:
+            return self._check_experts(shape_of)
+        want = list(self.tensor.shape)
+        if self.cut is not None:
+            want[self.cut.dim] = sum(self.cut.parts)
+        if (found := list(shape_of(self.name))) != want:
+            raise PlanError(f"{self.name} has shape {found} in the checkpoint; the uncut model has {want}")
+
+    def _check_experts(self, shape_of: ShapeOf) -> None:
+        count, *want = self.tensor.shape
+        leaves = len(self.parts[0])
+        dim = 0 if self.cut is None else self.cut.dim - 1
+        widths = self.cut.parts if self.cut is not None else (want[0] // leaves,) * leaves
+        if len(self.parts) != count:
+            raise PlanError(f"{self.name}: the checkpoint holds {len(self.parts)} experts, the model {count}")
+        if len(widths) != leaves:
+            raise PlanError(
+                f"{self.name} is one matrix in the model and {leaves} in the checkpoint ({', '.join(self.parts[0])})"
+            )
+        for parts in self.parts:
+            for part, width in zip(parts, widths, strict=True):
+                if (found := list(shape_of(part))) != [*want[:dim], width, *want[dim + 1 :]]:
+                    raise PlanError(
+                        f"{part} has shape {found} in the checkpoint; the uncut model has "
+                        f"{[*want[:dim], width, *want[dim + 1 :]]}"
+                    )
+
+    def read(self, read: Reader) -> Tensor:
+        """This rank's slice."""
+        cut = self.cut
+        if self.sources == [self.name]:
+            if cut is None:
+                return read(self.name, None)
+            return cut.read(lambda start, stop: read(self.name, (cut.dim, start, stop)))
+        if cut is None:
+            return torch.stack([torch.cat([read(n, None) for n in parts]) for parts in self.parts])
+        return torch.stack([_own_part(parts, cut, read) for parts in self.parts])
 
 
-def _read_experts(
-    name: str, tensor: Tensor, cut: Cut | None, sources: list[str], read: Reader, shape_of: Callable[[str], list[int]]
-) -> Tensor:
-    """A fused [experts, ...] weight from one tensor for each expert and part."""
-    leaves = len(_PER_EXPERT[name.rpartition(".")[2]])
-    experts = [sources[i : i + leaves] for i in range(0, len(sources), leaves)]
-    if len(experts) != tensor.shape[0]:
-        raise PlanError(f"{name}: the checkpoint holds {len(experts)} experts, the model {tensor.shape[0]}")
-    if cut is None:
-        return torch.stack([torch.cat([read(n, None) for n in parts]) for parts in experts])
-    rows: list[Tensor] = []
-    for parts in experts:
-        pieces, offset = [], 0
-        for part, (start, stop), width in zip(parts, cut.ranges(), cut.parts, strict=True):
-            dim = cut.dim - 1
-            if shape_of(part)[dim] != width:
-                raise PlanError(
-                    f"{part} has shape {shape_of(part)} in the checkpoint; dim {dim} of the model is {width}"
-                )
-            pieces.append(read(part, (dim, start - offset, stop - offset)))
-            offset += width
-        rows.append(torch.cat(pieces, cut.dim - 1) if len(pieces) > 1 else pieces[0])
-    return torch.stack(rows)
+def _own_part(parts: list[str], cut: Cut, read: Reader) -> Tensor:
+    """This rank's slice of one expert's matrices, side by side."""
+    pieces, offset = [], 0
+    for part, (start, stop), width in zip(parts, cut.ranges(), cut.parts, strict=True):
+        pieces.append(read(part, (cut.dim - 1, start - offset, stop - offset)))
+        offset += width
+    return torch.cat(pieces, cut.dim - 1) if len(pieces) > 1 else pieces[0]
+
+
+def _match(
+    model: nn.Module, state: Parallelized, names: Mapping[str, Any]
+) -> tuple[list[_Load], list[str], list[str]]:
+    """What to load from where, the names that are missing, and those that nobody asked for."""
+    loads: list[_Load] = []
+    missing: list[str] = []
+    tensors = model.state_dict(keep_vars=True)
+    tied = {id(tensor) for name, tensor in tensors.items() if name in names}
+    for name, tensor in tensors.items():
+        if sources := _sources(name, tensor, names):
+            loads.append(_Load(name, tensor, state.cuts.get(name), sources))
+        elif id(tensor) not in tied:
+            missing.append(name)
+    used = {source for load in loads for source in load.sources}
+    return loads, missing, sorted(set(names) - used - set(_aliases(model, names)))
 
 
 def _sources(name: str, tensor: Tensor, names: Mapping[str, Any]) -> list[str]:
