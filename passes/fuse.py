@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from tpfuse.errors import FusionError
 from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Report
 
@@ -42,9 +43,9 @@ log = logging.getLogger(__name__)
 class PassOptions:
     """What the pass is told besides the graph.
 
-    strict: raise internal errors instead of keeping the old graph. policy: how the model was cut, where that is known;
-    equal on all ranks. batch_invariant: what every fused operation is told. split: the graph is the forward half of
-    one that was split; the other half reads its outputs.
+    strict: raise FusionError for an internal error instead of keeping the old graph. policy: how the model was cut,
+    where that is known; equal on all ranks. batch_invariant: what every fused operation is told. split: the graph is
+    the forward half of one that was split; the other half reads its outputs.
     """
 
     rewrites: tuple[str, ...] = REWRITES
@@ -74,12 +75,14 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     try:
         changed, report = _fuse(graph, resolve, options)
     except Exception as error:
+        changed, report = graph, _report_of_failure(graph, resolve, error)
         if options.strict:
-            raise
+            raise FusionError(
+                f"strict=True, and an internal error of tpfuse keeps a graph as it was:\n{report}"
+            ) from error
         warnings.warn(
             f"tpfuse left a graph as it was because of an internal error:\n{traceback.format_exc()}", stacklevel=2
         )
-        changed, report = graph, _report_of_failure(graph, resolve, error)
     seconds = time.perf_counter() - began
     log.info("%s (%.3f s)", report.summary(), seconds)
     return Outcome(changed, report, seconds, tuple(node.name for node in graph.nodes if is_collective(node)))

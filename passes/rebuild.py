@@ -48,7 +48,8 @@ class Chain:
     """The stages of one group's residual stream while they are rebuilt. `full` and `own` hold the new hidden states of
     the stages that were, in the layout they were given.
 
-    names: members -> name of the groups this rank may use; ranks: the chain's group.
+    names: members -> name of the groups this rank may use; ranks: the chain's group, which each stage calls by the name
+    that its own collective does.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Chain:
         moved: Moved,
     ):
         self.graph, self.stages, self.moved = graph, stages, moved
-        self.names, self.ranks, self.group = names, ranks, names[ranks]
+        self.names, self.ranks, self.rank = names, ranks, rank
         self.parts, self.index = len(ranks), ranks.index(rank)
         self.full: dict[fx.Node, fx.Node] = {}
         self.own: dict[fx.Node, fx.Node] = {}
@@ -133,13 +134,13 @@ class Chain:
             self.cuts[node] = insert_call(self.graph, torch.ops.tpfuse.cut_rows.default, cut, like=node)
         return self.cuts[node]
 
-    def full_of(self, node: fx.Node, like: fx.Node) -> fx.Node:
+    def full_of(self, node: fx.Node, stage: StreamStage) -> fx.Node:
         """All rows of a value that was written as own rows: a rebuilt stage's, the tensor they were cut from, or
         gathered."""
         if node in self.full:
             return self.full[node]
         if node not in self.gathers:
-            self.gathers[node] = self._whole(node) or self._gathered(self.own.get(node, node), like)
+            self.gathers[node] = self._whole(node) or self._gathered(self.own.get(node, node), stage)
         return self.gathers[node]
 
     def _whole(self, node: fx.Node) -> fx.Node | None:
@@ -170,10 +171,10 @@ class Chain:
         starts_here = position == self.index if start is None else same_size(start, own * self.index)
         return source if starts_here else None
 
-    def gathered(self, own: fx.Node, old: fx.Node, like: fx.Node) -> fx.Node:
-        """All rows, in the shape of `old`, from every rank's own."""
-        graph = self.graph
-        node = self._gathered(own, like)
+    def gathered(self, own: fx.Node, old: fx.Node, stage: StreamStage) -> fx.Node:
+        """All rows, in the shape of `old`, from every rank's own, over the group that pays the stage."""
+        graph, like = self.graph, stage.addend.collective.node
+        node = self._gathered(own, stage)
         sizes = self.sizes(old)
         rows: Any = 1
         for size in sizes[:-1]:
@@ -182,10 +183,11 @@ class Chain:
             node = insert_call(graph, torch.ops.tpfuse.trim_rows.default, (node, rows), like=like)
         return node if same_shape(node, old) else insert_call(graph, aten.reshape.default, (node, sizes), like=like)
 
-    def _gathered(self, own: fx.Node, like: fx.Node) -> fx.Node:
-        gather = (own, self.parts, self.group)
-        node = insert_call(self.graph, c10d.all_gather_into_tensor.default, gather, like=like)
-        wait = insert_call(self.graph, ops.WAIT, (node,), like=like)
+    def _gathered(self, own: fx.Node, stage: StreamStage) -> fx.Node:
+        collective = stage.addend.collective
+        gather = (own, self.parts, collective.group_name)
+        node = insert_call(self.graph, c10d.all_gather_into_tensor.default, gather, like=collective.node)
+        wait = insert_call(self.graph, ops.WAIT, (node,), like=collective.node)
         self.inserted |= {node, wait}
         return wait
 
@@ -254,7 +256,7 @@ class Chain:
             new = self.own.get(hidden) or self.full[hidden]
             with inserting_behind(self.graph, new):
                 if not stage.scattered_form:
-                    new = self.gathered(new, hidden, like=stage.addend.collective.node)
+                    new = self.gathered(new, hidden, stage)
                 elif hidden in self.full:
                     new = self.cut(new, hidden)
             for reader in readers:

@@ -47,10 +47,13 @@ class Choice:
 def relayout(
     graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str], choice: Choice
 ) -> Moved:
-    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use."""
+    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use; of groups with
+    equal members, the one that comes first in the graph is used, since the graph's ranks are known to meet there."""
     moved = Moved()
     if not moves_rows(graph):
         return moved
+    written = {c.ranks: c.group_name for c in reversed(find_collectives(graph, resolve)) if c.ranks and c.group_name}
+    names = names | written
     factored = factor_sums(graph, resolve, rank, names) if "gather_full_tp" in choice.rewrites else []
     for one in factored:
         reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"

@@ -24,13 +24,13 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
     """The same sums, unscattered: the all-reduce this writes is fused with its norm like any other afterwards."""
     norm, addend, graph = stage.norm, stage.addend, chain.graph
     with inserting_behind(graph, norm.output):
-        reduced = (addend.source, "sum", chain.group)
+        reduced = (addend.source, "sum", addend.collective.group_name)
         node = insert_call(graph, c10d.all_reduce.default, reduced, like=addend.collective.node)
         chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, "")
         chain.moved.layouts[origin(addend.collective.node)] = TP_ATTN_FULL
         replacements = {addend.leaf: insert_call(graph, ops.WAIT, (node,), like=addend.leaf)}
         for term in stage.residuals:
-            replacements[term.leaf] = chain.full_of(term.leaf, like=addend.collective.node)
+            replacements[term.leaf] = chain.full_of(term.leaf, stage)
         hidden = _cloned(chain, stage.hidden, replacements, set(stage.total.interior))
         chain.full[stage.hidden] = hidden
         between = region_between(norm.output, {stage.hidden}) - {stage.hidden}
@@ -74,7 +74,7 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
             sizes = sizes_of(graph, residual)
             residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
         op = torch.ops.tpfuse.reduce_scatter_norm.default
-        results = chain.norm_op(stage, op, addend.source, residual, vector, chain.group)
+        results = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
         if sizes is not None:
             results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
         y, chain.own[hidden] = results

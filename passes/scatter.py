@@ -55,25 +55,31 @@ def _owed_over(chain: Chain, stage: StreamStage) -> tuple[fx.Node, str]:
     Rows are cut from the partial sum as they are from the hidden states: what rearranges them between the two is
     repeated on the partial sum.
     """
-    source, term = stage.addend.source, stage.term
+    source, term, group = stage.addend.source, stage.term, stage.addend.collective.group_name
     if not term.only_reshapes or not same_size(last_dim(source), last_dim(stage.hidden)):
-        return replay(chain.graph, term.steps, source), chain.group
+        return replay(chain.graph, term.steps, source), group
     first = source.args[0] if source.target is ops.WAIT else None
     if first is None or first.target is not c10d.reduce_scatter_tensor.default or len(source.users) != 1:
-        return source, chain.group
-    whole = _whole_group(chain, argument(first, "group_name"))
+        return source, group
+    dp_name = argument(first, "group_name")
+    dp = next((members for members, name in chain.names.items() if name == dp_name), ())
+    whole = _whole_group(chain, dp)
     if whole is None or not divides(chain.parts, value(source).shape[0]):
-        return source, chain.group
+        return source, group
     chain.replaced |= {first, source}
     return first.args[0], whole
 
 
-def _whole_group(chain: Chain, dp_name: str) -> str | None:
-    """The group that is the product of this chain's group and the dp group called `dp_name`."""
-    dp = next((members for members, name in chain.names.items() if name == dp_name), ())
-    wanted = len(dp) * chain.parts
-    candidates = [m for m in chain.names if len(m) == wanted and {*dp, *chain.ranks} <= set(m)]
-    return chain.names[candidates[0]] if len(candidates) == 1 else None
+def _whole_group(chain: Chain, dp: tuple[int, ...]) -> str | None:
+    """The group that is the product of the replicas' group `dp` and this chain's, the replicas slowest: only then do
+    rows that are scattered over both, one after the other, lie as those scattered over the product."""
+    attn = chain.parts
+    for members, name in chain.names.items():
+        if len(members) == len(dp) * attn and chain.rank in members:
+            own_dp, own_attn = divmod(members.index(chain.rank), attn)
+            if dp == members[own_attn::attn] and chain.ranks == members[own_dp * attn : (own_dp + 1) * attn]:
+                return name
+    return None
 
 
 def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
@@ -84,13 +90,13 @@ def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
         chain.replaced.add(cut)
     out = stage.norm.output
     if chain.alive(out):
-        full = chain.gathered(y, out, like=stage.addend.collective.node)
+        full = chain.gathered(y, out, stage)
         out.replace_all_uses_with(full, propagate_meta=False)
 
 
 def _gather_whole(chain: Chain, gather: Collective, y: fx.Node) -> None:
     """Gather the rows of every replica straight from the scattered rows, where the shares are even."""
-    whole = _whole_group(chain, gather.group_name)
+    whole = _whole_group(chain, gather.ranks)
     if whole is None or not divides(chain.parts, value(gather.input).shape[0]):
         return
     count = chain.parts * len(gather.ranks)

@@ -82,7 +82,7 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
     Raises: nothing for a graph that cannot be fused (the report says why); PolicyError where the graph's groups are not
-    those of `policy`; with `strict=True`, internal errors.
+    those of `policy`; with `strict=True`, FusionError for an internal error.
     """
     outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict, policy=policy))
     check_groups(outcome.report, policy)

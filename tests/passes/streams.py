@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch import Tensor, fx
 from torch.distributed._local_tensor import LocalTensor
 
 import tpfuse
+from tpfuse.passes.accounting import performs
+from tpfuse.passes.fuse import PassOptions, fuse
+from tpfuse.passes.groups import resolve_group
 from tpfuse.rows import cut_rows, trim_rows
 
-from ..graphs import fake_world, fused, on_ranks, trace
+from ..graphs import fake_world, on_ranks, trace
 
 HIDDEN = 8
 c10d = torch.ops._c10d_functional
@@ -29,40 +32,40 @@ c10d = torch.ops._c10d_functional
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank of a mesh, and what it can do there. names: of its groups, "attention", "dp" and "whole"."""
+    """One rank of a mesh, and what it can do there.
+
+    names: of its groups, "attention", "dp" and "whole". dp_fastest: the other order of the ranks than a policy has.
+    """
 
     dp: int
     attn: int
     rank: int = 0
     names: dict[str, str] = field(default_factory=dict)
+    dp_fastest: bool = False
 
     @property
     def size(self) -> int:
         return self.dp * self.attn
 
     def members(self, kind: str) -> list[int]:
-        first, column = self.rank - self.rank % self.attn, self.rank % self.attn
-        ranks = {"attention": range(first, first + self.attn), "dp": range(column, self.size, self.attn)}
-        return list(ranks.get(kind, range(self.size)))
+        if kind == "whole":
+            return list(range(self.size))
+        fastest = self.dp if self.dp_fastest else self.attn
+        if (kind == "dp") == self.dp_fastest:
+            first = self.rank - self.rank % fastest
+            return list(range(first, first + fastest))
+        return list(range(self.rank % fastest, self.size, fastest))
 
     def on(self, rank: int) -> Mesh:
         """The same mesh seen from `rank`, with process groups: all ranks create them in one order."""
-        seen = Mesh(self.dp, self.attn, rank)
-        names = {"whole": dist.group.WORLD.group_name}
-        for other in range(self.size):
-            for kind in ("attention", "dp"):
-                members = Mesh(self.dp, self.attn, other).members(kind)
-                if members[0] != other:
-                    continue
-                group = dist.new_group(members)
+        seen = replace(self, rank=rank)
+        names = {}
+        for kind in ("attention", "dp", "whole"):
+            for members in dict.fromkeys(tuple(replace(self, rank=r).members(kind)) for r in range(self.size)):
+                group = dist.new_group(list(members))
                 if rank in members:
                     names[kind] = group.group_name
-        return Mesh(self.dp, self.attn, rank, names)._checked(seen)
-
-    def _checked(self, seen: Mesh) -> Mesh:
-        for kind, name in self.names.items():
-            assert tpfuse.passes.groups.resolve_group(name) == tuple(seen.members(kind))
-        return self
+        return replace(seen, names=names)
 
     def all_reduce(self, x: Tensor, over: str = "attention") -> Tensor:
         return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", self.names[over]))
@@ -105,9 +108,9 @@ def rewritten(
             own = [each[rank] if isinstance(each, list) else each for each in given]
             run = partial(_as_rank, program, here)
             before.append(trace(run, *own, dynamic=dynamic, decompose=False))
-            graph, report = fused(before[-1], policy=policy, strict=True)
-            after.append(graph)
-            reports.append(report)
+            outcome = fuse(before[-1].graph, resolve_group, PassOptions(policy=policy, strict=True))
+            after.append(fx.GraphModule(before[-1], outcome.graph))
+            reports.append(outcome.report)
     return before, after, reports
 
 
@@ -154,7 +157,7 @@ def collectives(graph: fx.GraphModule) -> Counter:
     """How many collectives of each kind the graph performs, fused operations included."""
     found: Counter = Counter()
     for node in graph.graph.nodes:
-        kind = tpfuse.passes.accounting.performs(node)
+        kind = performs(node)
         if kind is not None:
             found[kind] += 1
     return found
@@ -168,7 +171,7 @@ def inputs(mesh: Mesh, *shape: int) -> list[Any]:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     replicas = [draw(*shape, HIDDEN) for _ in range(mesh.dp)]
-    x = [replicas[rank // mesh.attn] for rank in range(mesh.size)]
+    x = [replicas[replace(mesh, rank=r).members("dp").index(r)] for r in range(mesh.size)]
     return [x, [draw(HIDDEN) for _ in range(mesh.size)], draw(HIDDEN) + 2]
 
 

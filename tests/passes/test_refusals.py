@@ -155,8 +155,9 @@ def test_an_internal_error_keeps_the_graph_and_says_so(four_ranks, monkeypatch):
     assert "internal error" in report.boundaries[0].reason and "a bug" in report.boundaries[0].reason
     partials, *rest = inputs(0, torch.float32)
     graph = trace(boundary(spellings.rms_llama), partials[0], *rest)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(tpfuse.FusionError, match="ZeroDivisionError: a bug") as raised:
         tpfuse.fuse_graph(graph, strict=True)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 def test_other_collectives_get_a_verdict(four_ranks):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tpfuse.passes.accounting import performs
 from tpfuse.policy import SharingPolicy
 
-from .streams import HIDDEN, Mesh, check, inputs, mix, rms
+from .streams import HIDDEN, Mesh, check, inputs, mix, rewritten, rms
 
 PAIR = Mesh(1, 2)
 #: Shapes of hidden states over two ranks: square, even, with padding, and fewer rows than ranks.
@@ -136,3 +137,41 @@ def test_layers_with_whole_and_with_cut_weights_follow_one_another(own, residual
 
     report, _ = check(program, PAIR, inputs(PAIR, 2, 3), own_rows_policy(residual))
     assert len(report.fused) == sum(b.collective == "all_reduce" for b in report.boundaries)
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def groups_used(graph):
+    """The groups that a graph communicates over, by name."""
+    used = (node.kwargs.get("group_name", node.args[-1] if node.args else None) for node in graph.graph.nodes)
+    return {name for name, node in zip(used, graph.graph.nodes, strict=True) if performs(node)}
+
+
+@pytest.mark.parametrize("residual", ["scattered", "replicated"])
+def test_a_boundary_stays_in_the_group_it_was_written_for(residual):
+    """Other groups have the same members; a group of its own may have another backend, stream or timeout."""
+
+    def program(mesh, x, partial, weight, own):
+        h = own + mesh.reduce_scatter(mix(x, partial))
+        return mesh.all_gather(rms(h, weight)), h
+
+    own = [torch.randn(2, 3, HIDDEN, dtype=torch.float64) for _ in range(2)]
+    given = [*inputs(PAIR, 4, 3), own]
+    for run in (program, two_layers):
+        before, after, _ = rewritten(run, PAIR, given[: 4 if run is program else 3], own_rows_policy(residual))
+        assert len(groups_used(before[1])) == 1
+        assert groups_used(after[1]) == groups_used(before[1])
+
+
+@pytest.mark.parametrize("dp_fastest", [False, True])
+def test_rows_of_all_replicas_are_gathered_in_the_order_of_the_whole_group(dp_fastest):
+    """One gather over the whole group stands for two only where its ranks follow one another as the rows do."""
+    mesh = Mesh(2, 2, dp_fastest=dp_fastest)
+
+    def program(mesh, x, partial, weight):
+        y = rms(x + mesh.all_reduce(mix(x, partial)), weight)
+        return mesh.all_gather(y.flatten(0, 1), "dp") * 2, mesh.cut(y) * 2
+
+    _, executed = check(program, mesh, inputs(mesh, 2, 4), SharingPolicy(4, 2, None, residual="scattered"))
+    assert executed == {"reduce_scatter": 1, "all_gather": 1 + dp_fastest}
