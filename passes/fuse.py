@@ -44,13 +44,15 @@ class PassOptions:
     """What the pass is told besides the graph.
 
     strict: raise FusionError for an internal error instead of keeping the old graph. policy: how the model was cut,
-    where that is known; equal on all ranks. batch_invariant: what every fused operation is told. split: the graph is
-    the forward half of one that was split; the other half reads its outputs.
+    where that is known; equal on all ranks. ranks: of the whole TP group, where they are known. batch_invariant: what
+    every fused operation is told. split: the graph is the forward half of one that was split; the other half reads its
+    outputs.
     """
 
     rewrites: tuple[str, ...] = REWRITES
     strict: bool = False
     policy: SharingPolicy | None = None
+    ranks: tuple[int, ...] | None = None
     batch_invariant: bool = False
     split: bool = False
 
@@ -100,7 +102,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     before = verdicts(recognition, plan(recognition, options.rewrites))
     names = [collective.node.name for collective in recognition.collectives]
     written = accounting.transfers(changed, resolve)
-    mesh = _mesh(options.policy)
+    mesh = _mesh(options.policy, options.ranks)
 
     accounting.mark(recognition.collectives)
     moved = _relayout(changed, resolve, options, inference=not recognition.backward)
@@ -127,11 +129,11 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     return changed, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
 
 
-def _mesh(policy: SharingPolicy | None) -> MeshGroups | None:
+def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGroups | None:
     rank = own_rank()
     if policy is None or rank is None:
         return None
-    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups())
+    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), ranks)
 
 
 def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:

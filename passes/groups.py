@@ -51,13 +51,16 @@ class MeshGroups:
         return ""
 
 
-def mesh_groups(tp_size: int, dp_size: int, rank: int, known: Iterable[tuple[int, ...]]) -> MeshGroups:
-    """The groups of `rank`, dp slowest. `known`: members of the groups there are.
+def mesh_groups(
+    tp_size: int, dp_size: int, rank: int, known: Iterable[tuple[int, ...]], whole: tuple[int, ...] | None = None
+) -> MeshGroups:
+    """The groups of `rank`, dp slowest. `known`: members of the groups there are; `whole`: those of the whole TP group.
 
-    The whole group is the one of `tp_size` members that holds this rank; where there is none, ranks stand in blocks
-    of `tp_size`.
+    Where `whole` is not known it is guessed: the first group of `tp_size` members that holds this rank; where there is
+    none, ranks stand in blocks of `tp_size`.
     """
-    whole = next((members for members in known if len(members) == tp_size and rank in members), None)
+    if whole is None or rank not in whole:
+        whole = next((members for members in known if len(members) == tp_size and rank in members), None)
     if whole is None:
         first = rank - rank % tp_size
         whole = tuple(range(first, first + tp_size))

@@ -168,6 +168,27 @@ def test_groups_of_another_kind_of_parallelism_are_left_alone():
                 check_groups(report_of(*group, feeds_norm=feeds_norm), policy)
 
 
+def explained_on(full, dims, policy):
+    """The report on a model that `dims` of the mesh `full` cut; rank 0 of a fake world."""
+    torch._dynamo.reset()
+    model = parallelize(nn.Sequential(build(lambda: Layer(MLP()))), full[dims], policy)
+    with torch.no_grad():
+        return tpfuse.explain(model, (torch.randn(2, 3, HIDDEN).double(),))
+
+
+def test_the_tp_group_is_the_one_that_parallelize_saw():
+    """Whatever other groups of as many ranks there are: they were made for another kind of parallelism."""
+    with fake_world(8):
+        full = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replica", "dp", "attn_tp"))
+        dist.new_group([0, 1, 4, 5])
+        report = explained_on(full, ("dp", "attn_tp"), SharingPolicy(4, 2, None))
+        assert [b.group for b in report.boundaries] == [(0, 1), (0, 2), (0, 1, 2, 3)]
+    with fake_world(4):
+        full = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+        report = explained_on(full, "tp", SharingPolicy(2, 1, 2))
+        assert [(b.group, b.layout_in) for b in report.boundaries] == [((0, 1), "TP_ATTN_FULL")] * 2
+
+
 # -- equal rows -------------------------------------------------------------------------------------------------------
 
 

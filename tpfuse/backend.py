@@ -69,7 +69,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     else:
         # A warm cache: nothing was traced, so the pass did not run, or not to its end.
         report = report_store.load(name) or trace_report(spare, example_inputs, options)
-    check_groups(report, options.policy)
+    check_groups(report, options.policy, options.ranks)
     record(report)
     check(report, options)
     return guard(checking(compiled, spare, marks), report, options)
@@ -94,7 +94,7 @@ CustomGraphPass = private.custom_graph_pass()
 
 def pass_options(options: Options) -> PassOptions:
     """What of the backend's options concerns the pass."""
-    return PassOptions(options.rewrites, options.strict, options.policy, options.batch_invariant)
+    return PassOptions(options.rewrites, options.strict, options.policy, options.ranks, options.batch_invariant)
 
 
 class FusionPass(CustomGraphPass):

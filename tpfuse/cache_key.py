@@ -41,6 +41,7 @@ def cache_key(options: Options) -> bytes:
 def _canonical(options: Options) -> dict[str, Any]:
     return {
         "policy": options.policy.to_json() if options.policy is not None else None,
+        "ranks": options.ranks,
         "strict": options.strict,
         "inner": options.inner,
         "rewrites": list(options.rewrites),

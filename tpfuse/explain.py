@@ -53,7 +53,7 @@ def explain(
         try:
             stated = with_recorded_policy(parsed, gm)
             report = trace_report(gm, example_inputs, stated)
-            check_groups(report, stated.policy)
+            check_groups(report, stated.policy, stated.ranks)
         except TPFuseError as error:
             raise private.raised_through_dynamo(error) from error.__cause__
         if private.compile_stopped_at_graph_break(gm):

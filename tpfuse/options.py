@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import _torch_private as private
@@ -32,6 +32,7 @@ class Options:
     check_plans: compare the plans of the ranks of a group at each graph's first run.
     plan_timeout: seconds that a group's first graph waits for the plans of the other ranks; then it runs unchecked.
     peer_timeout: seconds that a call may wait for a rank of its groups; None leaves it to the groups' own timeouts.
+    ranks: of the whole TP group, as `parallelize` recorded them beside the policy; no option that a user gives.
     """
 
     policy: SharingPolicy | None = None
@@ -45,6 +46,7 @@ class Options:
     check_plans: bool = True
     plan_timeout: float = 60.0
     peer_timeout: float | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -68,7 +70,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     Raises OptionError for an unknown key (naming the nearest one), a wrong type or a value that is not allowed.
     """
     options = dict(options or {})
-    known = [f.name for f in fields(Options)]
+    known = list(_TYPES)
     for key, given in options.items():
         if key not in known:
             raise OptionError(f"options[{key!r}]: no such option; {_nearest(key, known)}")

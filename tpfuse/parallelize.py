@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpfuse._torch_private import backward_hooks
-from tpfuse.agreement import record_policy
+from tpfuse.agreement import Recorded, record_policy
 from tpfuse.boundary import (
     AllRows,
     CopyIn,
@@ -137,7 +137,7 @@ def parallelize(
             sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
             modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
             modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
-            record_policy(modules[name], policy, classes)
+            record_policy(modules[name], Recorded(policy, groups.whole.ranks), classes)
     for edge in edges:
         _hook_edge(modules[edge.name], edge, groups.attention)
     owed = _owed(model, done, roles, groups)
