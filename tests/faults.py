@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from .ranks import PRELOADED
+
 
 @dataclass
 class Outcome:
@@ -70,9 +72,8 @@ def outcomes(
 
     `seconds` is time.monotonic() when a rank ended: a clock that all processes of a machine share.
     """
-    # One process imports torch, and the ranks are its copies: a quarter of the time that fresh interpreters take.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "tpfuse.backend"])
+    context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         common = (world, folder, cache, group_timeout, environment or {}, fn, args, results)
