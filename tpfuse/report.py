@@ -26,7 +26,8 @@ class Boundary(StrictJson):
 
     kind: "attention→dense_mlp", "dense_mlp→attention", "embedding→attention", "...→final_norm" and so on, or "unknown".
     module: qualified name of the module that produced the collective's input.
-    collective: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
+    collective: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all", in whatever form (coalesced, autograd).
+        Any other collective of the graph is listed too, never fused, by its operator's name, as "broadcast" is.
     group: the global ranks it runs over.
     norm: "rms_norm", "layer_norm", or None where no norm reads the result.
     rewrite: the rewrite's name, or None.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 import tpfuse
 from tpfuse.passes import rewrite
@@ -171,6 +172,15 @@ def test_other_collectives_get_a_verdict(four_ranks):
     _, report = fused(trace(run, partials[0], *rest))
     assert [b.collective for b in report.boundaries] == ["all_gather", "reduce_scatter"]
     assert all(b.reason and not b.fused for b in report.boundaries)
+
+
+def test_a_collective_of_no_tensor_parallel_model_is_listed_by_its_operators_name(four_ranks):
+    def run(x):
+        return funcol.wait_tensor(torch.ops._c10d_functional.broadcast(x, 0, "0")) * 2
+
+    _, report = fused(trace(run, torch.randn(3, HIDDEN)))
+    ((collective, rewrite_name, reason),) = ((b.collective, b.rewrite, b.reason) for b in report.boundaries)
+    assert (collective, rewrite_name) == ("broadcast", None) and "broadcast" in reason
 
 
 def test_the_old_order_is_kept_where_it_was_right(four_ranks):
