@@ -140,6 +140,7 @@ def test_nothing_is_mutated_and_nothing_aliases(four_ranks):
         ({"eps": torch.ones(2)}, "eps is a tensor of shape"),
         ({"eps": "small"}, "eps is a str"),
         ({"group": 7}, "group=7 is no group on this rank; allowed: a ProcessGroup"),
+        ({"group": "tp"}, r"group='tp' is the name of no process group .*; its groups: '0' \(ranks 0, 1, 2, 3\)"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(four_ranks, change, message):

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpfuse._torch_private import flat_mesh_group
+from tpfuse._torch_private import all_group_members, flat_mesh_group
 from tpfuse.errors import OpError, PolicyError
 from tpfuse.policy import SharingPolicy
 
@@ -16,8 +16,8 @@ from tpfuse.policy import SharingPolicy
 def group_name_of(group: Any) -> str:
     """The registered name of `group`: a ProcessGroup, a name, a 1-D DeviceMesh or (mesh, dim).
 
-    Dynamo traces through it. A name is not looked up here: the operator that is given it does so. Raises OpError for
-    anything else.
+    Dynamo traces through it. A name is not looked up here: the operator that is given it does so, and raises OpError
+    for one that no group has. Raises OpError for anything else.
     """
     if isinstance(group, str):
         return group
@@ -31,6 +31,12 @@ def group_name_of(group: Any) -> str:
         f"group={group!r} is no group on this rank; allowed: a ProcessGroup, a group's name, a 1-D DeviceMesh or "
         "(mesh, dim)"
     )
+
+
+def no_such_group(name: str) -> str:
+    """The sentence on a name that no process group of this rank has."""
+    known = [f"{own!r} (ranks {', '.join(map(str, ranks))})" for own, ranks in all_group_members().items()]
+    return f"group={name!r} is the name of no process group on this rank; its groups: {', '.join(known) or 'none'}"
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ._torch_private import group_size, register_local_tensor_rule
+from ._torch_private import group_size, process_group, register_local_tensor_rule
 from .errors import OpError
-from .groups import group_name_of
+from .groups import group_name_of, no_such_group
 from .kernels.add_norm import AddNormOut, add_norm
 from .kernels.all_reduce import all_reduce_add_norm
 
@@ -151,7 +151,13 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
 
 
 def _all_reduced(x: Tensor, group_name: str) -> Tensor:
-    return funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name))
+    try:
+        pending = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
+    except RuntimeError as error:
+        if process_group(group_name) is not None:
+            raise
+        raise OpError(no_such_group(group_name)) from error
+    return funcol.wait_tensor(pending)
 
 
 def _own_share(x: Tensor, group_name: str) -> Tensor:
