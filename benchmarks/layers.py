@@ -24,6 +24,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,8 +351,9 @@ def main() -> None:
         return
     side_by_side(arguments)
     merged: dict[str, Any] = {}
+    parts = arguments.out or Path(tempfile.mkdtemp(), "layers.json")
     for world in arguments.worlds:
-        part = Path(f"{arguments.out or '/tmp/layers.json'}.{world}")
+        part = Path(f"{parts}.{world}")
         own = ["--worlds", str(world), "--layers", str(arguments.layers), "--out", str(part)]
         own += ["--decode", *map(str, arguments.decode), "--prefill", *map(str, arguments.prefill)]
         try:

@@ -2,7 +2,9 @@
 kernels_tune_h200.json (virtual ranks); see docs/performance.md for what each source means.
 
 "NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink; sizes past the last measured one run as that one
-does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived.
+does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived: at 800 kB and 220
+kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its second trip over NVLink. The two-shot
+ends at 8 MiB, past which a plain all-reduce is limited by bandwidth alone. (Two ranks move as much either way.)
 "virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
 more rows run as 512 do. "*" is for every other device.
 """

@@ -1,8 +1,7 @@
 """From measurements to a dispatch table. Pure: lists in, entries out.
 
-Virtual ranks measure latency and the cost of a kernel's structure well and a link's bandwidth not at all. So a table
-for virtual ranks takes the fastest kernel at each size as measured, while a table for linked GPUs takes from the same
-measurements only how to run a one-shot (programs a row, warps), and where the one-shot ends from bytes.
+A table takes the fastest right kernel at each size as measured. Virtual ranks measure latency and the cost of a
+kernel's structure well and a link's bandwidth not at all: what is measured on them is for them alone.
 """
 
 from __future__ import annotations
@@ -15,10 +14,6 @@ from collections.abc import Iterable
 from .compat import next_power_of_2
 from .dispatch import Entry
 
-# Bytes of one rank's tensor from which the two-shot is faster over NVLink: where its smaller traffic outweighs its
-# second trip, on GPUs of the Hopper family. Two ranks move as much either way.
-ONE_SHOT_BYTES = {2: 8 << 20, 4: 800_000, 8: 220_000}
-TWO_SHOT_BYTES = {2: 0, 4: 8 << 20, 8: 8 << 20}  # past that, a plain all-reduce is limited by bandwidth alone
 _NAME = re.compile(
     r"(?P<kernel>one_shot|two_shot|barrier|functional)(?: s(?P<split>\d+))?(?: w(?P<warps>\d+))?( rotating)?$"
 )
@@ -85,21 +80,3 @@ def compacted(entries: list[Entry]) -> list[Entry]:
         for here, after in zip(ordered, [*ordered[1:], None], strict=True)
         if after is None or dataclasses.replace(here, rows=after.rows) != after
     ]
-
-
-def linked_entries(records: list[dict], device: str) -> list[Entry]:
-    """For GPUs with links: the fastest measured one-shot up to ONE_SHOT_BYTES, then the two-shot."""
-    shots = [r for r in records if r["provider"].startswith("one_shot")]
-    out = []
-    measured = measured_entries(shots, device)
-    for world, hidden in sorted({(e.world, e.hidden) for e in measured}):
-        here = [e for e in measured if (e.world, e.hidden) == (world, hidden)]
-        last_one = ONE_SHOT_BYTES[world] // (2 * hidden)
-        last_two = TWO_SHOT_BYTES[world] // (2 * hidden)
-        out += [e for e in here if e.rows < last_one]
-        # whole rows at the end of the range: many rows keep all programs busy without splitting
-        whole = [e for e in here if e.split == 1] or [dataclasses.replace(here[-1], split=1, warps=0)]
-        out.append(dataclasses.replace(whole[-1], rows=last_one, source="derived"))
-        if last_two > last_one:
-            out.append(Entry(device, world, hidden, last_two, "two_shot", source="derived"))
-    return out

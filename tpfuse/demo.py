@@ -102,7 +102,7 @@ def _rank_main(rank: int, setup: Setup, folder: str, families: list[str], result
         if setup.device == "cuda":
             torch.cuda.set_device(0 if setup.shared else rank)
             if setup.shared:
-                demo_models.repair_gloo_all_gather()
+                _repair = demo_models.repair_gloo_all_gather()  # kept until this process ends
         dist.init_process_group(setup.backend, init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
         for name in families:
             results.put((rank, name, _run_model(setup, FAMILIES[name], folder, say)))

@@ -122,10 +122,10 @@ def load_sharded(folder: str) -> Any:
     return model
 
 
-def repair_gloo_all_gather() -> None:
+def repair_gloo_all_gather() -> torch.library.Library:
     """Gloo's functional all-gather dies on CUDA tensors (torch 2.11); its other all-gather works, so take that one.
 
-    For the demo on one shared GPU only. lm_head's logits go this way.
+    For the demo on one shared GPU only. lm_head's logits go this way. The repair lasts as long as the library returned.
     """
     import torch.distributed as dist
 
@@ -136,12 +136,9 @@ def repair_gloo_all_gather() -> None:
         dist.all_gather_into_tensor(gathered, x.contiguous(), group=process_group(group_name))
         return gathered
 
-    _LIBRARIES.append(torch.library.Library("_c10d_functional", "IMPL"))
-    _LIBRARIES[-1].impl("all_gather_into_tensor", all_gather, "CUDA")
-
-
-#: Libraries take their operators back when they go.
-_LIBRARIES: list[torch.library.Library] = []
+    library = torch.library.Library("_c10d_functional", "IMPL")
+    library.impl("all_gather_into_tensor", all_gather, "CUDA")
+    return library
 
 
 def why_inductor_cannot_compile_for_cpu() -> str:

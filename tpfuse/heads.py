@@ -123,17 +123,19 @@ def check_reshapes(name: str, module: nn.Module, named: Mapping[str, int], width
             )
 
 
-# Every layer of a model asks about the same few classes. One thread parses at a time: CPython before 3.11.8 corrupts
-# the recursion count of `ast.parse` when threads (ranks, in tests) parse at once.
-_parsed: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
-_parsing = threading.Lock()
+#: REGISTRY: the parsed methods of each class that was asked about; every layer of a model asks about the same few
+#: classes. An entry goes with its class.
+_METHODS: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
+# One thread parses at a time: CPython before 3.11.8 corrupts the recursion count of `ast.parse` when threads (ranks, in
+# tests) parse at once.
+_PARSING = threading.Lock()
 
 
 def _methods(cls: type) -> list[ast.FunctionDef]:
-    with _parsing:
-        if cls not in _parsed:
-            _parsed[cls] = list(_parse(cls))
-        return _parsed[cls]
+    with _PARSING:
+        if cls not in _METHODS:
+            _METHODS[cls] = list(_parse(cls))
+        return _METHODS[cls]
 
 
 def _parse(cls: type) -> Iterator[ast.FunctionDef]:

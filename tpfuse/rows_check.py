@@ -25,9 +25,25 @@ from tpfuse.errors import PolicyError
 from tpfuse.groups import Group
 from tpfuse.rows import announced_rows
 
-_keys = itertools.count()
-#: REGISTRY: the checks of all models of this process, by the key that graphs know them by.
-_CHECKS: WeakValueDictionary[int, RowsCheck] = WeakValueDictionary()
+
+class _Checks:
+    """The checks of all models by the number that graphs know them by.
+
+    An entry goes with its check, and no number comes twice: a graph that outlived its model finds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = itertools.count()
+        self.by_key: WeakValueDictionary[int, RowsCheck] = WeakValueDictionary()
+
+    def add(self, check: RowsCheck) -> int:
+        key = next(self.numbers)
+        self.by_key[key] = check
+        return key
+
+
+#: REGISTRY: see `_Checks`.
+_CHECKS = _Checks()
 
 _lib = torch.library.Library("tpfuse", "FRAGMENT")
 _lib.define("same_rows(Tensor x, str group_name, int key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,8 +54,7 @@ class RowsCheck:
 
     def __init__(self) -> None:
         self.done = False
-        self.key = next(_keys)
-        _CHECKS[self.key] = self
+        self.key = _CHECKS.add(self)
 
     def __deepcopy__(self, memo: dict) -> RowsCheck:
         memo[id(self)] = copied = RowsCheck()
@@ -73,7 +88,7 @@ class RowsCheck:
 
 
 def _same_rows(x: Tensor, group_name: str, key: int) -> Tensor:
-    if (check := _CHECKS.get(key)) is not None:
+    if (check := _CHECKS.by_key.get(key)) is not None:
         check.meet(x.shape[0], group_name, x.device)
     return x.clone()
 
@@ -104,8 +119,9 @@ def take_marks(gm: fx.GraphModule) -> list[Mark]:
             continue
         x, group_name, key = node.args
         example = x.meta["example_value"]
-        if key in _CHECKS and key not in marks:
-            marks[key] = Mark(_CHECKS[key], group_name, example.shape[0], example.device)
+        check = _CHECKS.by_key.get(key)
+        if check is not None and key not in marks:
+            marks[key] = Mark(check, group_name, example.shape[0], example.device)
         node.replace_all_uses_with(x)
         gm.graph.erase_node(node)
     if marks:

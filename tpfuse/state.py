@@ -167,9 +167,7 @@ def _own_part(parts: list[str], cut: Cut, read: Reader) -> Tensor:
     return torch.cat(pieces, cut.dim - 1) if len(pieces) > 1 else pieces[0]
 
 
-def _match(
-    model: nn.Module, state: Parallelized, names: Mapping[str, Any]
-) -> tuple[list[_Load], list[str], list[str]]:
+def _match(model: nn.Module, state: Parallelized, names: Mapping[str, Any]) -> tuple[list[_Load], list[str], list[str]]:
     """What to load from where, the names that are missing, and those that nobody asked for."""
     loads: list[_Load] = []
     missing: list[str] = []

@@ -9,7 +9,7 @@ from tpfuse.errors import OptionError
 from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
 from tpfuse.kernels.groups import judge, why_not
 from tpfuse.kernels.tables import SHIPPED
-from tpfuse.kernels.tune import candidates, compacted, entry_of, linked_entries, measured_entries, name_of
+from tpfuse.kernels.tune import candidates, compacted, entry_of, measured_entries, name_of
 from tpfuse.tuning import NOISE
 
 TABLE = Table(
@@ -90,11 +90,6 @@ def test_measurements_become_entries():
         Entry("H", 4, 4096, 64, "two_shot", 1, 16),
         Entry("H", 4, 4096, 512, "barrier"),
     ]
-    linked = linked_entries(records, "H")
-    assert [(e.kernel, e.rows, e.split, e.source) for e in linked] == [
-        ("one_shot", 1, 4, "measured"), ("one_shot", 64, 1, "measured"),
-        ("one_shot", 97, 1, "derived"), ("two_shot", 1024, 1, "derived"),
-    ]  # fmt: skip
 
 
 FACTS = {"host": "a", "boot": "1", "device": "H200", "uuid": "u0", "multiprocessors": 132, "capability": (9, 0),

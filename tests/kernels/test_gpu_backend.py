@@ -119,7 +119,7 @@ def run_training(rank: int) -> dict:
 
     device = here(rank)
     if dist.get_backend() == "gloo":
-        demo_models.repair_gloo_all_gather()  # full_tensor() gathers
+        _repair = demo_models.repair_gloo_all_gather()  # full_tensor() gathers
     mesh = init_device_mesh("cuda", (WORLD,))
     torch.manual_seed(0)
     whole = Stack(1, "dtensor").to(device)
