@@ -159,9 +159,7 @@ def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: De
         elif not done and rewrite is None:
             anew = "its boundary was laid out anew, and no norm follows it any more"
             reason = moved.kept.get(name) or reason or refused.get(name) or anew
-        # What the planner keeps is not missed: a replica takes its own rows between the sum and the norm.
-        feeds_norm = boundary.feeds_norm and name not in moved.kept
-        verdict = dict(fused=done, rewrite=rewrite, reason=reason, runs=runs, feeds_norm=feeds_norm)
+        verdict = dict(fused=done, rewrite=rewrite, reason=reason, runs=runs, demanded=name in moved.demanded)
         boundaries.append(replace(boundary, **verdict))
     return boundaries
 

@@ -36,12 +36,14 @@ aten, c10d = ops.aten, ops.c10d
 class Moved:
     """What happened to the original collectives, by node name: (rewrite, fused, reason).
 
-    layouts: for those that moved, in which layout the rows stay. kept: why others stay as they were written.
+    layouts: for those that moved, in which layout the rows stay. kept: why others stay as they were written; demanded:
+    those among them that stay because the policy, as it is declared, asks for it.
     """
 
     verdicts: dict[str, tuple[str, bool, str]] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    demanded: set[str] = field(default_factory=set)
 
 
 class Chain:

@@ -122,12 +122,20 @@ def _keep_whole(graph: fx.Graph, resolve: ResolveGroup, factored: list[Factored]
     for one in cheaper:
         if one.second not in joined:
             unfactor(graph, one)
-            reason = (
-                f"one all-reduce over the whole group costs less at {choice.rows or NOMINAL_ROWS} rows than a second "
-                "collective: no norm follows it before each replica takes its own rows"
-            )
             moved.verdicts.pop(one.name)
-            moved.kept[one.name] = reason
+            moved.kept[one.name] = _why_whole(choice)
+            if choice.rows is not None:
+                moved.demanded.add(one.name)
+
+
+def _why_whole(choice: Choice) -> str:
+    start = "one all-reduce over the whole group costs less than a reduce-scatter and a fused all-reduce at "
+    if choice.rows is not None:
+        return f"{start}{choice.rows} rows, which the policy states as max_rows: so the policy asks for it to stay"
+    return (
+        f"{start}{NOMINAL_ROWS} rows, which are assumed because the policy states no max_rows; state max_rows, or "
+        "residual='scattered', in the policy"
+    )
 
 
 def _sizes_of_factors(factored: Factored, resolve: ResolveGroup, choice: Choice) -> Sizes:

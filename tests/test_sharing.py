@@ -36,6 +36,9 @@ from .policy_harness import (
 )
 from .test_parallelize_models import POLICIES, batches_of, mesh_of, oracle, worst_error
 
+#: Where `strict` is off because a sum over the whole group may stay at few rows, an internal error is still one.
+pytestmark = pytest.mark.filterwarnings("error:tpfuse left a graph")
+
 #: (tp, dp, dense): one policy on each of 2, 4 and 8 ranks; the rest of the matrix runs nightly.
 SHORT = [(2, 2, 1), (4, 2, 2), (8, 2, 4)]
 MATRIX = [p if p in SHORT else pytest.param(*p, marks=pytest.mark.nightly) for p in POLICIES]
@@ -71,7 +74,7 @@ def free_starts(monkeypatch):
 def run_inference(rank, model, policy, batches, want):
     replica = rank // policy.attn_tp_size
     with torch.no_grad(), rows([batch.numel() for batch in batches]):
-        return relative(compile_for(model, policy)(batches[replica]), want[replica])
+        return relative(compile_for(model, policy, strict=False)(batches[replica]), want[replica])
 
 
 @compiles_in_threads
@@ -151,8 +154,18 @@ def test_at_few_rows_one_collective_over_the_whole_group_is_kept(residual):
     report, executed = explained(SharingPolicy(8, 2, None, residual=residual, max_rows=16))
     kept = [b for b in report.boundaries if len(b.group) == 8]
     assert [(b.collective, b.rewrite, b.before == b.after) for b in kept] == [("all_reduce", None, True)] * 2
-    assert all("costs less at 16 rows" in b.reason for b in kept) and not report.missed
+    assert all("16 rows, which the policy states as max_rows" in b.reason for b in kept) and not report.missed
+    assert all(b.feeds_norm and b.demanded for b in kept)
     assert executed == {"all_reduce": 4, "all_gather": 2}
+
+
+def test_a_sum_that_stays_for_the_sake_of_assumed_rows_is_a_missed_fusion():
+    policy = SharingPolicy(8, 2, None)
+    report, _ = explained(policy, strict=False)
+    assert [b.group for b in report.missed] == [tuple(range(8))] * 2
+    assert all("assumed because the policy states no max_rows" in b.reason for b in report.missed)
+    with pytest.raises(tpfuse.FusionError, match="state max_rows, or residual='scattered'"):
+        explained(policy, strict=True)
 
 
 def test_at_many_rows_the_whole_group_is_left_for_cheaper_factors():
@@ -280,7 +293,7 @@ def test_without_its_rewrite_the_gather_form_stays_scattered():
 
 def run_training(rank, model, policy, batches, want, grads):
     replica = rank // policy.attn_tp_size
-    logits = compile_for(model, policy)(batches[replica])
+    logits = compile_for(model, policy, strict=False)(batches[replica])
     loss_of(logits).backward()
     return worst_error(model, logits, want[replica], grads)
 

@@ -82,8 +82,8 @@ def check(report: Report, options: Options) -> None:
             f"expect_fused={options.expect_fused}, but {report.fused_forward} forward collectives were fused\n{report}"
         )
     if options.strict and report.missed:
-        names = ", ".join(boundary.module or boundary.kind for boundary in report.missed)
-        raise FusionError(f"strict=True, but all-reduces that feed a norm stayed unfused: {names}\n{report}")
+        missed = "\n".join(f"{boundary.module or boundary.kind}: {boundary.reason}" for boundary in report.missed)
+        raise FusionError(f"strict=True, but all-reduces that feed a norm stayed unfused\n{missed}\n{report}")
 
 
 # -- the pass ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ class Options:
 
     policy: how the model was cut, where it was not cut by `parallelize`; otherwise it may only repeat the policy.
     expect_fused: the number of forward collectives that must be fused away in every graph that contains any.
-    strict: an all-reduce that feeds a norm and stays unfused, or an internal error, raises.
+    strict: an all-reduce that feeds a norm and stays unfused, or an internal error, raises. An all-reduce over the
+        whole group that costs less than its factors at the policy's `max_rows` stays because the policy asks for it,
+        and does not raise (`Boundary.demanded`); at rows that are only assumed, for want of `max_rows`, it raises.
     inner: who compiles the rewritten graph, "inductor" or "aot_eager".
     mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
     inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.

@@ -35,6 +35,7 @@ class Boundary(StrictJson):
     reason: empty when fused; otherwise one sentence a user can act on.
     direction: "forward" or "backward".
     feeds_norm: whether a norm reads the result with only row-wise arithmetic in between (what `strict` asks about).
+    demanded: whether it stays unfused because the policy, as it is declared, asks for that: no fusion is missed.
     runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
         kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
     layout_in, layout_out: how the rows lie before and after the boundary as it is performed now: "SCATTERED" (each rank
@@ -55,6 +56,7 @@ class Boundary(StrictJson):
     reason: str = ""
     direction: str = "forward"
     feeds_norm: bool = False
+    demanded: bool = False
     runs: str = ""
     dtype: str = ""
     hidden: int | None = None
@@ -119,12 +121,9 @@ class Report(StrictJson):
 
     @property
     def missed(self) -> list[Boundary]:
-        """Forward all-reduces that feed a norm and stayed: what `strict` forbids."""
-        return [
-            boundary
-            for boundary in self.unfused
-            if boundary.collective == "all_reduce" and boundary.feeds_norm and boundary.direction == "forward"
-        ]
+        """Forward all-reduces that feed a norm and stayed though no policy demands it: what `strict` forbids."""
+        waiting = [b for b in self.unfused if b.collective == "all_reduce" and b.direction == "forward"]
+        return [boundary for boundary in waiting if boundary.feeds_norm and not boundary.demanded]
 
     def __str__(self) -> str:
         from rich.console import Console
