@@ -72,12 +72,12 @@ IN_PLACE_TWINS = {
     aten.pow_.Scalar: aten.pow.Tensor_Scalar,
 }
 
-#: Norms that stay whole: the norm's name, and the position of each argument.
+#: Norms that stay whole, and the name of each.
 WHOLE_NORMS = {
-    aten.rms_norm.default: ("rms_norm", {"input": 0, "shape": 1, "weight": 2, "eps": 3}),
-    aten._fused_rms_norm.default: ("rms_norm", {"input": 0, "shape": 1, "weight": 2, "eps": 3}),
-    aten.layer_norm.default: ("layer_norm", {"input": 0, "shape": 1, "weight": 2, "bias": 3, "eps": 4}),
-    aten.native_layer_norm.default: ("layer_norm", {"input": 0, "shape": 1, "weight": 2, "bias": 3, "eps": 4}),
+    aten.rms_norm.default: "rms_norm",
+    aten._fused_rms_norm.default: "rms_norm",
+    aten.layer_norm.default: "layer_norm",
+    aten.native_layer_norm.default: "layer_norm",
 }
 
 #: Whole norms that return (y, statistics...): the index of each statistic. `y` is at 0.

@@ -62,7 +62,7 @@ def whole_norm(node: fx.Node) -> Norm | None:
     """A norm that is one operator."""
     if node.op != "call_function" or node.target not in ops.WHOLE_NORMS:
         return None
-    kind, _ = ops.WHOLE_NORMS[node.target]
+    kind = ops.WHOLE_NORMS[node.target]
     source, shape = argument(node, "input"), argument(node, "normalized_shape")
     eps = argument(node, "eps")
     outputs = {user.args[1]: user for user in node.users if user.target is ops.operator.getitem}

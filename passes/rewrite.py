@@ -38,15 +38,6 @@ aten = ops.aten
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    """What one rewrite did: the fused node, and the collectives that are no longer in the graph."""
-
-    plan: Plan
-    node: fx.Node
-    removed: tuple[Collective, ...]
-
-
-@dataclass(frozen=True)
 class _Wanted:
     """Which values of the boundary are still read once it is fused."""
 
@@ -57,7 +48,7 @@ class _Wanted:
     dead: frozenset[fx.Node]
 
 
-def apply(graph: fx.Graph, plan: Plan) -> Rewritten:
+def apply(graph: fx.Graph, plan: Plan) -> None:
     """Fuse one boundary of `graph`. The graph stays runnable; a violated order is mended by `restore_order`."""
     site, norm = plan.site, plan.site.norm
     waits = {owed.collective.result: owed.collective for owed in plan.paid}
@@ -76,8 +67,7 @@ def apply(graph: fx.Graph, plan: Plan) -> Rewritten:
         _hand_out(graph, plan, wanted, fused, out, waits)
     # The partitioner never recomputes a collective of its own accord, but knows one by its namespace only.
     fused.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
-    removed = _erase(graph, wanted.dead, waits)
-    return Rewritten(plan, fused, removed)
+    _erase(graph, wanted.dead, waits)
 
 
 # -- what is needed ---------------------------------------------------------------------------------------------------
@@ -301,17 +291,14 @@ def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
     ]
 
 
-def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> tuple[Collective, ...]:
+def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:
     for node in sorted(dead, reverse=True):
         if not node.users:
             graph.erase_node(node)
-    removed = []
     for wait, collective in waits.items():
         if wait not in dead or collective.node.users:
             raise RuntimeError(f"{collective.node} is still read after its boundary was fused")
         graph.erase_node(collective.node)
-        removed.append(collective)
-    return tuple(removed)
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

@@ -173,8 +173,3 @@ def _rewrite(
     if consumer == "output" or not reduces or "owed_whole" in addends:
         return None
     return "merge_all_reduces" if len(reduces) > 1 else "all_reduce_norm"
-
-
-def rows_of(layout: str, rows: int, policy: SharingPolicy) -> int:
-    """How many rows each rank holds, of `rows` in each replica: own share, the replica's, or every replica's."""
-    return {SCATTERED: -(-rows // policy.attn_tp_size), TP_ATTN_FULL: rows}.get(layout, rows * policy.dp_size)

@@ -9,7 +9,7 @@ import pytest
 from tpfuse import PolicyError, SharingPolicy
 from tpfuse.passes import layouts
 from tpfuse.passes.layouts import SCATTERED, TP_ATTN_FULL
-from tpfuse.passes.transitions import CONSUMERS, PRODUCERS, rows_of, transition
+from tpfuse.passes.transitions import CONSUMERS, PRODUCERS, transition
 
 # Two replicas of four ranks with eight rows each: a rank holds 2, 8 or all 16 rows.
 TP, DP, ROWS = 8, 2, 8
@@ -55,10 +55,15 @@ def look_up(table, block, policy):
     return table.get((block, "any")) or table[block, policy]
 
 
+def rows_of(layout, policy):
+    """How many of ROWS in each replica a rank holds: its own share, its replica's, or every replica's."""
+    return {SCATTERED: -(-ROWS // policy.attn_tp_size), TP_ATTN_FULL: ROWS}.get(layout, ROWS * policy.dp_size)
+
+
 def written(steps, policy):
     """Each step in the words of the tables above."""
     groups = {"attention": "A", "dp": "D", "whole": "T"}
-    rows = [[rows_of(layout, ROWS, policy) for layout in step.layouts] for step in steps]
+    rows = [[rows_of(layout, policy) for layout in step.layouts] for step in steps]
     return [
         f"{step.collective} {groups[step.over]} {before}→{after}"
         for step, (before, after) in zip(steps, rows, strict=True)
