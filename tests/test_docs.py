@@ -1,0 +1,43 @@
+"""The pages are whole: the README leads to every page and names every option, the kernels page names every file."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from tpfuse.options import _TYPES, Options
+
+ROOT = Path(__file__).parents[1]
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def first_cells(page):
+    """The code words in the first cell of each row of the page's tables."""
+    rows = re.findall(r"^\| (`[^|]*`) \|", text(page), re.MULTILINE)
+    return {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_readme_links_every_page():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", text("README.md")))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_the_readme_names_every_option_with_its_default():
+    assert set(_TYPES) <= first_cells("README.md")
+    for field in dataclasses.fields(Options):
+        if field.name in _TYPES and field.name not in ("inductor", "rewrites"):
+            shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+            assert f"| `{field.name}` | {shown} |" in text("README.md")
+
+
+def test_the_kernels_page_names_every_file():
+    named = {name for name in first_cells("docs/kernels.md") if name.endswith(".py")}
+    assert named == {file.name for file in (ROOT / "kernels").glob("*.py")} - {"__init__.py"}
