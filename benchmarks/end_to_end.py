@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
@@ -155,11 +156,15 @@ def measure(run: Run, device: torch.device, arguments: argparse.Namespace) -> li
     outputs: dict[str, torch.Tensor] = {}
     fused: dict[str, int] = {}
     profiles: dict[str, dict[str, float]] = {}
+    notes: dict[str, str] = {}
     with torch.no_grad():
         for name, call in compiled_steps(step, arguments.reduce_overhead).items():
+            skipped = counters["inductor"]["cudagraph_skips"]
             for _ in range(3):
                 step.reset()
                 out = call(*step.args)
+            if counters["inductor"]["cudagraph_skips"] > skipped:
+                notes[name] = "ran without a CUDA graph"
             outputs[name] = out.float().clone()
             fused[name] = tpfuse.reports()[-1].fused_forward if name.startswith("tpfuse") else 0
             calls[name] = lambda call=call: call(*step.args)
@@ -182,7 +187,7 @@ def measure(run: Run, device: torch.device, arguments: argparse.Namespace) -> li
         records.append(
             Record(dist.get_world_size(), run.model, run.phase, run.size, run.layers, name, round(ms, 4),
                    round(spread, 4), round(step.rows / ms * 1000, 1), round(ms / run.layers, 4), fused[name],
-                   _difference(outputs[name], outputs["inductor"]),
+                   _difference(outputs[name], outputs["inductor"]), note=notes.get(name, ""),
                    **{key: round(value, 4) for key, value in profiles.get(name, {}).items()})
         )  # fmt: skip
     return records
@@ -260,10 +265,11 @@ def main() -> None:
 
 
 def _cell(r: Record) -> str:
-    if r.note:
+    if not r.provider:
         return f"!! {r.note}"
     profile = f" [{r.boundary_ms:.3f}+{r.other_ms:.3f}+{r.idle_ms:.3f}]" if r.boundary_ms is not None else ""
-    return f"{r.provider} {r.ms}{profile}" + (f" ({r.fused} fused, differs {r.difference})" if r.fused else "")
+    fused = f" ({r.fused} fused, differs {r.difference})" if r.fused else ""
+    return f"{r.provider} {r.ms}{profile}{fused}" + (f" !! {r.note}" if r.note else "")
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def compile_side_by_side(worlds: list[int], hiddens: list[int], rows_list: list[
 class Results:
     """Collects records and saves them after each size, so that a run that is cut short leaves what it measured."""
 
-    def __init__(self, path: Path | None, setting: str, speaks: bool) -> None:
-        self.path, self.setting, self.speaks = path, setting, speaks
+    def __init__(self, path: Path | None, setting: str, speaks: bool, note: str = "") -> None:
+        self.path, self.setting, self.speaks, self.note = path, setting, speaks, note
         self.records: list[Record] = []
 
     def __call__(self, records: list[Record], rate: dict[str, float]) -> None:
@@ -140,6 +140,7 @@ class Results:
         line(records)
         if self.path:
             described = machine(self.setting) | {"rates": {name: round(value, 3) for name, value in rate.items()}}
+            described |= {"note": self.note} if self.note else {}
             each = [dataclasses.asdict(record) for record in self.records]
             self.path.write_text(json.dumps({"machine": described, "records": each}, indent=1))
 
@@ -162,13 +163,14 @@ def run_linked(arguments: argparse.Namespace) -> None:
     if rank == 0 and not arguments.no_compile:
         compile_side_by_side([world], arguments.hidden, arguments.rows, arguments.limit)
     dist.barrier()
-    measure_all(ranks, arguments.hidden, arguments.rows, Results(arguments.out, ranks.setting, rank == 0))
+    results = Results(arguments.out, ranks.setting, rank == 0, arguments.note)
+    measure_all(ranks, arguments.hidden, arguments.rows, results)
     dist.destroy_process_group()
 
 
 def run_virtual(arguments: argparse.Namespace) -> None:
     rows_list = [rows for rows in arguments.rows if rows <= MOST_VIRTUAL_ROWS]
-    results = Results(arguments.out, VirtualRanks.setting, True)
+    results = Results(arguments.out, VirtualRanks.setting, True, arguments.note)
     if not arguments.no_compile:
         compile_side_by_side(arguments.worlds, arguments.hidden, rows_list, arguments.limit)
     for world in arguments.worlds:
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--note", default="", help="what else to say of the machine in the results file")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"), help="draw a results file")
     parser.add_argument("--limit", type=float, default=120, help="seconds for compiling")
     parser.add_argument("--no-compile", action="store_true", help="caches are warm: do not compile side by side first")

@@ -116,6 +116,8 @@ def _hugging_face(run: Run, device: torch.device, tiny: bool) -> Step:
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
+        for written in (layer.keys, layer.values, layer.cumulative_length):
+            torch._dynamo.mark_static_address(written)  # or torch.compile's own CUDA graphs are left out
     ids = torch.randint(0, config.vocab_size, (run.size, 1), device=device)
 
     def decode(ids: Tensor) -> Tensor:

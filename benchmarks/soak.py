@@ -130,7 +130,7 @@ def soak(setting: Setting, stretches: list[Stretch], patience: float, progress: 
                     answers = workers.answers(patience)
                     for index, answer in enumerate(answers):
                         if answer is None:
-                            print(f"hang in {stretch}, process {index}: {workers.last_words(index)}", file=sys.stderr)
+                            print(f"hang in {stretch}, process {index}:\n{workers.where(index)}", file=sys.stderr)
                     tally.add(stretch, answers)
                     alive = all(answer is not None and not answer.error.startswith(GONE) for answer in answers)
                     for life, answer in zip(lives, answers, strict=True):
@@ -209,9 +209,10 @@ def overlap(
 @app.command()
 def virtual(
     iterations: Iterations = 20000, every: Every = 2500, seed: Seed = 0,
-    patience: Patience = 60, out: Out = RESULTS / "soak_virtual.json",
+    patience: Patience = 240, out: Out = RESULTS / "soak_virtual.json",
 ) -> None:  # fmt: skip
-    """Kernels on 2, 4 and 8 virtual ranks of one GPU: random kernels, shapes and delays."""
+    """Kernels on 2, 4 and 8 virtual ranks of one GPU: random kernels, shapes and delays. The patience is for the first
+    stretch, before which 30 kernels are compiled."""
     setting = Setting("virtual", "cuda", ranks=8, processes=1, hidden=1024, timeout_s=0)
     run(setting, iterations, every, "", seed, patience, out)
 

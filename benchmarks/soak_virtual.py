@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +13,14 @@ from soak_schedule import Answer, Call, Setting, Stretch
 from soak_workers import device_mb, host_mb, thread_count
 from torch import Tensor
 
+from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.barrier import barrier
 from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.operands import Launch, Operands
 from tpfuse.kernels.two_shot import two_shot
 from tpfuse.kernels.virtual import VirtualRanks
+from tpfuse.kernels.watch import TIMEOUT_VARIABLE, raise_if_late
 from tpfuse.kernels.workspace import Workspace
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -27,6 +30,8 @@ SLOT_BYTES = 1 << 20
 PROGRAMS = 8
 POOL, MOST_ROWS = 64, 20
 LONGEST_DELAY_CYCLES = 30_000
+#: Seconds after which a kernel gives up on a rank: what would hang becomes an error that names the rank.
+PEER_TIMEOUT_S = "20"
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,15 @@ class Calls:
 
 def run_stretches(index: int, setting: Setting, stretches: list[Stretch], scratch: str) -> Iterator[Answer]:
     """One answer a stretch. The worlds take turns, each with one set of workspaces for the whole soak."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
+    os.environ.setdefault(TIMEOUT_VARIABLE, PEER_TIMEOUT_S)
     torch.manual_seed(0)
     calls: dict[int, tuple[VirtualRanks, list[Calls]]] = {}
     for world in WORLDS:  # every kernel of every world is loaded before the first call spins
         ranks = VirtualRanks(world, slot_bytes=SLOT_BYTES)
         calls[world] = ranks, [Calls(kernel, ranks) for kernel in KERNELS]
+    torch.cuda._sleep(1)  # and so is what delays a rank, or loading it waits for a peer that waits for that rank
+    torch.cuda.synchronize()
     for stretch in stretches:
         yield run_stretch(stretch, *calls[WORLDS[stretch.number % len(WORLDS)]])
 
@@ -115,7 +124,13 @@ def run_stretch(stretch: Stretch, ranks: VirtualRanks, kernels: list[Calls]) -> 
         ranks.run(launches, delay_of(call))
         if rows:
             wrong += chosen.wrong(launches, start, rows)
-    return Answer(stretch.calls, int(wrong), "", 0.0, host_mb(), device_mb(), thread_count())
+    count, error = int(wrong), ""  # waits for the device
+    try:
+        for ws in ranks.workspaces:
+            raise_if_late(ws, f"{ranks.world} virtual ranks")
+    except PeerTimeoutError as raised:
+        error = f"PeerTimeoutError: {raised}"
+    return Answer(stretch.calls, count, error, 0.0, host_mb(), device_mb(), thread_count())
 
 
 def delay_of(call: Call) -> Callable[[int], None]:

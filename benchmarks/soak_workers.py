@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
+import signal
 import threading
 import time
 import traceback
@@ -63,15 +66,26 @@ class Workers:
 
     def last_words(self, index: int) -> str:
         """The last line that a process printed on stderr."""
+        return next(reversed(self._lines(index)), "").strip()
+
+    def where(self, index: int, lines: int = 100) -> str:
+        """The stacks of a process that says nothing, from the innermost call, behind what it last printed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[index].pid, signal.SIGUSR1)
+            time.sleep(1)
+        return "\n".join(self._lines(index)[-lines:])
+
+    def _lines(self, index: int) -> list[str]:
         log = _log(self.scratch, index)
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return [line for line in lines if line.strip()]
 
 
 def _work(index: int, setting: Setting, stretches: list[Stretch], scratch: str, pipe: Connection) -> None:
     """A process's life. What libraries print when they abort goes to a file, since faults provoke it."""
     log = os.open(_log(Path(scratch), index), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch) / f"cache{index}")
     if setting.mode == "virtual":
         from soak_virtual import run_stretches

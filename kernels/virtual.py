@@ -59,7 +59,9 @@ class VirtualRanks:
         raise ValueError("does not fit")
 
     def run(self, launches: list[Any], before: Callable[[int], None] | None = None) -> None:
-        """Launch one call on every rank's stream, between a fork from and a join to the current stream."""
+        """Launch one call on every rank's stream, between a fork from and a join to the current stream. `before(rank)`
+        may put work on a rank's stream ahead of its kernel; only kernels that are loaded already: the first launch of
+        one loads it, which waits for the kernels of other ranks, which wait for this rank."""
         current = torch.cuda.current_stream()
         for rank, (stream, launch) in enumerate(zip(self.streams, launches, strict=True)):
             stream.wait_stream(current)

@@ -116,6 +116,7 @@ def test_stress_random_shapes_and_delays(world: int) -> None:
     ]
     for variant in variants:
         variant.load()
+    torch.cuda._sleep(1)  # loaded too: the first launch waits for running kernels, and those for the rank to be delayed
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
 
     def delay(_: int) -> None:
