@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import re
@@ -261,6 +262,8 @@ def main() -> None:
                 described = machine("linked GPUs, one process each") | {"context": arguments.context}
                 each = [asdict(record) for record in records]
                 arguments.out.write_text(json.dumps({"machine": described, "records": each}, indent=1))
+    torch.compiler.reset()  # lets go of torch.compile's own CUDA graphs: NCCL waits for those that hold its kernels
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -226,6 +226,7 @@ def _meet(group: Any, group_name: str, device: torch.device, slot_bytes: int) ->
         workspace = from_buffers(
             handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers
         )
+        workspace = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
         torch.cuda.synchronize(device)
     except Exception as error:  # no peer access, no memory, an old driver: all ranks must hear of it
         problem = f"{type(error).__name__}: {error}"

@@ -52,7 +52,7 @@ class VirtualRanks:
             if None in launches:
                 continue
             compiled = launches[0].load()
-            if compiled is None or programs_per_sm(compiled, launches[0].constants["num_warps"]) >= per_sm:
+            if compiled is None or programs_per_sm(compiled, compiled.metadata.num_warps) >= per_sm:
                 for launch in launches[1:]:
                     launch.load()
                 return launches
