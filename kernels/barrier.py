@@ -2,11 +2,11 @@
 
 The baseline the other kernels are compared with, and the choice for values that must travel bit for bit: nothing is
 reserved as a sentinel. Each program copies its rows into the stage, raises one flag at every peer, waits for theirs,
-and reads. Flags carry the epoch, so they are never lowered. Two ways to know when a stage may be written again:
+and reads. Flags carry the epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call k
+again in call k+2, which it reaches only after every peer has signalled call k+1, hence left call k.
 
-* ROTATE: two stages take turns; a rank writes the stage of call k again in call k+2, which it reaches only after every
-  peer has signalled call k+1, hence left call k;
-* otherwise: one stage, and a second round of flags at the end of each call.
+Without ROTATE a second round of flags ends each call, as a kernel with one stage would need it. (It takes turns all the
+same: a rotating call before it may still be read.)
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ def _barrier_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
-    stage = stages
-    if ROTATE:
-        stage += ((epoch >> 2) & 1) * stage_words
-    stage = tl.multiple_of(stage, 4)
+    stage = tl.multiple_of(stages + ((epoch >> 2) & 1) * stage_words, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
     mask = cols < H

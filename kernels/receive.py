@@ -49,7 +49,8 @@ def _spin_ptx(sources: int) -> str:
     lines += ["setp.eq.u32 q, began, 0;", "selp.b32 began, now, began, q;", "sub.u32 now, now, began;"]
     lines.append(f"ld.volatile.global.b32 limit, [${watch}];")
     lines.append(f"ld.volatile.global.b32 gone, [${watch} + {4 * GONE}];")
-    lines += ["setp.lt.u32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
+    # Signed: a clock that was read too low, or a beginning too high, must not look like a wait of fifty days.
+    lines += ["setp.lt.s32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
     lines += ["mov.b32 gone, 1;", f"st.volatile.global.b32 [${watch} + {4 * GONE}], gone;"]
     lines += [f"shr.u32 now, ${epoch}, 2;", "add.u32 now, now, 1;"]
     for s in range(sources):
