@@ -82,7 +82,7 @@ def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]
             off = _off(launch.out, truth)
             if not off < (1e-5 if dtype == F32 else 6e-3):
                 bad = int(launch.out.y.isnan().any(-1).sum())
-                wrong.append(f"call {call}: {kernel}, {rows} x {hidden}, {dtype}, {norm}: off {off:.1e}, {bad} rows NaN")
+                wrong.append(f"call {call}: {kernel}, {rows} x {hidden}, {dtype}, {norm}: off {off:.1e}, {bad} NaN")
         marks.append(int(launch.out.y.view(torch.int16).to(torch.int64).sum()) if rows else 0)
     torch.cuda.synchronize()
     return wrong, marks, late_ranks(ws.watch)
