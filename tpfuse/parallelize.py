@@ -39,6 +39,9 @@ from tpfuse.sharding import Cut
 
 log = logging.getLogger(__name__)
 
+#: One module that is cut: its qualified name, its role, and how.
+Done = tuple[str, Role, ModuleCut]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -91,13 +94,7 @@ def parallelize(
         PlanError: when a weight cannot be cut as its role says. Nothing is changed and nothing is communicated before
             all such errors are found.
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
-    if hasattr(model, "_tpfuse_policy"):
-        raise PolicyError(f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
+    _check_model(model)
     planned = _plan_of(model, plan)
     roles = _roles(model, planned)
     policy = _policy(model, policy, roles)
@@ -109,10 +106,40 @@ def parallelize(
             "plan={...}; it has no tp plan of its own"
         )
     groups = describe_groups(mesh, policy)
+    done, edges = _decide(model, planned, roles, policy, groups)
+    cuts = _one_cut_each(model, [cut for _, _, cut in done] + edges)
 
-    # Everything that can be refused is refused here, before the first weight changes.
-    done: list[tuple[str, Role, ModuleCut]] = []
+    # Nothing was changed up to here, and nothing is refused from here on.
+    groups = create_whole_group(mesh, groups)
+    _apply(model, cuts)
+    sites = _put_boundaries(model, planned, done, edges, policy, groups)
+    model._tpfuse_policy = policy  # type: ignore[assignment]
+    model._tpfuse = Parallelized(policy, groups, sites, cuts, _owed(model, done, roles, groups))  # type: ignore[assignment]
+    sum_gradients(model)
+    log.info("parallelized %s: %d sites, %d cut parameters", type(model).__name__, len(sites), len(cuts))
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
+    if hasattr(model, "_tpfuse_policy"):
+        raise PolicyError(f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
+
+
+def _decide(
+    model: nn.Module, planned: Planned, roles: Mapping[str, Role], policy: SharingPolicy, groups: Groups
+) -> tuple[list[Done], list[ModuleCut]]:
+    """What is done to each module with a role, and to embedding and output projection. Changes nothing.
+
+    Raises:
+        PlanError: for the first module that cannot be cut.
+    """
     modules = dict(model.named_modules())
+    done: list[Done] = []
     for name, role in roles.items():
         nested = _routed_block_of(name, roles)
         over = _over(name, role, policy, groups, nested)
@@ -120,10 +147,14 @@ def parallelize(
             _refuse_spread(name, modules[name], role, policy)
         done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
     edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
-    cuts = _one_cut_each(model, [c for _, _, c in done] + edges)
+    return done, edges
 
-    groups = create_whole_group(mesh, groups)
-    _apply(model, cuts)
+
+def _put_boundaries(
+    model: nn.Module, planned: Planned, done: list[Done], edges: list[ModuleCut], policy: SharingPolicy, groups: Groups
+) -> tuple[Site, ...]:
+    """Hooks and classes around the modules that were cut, and the record of them on the modules; returns the sites."""
+    modules, roles = dict(model.named_modules()), {name: role for name, role, _ in done}
     check = RowsCheck()
     classes: dict[type, type] = {}
     sites = []
@@ -140,12 +171,7 @@ def parallelize(
             record_policy(modules[name], Recorded(policy, groups.whole.ranks), classes)
     for edge in edges:
         _hook_edge(modules[edge.name], edge, groups.attention)
-    owed = _owed(model, done, roles, groups)
-    model._tpfuse_policy = policy  # type: ignore[assignment]
-    model._tpfuse = Parallelized(policy, groups, tuple(sites), cuts, owed)  # type: ignore[assignment]
-    sum_gradients(model)
-    log.info("parallelized %s: %d sites, %d cut parameters", type(model).__name__, len(sites), len(cuts))
-    return model
+    return tuple(sites)
 
 
 def _plan_of(model: nn.Module, plan: Mapping[str, str] | None) -> Planned:
@@ -309,9 +335,7 @@ def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:
         module.register_forward_hook(GatherColumns(group))
 
 
-def _owed(
-    model: nn.Module, done: list[tuple[str, Role, ModuleCut]], roles: Mapping[str, Role], groups: Groups
-) -> dict[str, str]:
+def _owed(model: nn.Module, done: list[Done], roles: Mapping[str, Role], groups: Groups) -> dict[str, str]:
     """For each parameter the group over which its gradient is still partial: "dp", "attention", "whole" or "".
 
     Each replica's loss sees that replica's rows, so outside of modules that gather rows over dp every gradient is
