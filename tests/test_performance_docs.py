@@ -1,4 +1,5 @@
-"""docs/performance.md says what the results files say: its tables are those that benchmarks/tables.py makes of them."""
+"""docs/performance.md says what the results files say: its tables are those that benchmarks/tables.py makes of them.
+And results files of slices join into one only where they belong together."""
 
 import importlib.util
 from pathlib import Path
@@ -8,13 +9,32 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def tables():
-    spec = importlib.util.spec_from_file_location("benchmark_tables", ROOT / "benchmarks/tables.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TABLES
+    return module
 
 
-@pytest.mark.parametrize("name", ["linked", "models", "layers", "norm"])
+@pytest.mark.parametrize("name", ["linked", "virtual", "models", "reduce_overhead", "layers", "norm", "overhead"])
 def test_a_table_of_the_page_is_made_from_the_results_file(name):
-    assert tables()[name]() in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert script("tables").TABLES[name]() in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def results(world, device="H200", note=""):
+    record = {"world": world, "rows": 1, "provider": "a", "us": 1}
+    return {"machine": {"device": device, "note": note}, "records": [record]}
+
+
+def test_slices_join_with_all_their_notes():
+    whole = script("join").joined([results(2, note="first"), results(4)], "N = 8 is missing")
+    assert [record["world"] for record in whole["records"]] == [2, 4]
+    assert whole["machine"] == {"device": "H200", "note": "first; N = 8 is missing"}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [(results(4, "H100"), "different machines"), (results(2), "more than one record")]
+)
+def test_what_does_not_belong_together_is_not_joined(other, words):
+    with pytest.raises(ValueError, match=words):
+        script("join").joined([results(2), other])
