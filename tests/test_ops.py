@@ -135,8 +135,12 @@ def test_nothing_is_mutated_and_nothing_aliases(four_ranks):
     ("change", "message"),
     [
         ({"x": torch.ones(2, H, dtype=torch.int32)}, "x has shape .* and dtype torch.int32"),
-        ({"residual": torch.ones(3, H)}, r"residual has shape \(3, 24\); needed: that of x, \(2, 24\)"),
-        ({"weight": torch.ones(H + 1)}, r"weight has shape \(25,\); needed: \(24,\)"),
+        ({"x": [1.0]}, "x is a list; needed: a tensor"),
+        ({"residual": torch.ones(3, H)}, r"residual has shape \(3, 24\) .*; needed: None, or \(2, 24\)"),
+        ({"residual": torch.ones(2, H).int()}, "residual has shape .* and dtype torch.int32; needed"),
+        ({"weight": torch.ones(H + 1)}, r"weight has shape \(25,\) .*; needed: None, or \(24,\)"),
+        ({"weight": 1.0}, "weight is a float; needed: None, or"),
+        ({"weight": torch.ones(H, device="meta")}, "weight is on meta; needed: the device of x, cpu"),
         ({"eps": torch.ones(2)}, "eps is a tensor of shape"),
         ({"eps": "small"}, "eps is a str"),
         ({"group": 7}, "group=7 is no group on this rank; allowed: a ProcessGroup"),
@@ -153,6 +157,9 @@ def test_a_mesh_of_several_dimensions_is_no_group(four_ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "attn_tp"))
     with pytest.raises(tpfuse.OpError, match="1-D DeviceMesh or"):
         ops.all_reduce_rms_norm(torch.ones(2, H), None, EPS, mesh)
+    for dim in ("tp", 2):
+        with pytest.raises(tpfuse.OpError, match=r"the mesh has 2 dimensions, named \('dp', 'attn_tp'\)"):
+            ops.all_reduce_rms_norm(torch.ones(2, H), None, EPS, (mesh, dim))
 
 
 OPTIONS = dict(

@@ -38,6 +38,7 @@ def mesh():
         (lambda c: attention(colwise=("q", "q"), rowwise=("o",))(c), "twice"),
         (lambda c: attention(colwise=("q",), rowwise=("o",), heads=8)(c), "heads=8"),
         (lambda c: dense_mlp(colwise=("a",), rowwise=("b",), packed={"c": 2})(c), "'c' is not one of"),
+        (lambda c: dense_mlp(colwise=("a",), rowwise=("b",), packed=["a"])(c), r"packed=\['a'\].*allowed: a mapping"),
         (lambda c: dense_mlp(colwise=("a",), rowwise=("b",), packed={"a": 0})(c), "equal parts"),
         (lambda c: dense_mlp(colwise=("a",), rowwise=("b",), packed={"a": (1, -1)})(c), "equal parts"),
         (lambda c: moe(experts=None)(c), "experts=None"),

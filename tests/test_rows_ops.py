@@ -57,7 +57,7 @@ def test_rows_context_nests_and_restores():
     assert announced_rows() is None
 
 
-@pytest.mark.parametrize("bad", [(), (-1, 2), (True, 1), (1.0, 2), ("5", 3)])
+@pytest.mark.parametrize("bad", [(), (-1, 2), (True, 1), (1.0, 2), ("5", 3), 3])
 def test_bad_counts_are_refused(bad):
     with pytest.raises(PolicyError, match="one integer >= 0"), rows(bad):
         pass

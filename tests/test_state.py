@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.graphs import fake_world
 from tests.policy_harness import Model, build, loss_of, run_threads
 from tests.test_parallelize_families import model_of
 from tests.test_parallelize_models import batches_of, mesh_of, oracle, worst_error
@@ -117,7 +118,7 @@ def loads(model, checkpoint):
     parallelize(model, mesh_of(SharingPolicy(2)), SharingPolicy(2))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError) as refusal:
-        state.load_full_state_dict(model, {name: tensor + 1 for name, tensor in checkpoint.items()})
+        state.load_full_state_dict(model, {name: value + 1 for name, value in checkpoint.items()})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return str(refusal.value)
 
@@ -127,6 +128,7 @@ def loads(model, checkpoint):
     [
         (lambda c: c.pop("norm.weight"), "missing norm.weight; unexpected nothing"),
         (lambda c: c.update(extra=torch.zeros(1)), "missing nothing; unexpected extra"),
+        (lambda c: c.update({"norm.weight": 1}), "has 2 under 'norm.weight'; allowed: a tensor"),
         (lambda c: c.update({"layers.0.mlp.gate_proj.weight": torch.zeros(3, 32)}), "shape [3, 32]"),
         (lambda c: c.update({"norm.weight": torch.zeros(3)}), "norm.weight has shape [3]"),
     ],
@@ -138,6 +140,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_model_stays_as_it_was
     models = [copy.deepcopy(plain) for _ in range(2)]
     for message in run_threads(2, lambda r: loads(models[r], checkpoint)):
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), [(None, "source=None.: allowed: tensors by name"), ("broken", "is no .safetensors file that")]
+)
+def test_a_source_that_is_no_checkpoint_is_refused(tmp_path, source, words):
+    if source == "broken":
+        source = tmp_path / "model.safetensors"
+        source.write_bytes(b"no header")
+    with fake_world(2):
+        model = parallelize(build(Model), mesh_of(SharingPolicy(2)), SharingPolicy(2))
+        with pytest.raises(PlanError, match=words):
+            state.load_full_state_dict(model, source)
 
 
 def test_what_was_not_parallelized_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from torch import fx
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .agreement import check_groups, with_recorded_policy
-from .errors import TPFuseError
+from .errors import PlanError, PolicyError, TPFuseError
 from .passes.fuse import PassOptions, fuse
 from .passes.groups import resolve_group
 from .policy import SharingPolicy
@@ -41,7 +41,8 @@ def explain(
     Traces with fake tensors and runs no collective and no kernel, so one rank may call it alone. Stops at the first
     graph break and says so in the report's notes.
 
-    Raises OptionError and PolicyError for options that the backend would refuse.
+    Raises OptionError and PolicyError for options that the backend would refuse, and with `strict` FusionError for an
+    internal error.
     """
     from .backend import trace_report
     from .options import parse_options
@@ -81,9 +82,14 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
     with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
-    Raises: nothing for a graph that cannot be fused (the report says why); PolicyError where the graph's groups are not
-    those of `policy`; with `strict=True`, FusionError for an internal error.
+    Raises: nothing for a graph that cannot be fused (the report says why); PlanError for anything but a GraphModule;
+    PolicyError for anything but a policy, and where the graph's groups are not those of `policy`; with `strict=True`,
+    FusionError for an internal error.
     """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise PlanError(f"fuse_graph(graph_module={type(graph_module).__name__}): allowed: a torch.fx.GraphModule")
+    if policy is not None and not isinstance(policy, SharingPolicy):
+        raise PolicyError(f"fuse_graph(policy={policy!r}): allowed: a tpfuse.SharingPolicy, or None")
     outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict, policy=policy))
     check_groups(outcome.report, policy)
     if outcome.graph is not graph_module.graph:

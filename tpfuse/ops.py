@@ -131,20 +131,35 @@ def _call(
     return outputs[0], outputs[1]
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: Any) -> None:
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if x.dim() < 1 or x.dtype not in floats:
-        raise OpError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; needed: [..., H] of {floats}")
-    if residual is not None and residual.shape != x.shape:
-        raise OpError(f"residual has shape {tuple(residual.shape)}; needed: that of x, {tuple(x.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != x.shape[-1:]:
-            raise OpError(f"{name} has shape {tuple(vector.shape)}; needed: ({x.shape[-1]},), the last dimension of x")
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.dtype not in _FLOATS:
+        raise OpError(f"x {_has(x)}; needed: a tensor [..., H] of {_FLOATS}")
+    for name, other, shape in (
+        ("residual", residual, x.shape),
+        ("weight", weight, x.shape[-1:]),
+        ("bias", bias, x.shape[-1:]),
+    ):
+        if other is None:
+            continue
+        if not isinstance(other, Tensor) or other.shape != shape or other.dtype not in _FLOATS:
+            whose = "the shape of x" if name == "residual" else "the last dimension of x"
+            raise OpError(f"{name} {_has(other)}; needed: None, or {tuple(shape)} ({whose}) of {_FLOATS}")
+        if other.device != x.device:
+            raise OpError(f"{name} is on {other.device}; needed: the device of x, {x.device}")
     if isinstance(eps, Tensor):
         if eps.dim() != 0:
             raise OpError(f"eps is a tensor of shape {tuple(eps.shape)}; needed: a float or a 0-d tensor")
-    elif not isinstance(eps, (float, int, torch.SymFloat)):
+    elif isinstance(eps, bool) or not isinstance(eps, (float, int, torch.SymFloat)):
         raise OpError(f"eps is a {type(eps).__name__}; needed: a float or a 0-d tensor")
+
+
+def _has(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"has shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"is a {type(value).__name__}"
 
 
 # -- the operators ----------------------------------------------------------------------------------------------------

@@ -155,6 +155,10 @@ def _names(decorator: str, argument: str, value: Iterable[str]) -> tuple[str, ..
 
 
 def _packed(decorator: str, packed: Mapping[str, Any] | None, colwise: tuple[str, ...]) -> Mapping[str, Parts]:
+    if packed is not None and not isinstance(packed, Mapping):
+        raise PlanError(
+            f"@tpfuse.{decorator}(packed={packed!r}): allowed: a mapping from colwise names to parts, or None"
+        )
     out: dict[str, Parts] = {}
     for name, parts in (packed or {}).items():
         if name not in colwise:

@@ -123,9 +123,9 @@ def rows(counts: Iterable[int]) -> Iterator[None]:
         PolicyError: for counts that are not integers >= 0; and, in the model's forward, for a number of counts other
             than dp_size or hidden states with other rows than announced for this replica.
     """
-    counts = tuple(counts)
+    given, counts = counts, tuple(counts) if isinstance(counts, Iterable) else ()
     if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
-        raise PolicyError(f"tpfuse.rows({counts!r}): allowed: one integer >= 0 for each dp replica")
+        raise PolicyError(f"tpfuse.rows({given!r}): allowed: one integer >= 0 for each dp replica")
     previous = _announced.counts
     _announced.counts = counts
     try:

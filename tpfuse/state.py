@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tpfuse._torch_private import own_tensors
@@ -19,7 +20,7 @@ from tpfuse.collectives import all_gather
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallelize import Parallelized, sum_gradients
 from tpfuse.sharding import Cut
-from tpfuse.strict_json import parse
+from tpfuse.strict_json import parse, show
 
 # Reads `name` whole, or a part of it: (dim, start, stop).
 Reader = Callable[[str, tuple[int, int, int] | None], Tensor]
@@ -75,8 +76,8 @@ def load_full_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | 
 
     Raises:
         PolicyError: for a model that was not parallelized.
-        PlanError: for missing or unexpected names, and shapes that differ from the uncut model's. The model is then as
-            it was.
+        PlanError: for a source that is none of these, missing or unexpected names, and shapes that differ from the
+            uncut model's. The model is then as it was.
     """
     state = _state(model)
     with _open(source) as (names, read, shape_of):
@@ -223,14 +224,22 @@ def _some(names: list[str]) -> str:
 def _open(source: Mapping[str, Tensor] | str | Path):
     """(names, reader, shape of a name) of a checkpoint."""
     if isinstance(source, Mapping):
+        for name, tensor in source.items():
+            if not isinstance(tensor, Tensor):
+                raise PlanError(f"the checkpoint has {show(tensor)} under {name!r}; allowed: a tensor")
 
         def read(name: str, part: tuple[int, int, int] | None) -> Tensor:
             return source[name] if part is None else source[name].narrow(part[0], part[1], part[2] - part[1])
 
         yield source, read, lambda name: list(source[name].shape)
         return
+    if not isinstance(source, (str, os.PathLike)):
+        raise PlanError(
+            f"load_full_state_dict(source={show(source)}): allowed: tensors by name, a .safetensors file, "
+            "or a folder with one"
+        )
     with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in _files(Path(source))}
+        files = {path: stack.enter_context(_opened(path)) for path in _files(Path(source))}
         where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
 
         def read_slice(name: str, part: tuple[int, int, int] | None) -> Tensor:
@@ -240,6 +249,13 @@ def _open(source: Mapping[str, Tensor] | str | Path):
             return where[name].get_slice(name)[index].contiguous()
 
         yield where, read_slice, lambda name: where[name].get_slice(name).get_shape()
+
+
+def _opened(path: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise PlanError(f"{path} is no .safetensors file that can be read: {error}") from error
 
 
 def _files(path: Path) -> list[str]:
