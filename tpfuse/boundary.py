@@ -102,7 +102,10 @@ class AllRows:
         counts, rows = announced_rows(), _rows(x)
         if counts is None:
             if self.max_rows is not None and rows > self.max_rows:
-                raise PolicyError(f"{self.name} has {rows} rows; SharingPolicy.max_rows={self.max_rows} allows fewer")
+                raise PolicyError(
+                    f"{self.name} has {rows} rows; SharingPolicy.max_rows allows {self.max_rows}; raise it, or "
+                    "announce the rows of each replica with tpfuse.rows"
+                )
             return self.max_rows
         if len(counts) != self.dp.size:
             raise PolicyError(f"tpfuse.rows({counts}): allowed: {self.dp.size} counts, one for each dp replica")

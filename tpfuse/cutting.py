@@ -89,7 +89,10 @@ def cut_module(
         else:
             out.sum_at_output = not nested
     if out.rowwise_modules and out.sum_at_output:
-        raise PlanError(f"{name}: row-wise {role.rowwise} mixes modules and bare parameters; sums would be paid twice")
+        raise PlanError(
+            f"{name}: row-wise {role.rowwise} mixes modules and bare parameters, so sums would be paid twice; allowed: "
+            "one or the other"
+        )
     if any(isinstance(target, nn.Parameter) for target in targets.values()):
         _cut_beside(out, name, module, role, groups)
     out.attributes.append((module, named))

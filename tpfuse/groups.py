@@ -29,7 +29,7 @@ def group_name_of(group: Any) -> str:
         names = group[0].mesh_dim_names or ()
         if group[1] in names or (isinstance(group[1], int) and 0 <= group[1] < group[0].ndim):
             return group[0].get_group(group[1]).group_name
-        raise OpError(f"group=(mesh, {group[1]!r}): the mesh has {group[0].ndim} dimensions, named {names}")
+        raise OpError(f"group=(mesh, {group[1]!r}): allowed: one of its {group[0].ndim} dimensions, named {names}")
     raise OpError(
         f"group={group!r} is no group on this rank; allowed: a ProcessGroup, a group's name, a 1-D DeviceMesh or "
         "(mesh, dim)"

@@ -85,14 +85,17 @@ def local_counts(name: str, module: nn.Module, role: Role, heads: Heads, size: i
     out: dict[str, int] = {}
     if heads.q:
         if heads.q % size:
-            raise PlanError(f"{name}: {heads.q} heads do not divide by the {size} ranks of the attention group")
+            raise PlanError(
+                f"{name}: {heads.q} heads do not divide by the {size} ranks of the attention group; allowed: an "
+                "attn_tp_size (tp_size // dp_size of the policy) that divides them"
+            )
         if role.heads:
             out[role.heads] = heads.q // size
     if heads.kv:
         if heads.kv % size and size % heads.kv:
             raise PlanError(
                 f"{name}: {heads.kv} key/value heads neither divide by the {size} ranks of the "
-                f"attention group nor divide {size}"
+                f"attention group nor divide {size}; allowed: an attn_tp_size (tp_size // dp_size) that does either"
             )
         if role.kv_heads:
             out[role.kv_heads] = max(1, heads.kv // size)

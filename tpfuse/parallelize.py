@@ -124,7 +124,10 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
     if hasattr(model, "_tpfuse_policy"):
-        raise PolicyError(f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}")
+        raise PolicyError(
+            f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}; to cut it otherwise, "
+            "start from a whole model"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
@@ -191,7 +194,10 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
             continue
         outer = next((o for o in ancestors(name) if o in roles and not roles[o].spread), None)
         if outer is not None and not (roles[outer].kind == "moe" and role.kind == "dense_mlp"):
-            raise PlanError(f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind})")
+            raise PlanError(
+                f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind}); allowed inside one "
+                "another: a dense_mlp in a moe block"
+            )
         roles[name] = role
     return roles
 
@@ -272,12 +278,18 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
             tensor = parameters[name] if name in parameters else model.get_buffer(name)
             other, before = seen.setdefault(id(tensor), (name, cut))
             if before != cut:
-                raise PlanError(f"{name} and {other} share one tensor, but are cut differently: {cut} and {before}")
+                raise PlanError(
+                    f"{name} and {other} share one tensor, but are cut differently: {cut} and {before}; untie them, or "
+                    "cut both alike"
+                )
             cuts[name] = cut
     for name, tensor in parameters.items():
         if name not in cuts and id(tensor) in seen:
             other, cut = seen[id(tensor)]
-            raise PlanError(f"{name} shares its tensor with {other}, which is cut ({cut}), but is not cut itself")
+            raise PlanError(
+                f"{name} shares its tensor with {other}, which is cut ({cut}), but is not cut itself; untie them, or "
+                "cut both alike"
+            )
     return cuts
 
 
