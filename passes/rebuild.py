@@ -178,9 +178,7 @@ class Chain:
         graph, like = self.graph, stage.addend.collective.node
         node = self._gathered(own, stage)
         sizes = self.sizes(old)
-        rows: Any = 1
-        for size in sizes[:-1]:
-            rows = size if rows == 1 else self._product(rows, size)
+        rows = self._rows(sizes)
         if not same_shape(node, old) and not (isinstance(rows, int) and rows == value(node).shape[0]):
             node = insert_call(graph, torch.ops.tpfuse.trim_rows.default, (node, rows), like=like)
         return node if same_shape(node, old) else insert_call(graph, aten.reshape.default, (node, sizes), like=like)
@@ -216,6 +214,21 @@ class Chain:
                 if same_size(other, size):
                     return node, dim
         return None
+
+    def without_padding(self, own: fx.Node, old: fx.Node) -> fx.Node:
+        """Own rows of `old` with zeros for padding, as a cut has them."""
+        graph, like = self.graph, own
+        ones = insert_call(graph, aten.new_ones.default, (own, [self._rows(self.sizes(old)), 1]), like=like)
+        cut = (ones, self.parts, self.index)
+        cut = insert_call(graph, torch.ops.tpfuse.cut_rows.default, cut, like=like)
+        mask = insert_call(graph, aten.ne.Scalar, (cut, 0), like=like)
+        return insert_call(graph, aten.where.ScalarOther, (mask, own, 0.0), like=like)
+
+    def _rows(self, sizes: list[Any]) -> Any:
+        rows: Any = 1
+        for size in sizes[:-1]:
+            rows = size if rows == 1 else self._product(rows, size)
+        return rows
 
     def _product(self, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):

@@ -17,9 +17,10 @@ from .accounting import origin
 from .collectives import Collective
 from .graph import argument, insert_call, inserting_behind, last_dim, same_size, value
 from .layouts import SCATTERED
+from .padding import padding_is_dropped
 from .rebuild import Chain
 from .rewrite import replay
-from .stream import StreamStage, divides
+from .stream import StreamStage, divides, flat_rows
 
 c10d = ops.c10d
 
@@ -86,7 +87,10 @@ def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
     for gather in stage.gathers:
         _gather_whole(chain, gather, y)
     for cut in stage.cuts:
-        cut.replace_all_uses_with(chain.shaped(y, cut), propagate_meta=False)
+        own = y
+        if not divides(chain.parts, flat_rows(stage.hidden)) and not padding_is_dropped(cut):
+            own = chain.without_padding(y, stage.hidden)
+        cut.replace_all_uses_with(chain.shaped(own, cut), propagate_meta=False)
         chain.replaced.add(cut)
     out = stage.norm.output
     if chain.alive(out):

@@ -175,3 +175,37 @@ def test_rows_of_all_replicas_are_gathered_in_the_order_of_the_whole_group(dp_fa
 
     _, executed = check(program, mesh, inputs(mesh, 2, 4), SharingPolicy(4, 2, None, residual="scattered"))
     assert executed == {"reduce_scatter": 1, "all_gather": 1 + dp_fastest}
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1), (2, 3)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_block_that_looks_at_other_rows_finds_zeros_for_padding(shape, dynamic):
+    """LayerNorm makes its bias of a padded row; a block with a scale for all of its rows would see that."""
+
+    def program(mesh, x, partial, weight):
+        y = torch.nn.functional.layer_norm(x + mesh.all_reduce(mix(x, partial)), (HIDDEN,), weight, weight * 9)
+        return mesh.own_rows(lambda rows: rows / rows.abs().amax(), y), mesh.cut(y) * 2
+
+    policy = own_rows_policy("scattered")
+    _, executed = check(program, PAIR, inputs(PAIR, *shape), policy, dynamic and shape == (2, 3))
+    assert executed["reduce_scatter"] == 1
+
+
+@pytest.mark.parametrize("rows_alone", [True, False])
+def test_a_block_that_works_row_by_row_is_given_its_rows_as_they_are(rows_alone):
+    def block(rows, weight):
+        gate, up = torch.mm(rows, weight[:, None] * weight.repeat(2)).split(HIDDEN, -1)
+        out = torch.nn.functional.silu(gate).view(1, -1, HIDDEN) * up.view(1, -1, HIDDEN)
+        return (out if rows_alone else out.softmax(1)).view(-1, HIDDEN)
+
+    def program(mesh, x, partial, weight):
+        y = rms(x + mesh.all_reduce(mix(x, partial)), weight)
+        return (mesh.own_rows(lambda rows: block(rows, weight), y),)
+
+    given = inputs(PAIR, 1, 5)
+    check(program, PAIR, given, own_rows_policy("scattered"))
+    _, after, _ = rewritten(program, PAIR, given, own_rows_policy("scattered"))
+    assert any("where" in str(node.target) for node in after[1].graph.nodes) != rows_alone
