@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-HIDDEN, INNER, EXPERT_INNER, VOCAB, HEADS, LAYERS, POSITIONS = 64, 128, 32, 128, 8, 2, 64
+# Eight ranks hold eight columns of an expert each: grouped products want rows of whole 16 bytes.
+HIDDEN, INNER, EXPERT_INNER, VOCAB, HEADS, LAYERS, POSITIONS = 64, 128, 64, 128, 8, 2, 64
 
 #: Every family is also cut over 8 ranks, so every count that is cut divides by 8.
 COMMON = dict(
