@@ -70,7 +70,8 @@ def run(fault: Fault) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ended = outcomes(2, fault.fn, folder, *fault.args, unending=fault.unending, environment=fault.environment)
         began = float(Path(folder, "fault").read_text())
-    errors = [o.error or _without_error(o) for o in ended]
+    still = {rank: "stands still, as injected" for rank in fault.unending if ended[rank].error == "Hang"}
+    errors = [still.get(o.rank) or o.error or _without_error(o) for o in ended]
     first = next((o for o in ended if o.error and o.error != "Hang"), None)
     seen = first.message if first is not None else next((o.stderr for o in ended if "PeerTimeoutError" in o.stderr), "")
     raised = [o.seconds - began for o in ended if o.error and o.error != "Hang"] or [ended[0].seconds - began]
