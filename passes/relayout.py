@@ -153,7 +153,11 @@ def _sizes(hidden: fx.Node, attn: int, dp: int, choice: Choice) -> Sizes:
 def _allowed(chain: Chain, stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
     """The layout, or the one the stage is written in where it cannot change, or the rewrite for it is switched off."""
     own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
-    if layout == own or not chain.knows_sizes(stage) or (stage.scattered_form and not stage.clonable):
+    if layout == own or (stage.scattered_form and not stage.clonable):
+        return own
+    if not chain.knows_sizes(stage):
+        reason = KEPT + "a symbolic size of its hidden states can be read off no value that stays in the graph"
+        chain.moved.kept[origin(stage.addend.collective.node)] = reason
         return own
     rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
     return layout if rewrite in rewrites else own
