@@ -84,17 +84,17 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     backward = backward_nodes(graph)
     to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
-    taken: set[fx.Node] = set()
     fixed: set[fx.Node] = set()
     for norm in norms:
-        site = _site(norm, {n: c for n, c in eligible.items() if n not in taken}, fixed, hazards)
+        site = _site(norm, eligible, fixed, hazards)
         if site is None:
             continue
         if to_be_split:
             site = replace(site, astride=is_astride(_replaced_by_fusing(site)))
         sites.append(site)
         if not site.problem:
-            taken.update(owed.collective.result for owed in site.owed)
+            for owed in site.owed:  # paid once
+                eligible.pop(owed.collective.result, None)
             fixed.add(site.hidden)
     return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward))
 

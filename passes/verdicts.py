@@ -31,22 +31,24 @@ def verdicts(recognition: Recognition, decisions: Decisions) -> list[Boundary]:
         refused.setdefault(owed.collective.node, reason)  # the first norm's word counts
     norms_at = {norm.source: norm for norm in recognition.norms}
     norms_at |= {site.hidden: site.norm for site in recognition.sites}
+    outputs = frozenset(norm.output for norm in recognition.norms)
+    backward = recognition.backward
     return [
-        _verdict(collective, plans.get(collective.node), refused.get(collective.node, ""), norms_at, recognition)
-        for collective in recognition.collectives
+        _verdict(c, plans.get(c.node), refused.get(c.node, ""), norms_at, outputs, c.node in backward)
+        for c in recognition.collectives
     ]
 
 
 def _verdict(
-    collective: Collective, plan: Plan | None, refused: str, norms_at: dict[fx.Node, Norm], recognition: Recognition
-) -> Boundary:
-    backward = collective.node in recognition.backward
+    collective: Collective, plan: Plan | None, refused: str, norms_at: dict[fx.Node, Norm], outputs: frozenset[fx.Node],
+    backward: bool,
+) -> Boundary:  # fmt: skip
     reached = _Reached() if backward else _reach(collective.result, norms_at)
     norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
     consumer = None if backward else (norm.output if norm is not None else collective.result)
     dtype, hidden = dtype_and_hidden(collective.input)
     return Boundary(
-        kind=boundary_kind(collective.node, consumer, frozenset(norm.output for norm in recognition.norms)),
+        kind=boundary_kind(collective.node, consumer, outputs),
         module=module_name(collective.node),
         collective=collective.kind,
         group=collective.ranks or (),

@@ -47,19 +47,21 @@ class Overrides(FrozenDict):
     """Sizes by module-name glob. Two are equal when they mean the same: the same exact names in any order, since they
     win over every glob, and the same globs in the same order, since a later one wins over an earlier one."""
 
-    def _parts(self) -> tuple[dict[str, int | None], list[tuple[str, int | None]]]:
-        globs = {pattern: size for pattern, size in self.items() if not _GLOB.isdisjoint(pattern)}
-        return {name: size for name, size in self.items() if name not in globs}, list(globs.items())
-
     def __eq__(self, other: object) -> bool:
-        return self._parts() == Overrides(other)._parts() if isinstance(other, dict) else NotImplemented
+        return _names_and_globs(self) == _names_and_globs(other) if isinstance(other, dict) else NotImplemented
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:  # type: ignore[override]
-        names, globs = self._parts()
+        names, globs = _names_and_globs(self)
         return hash((frozenset(names.items()), tuple(globs)))
+
+
+def _names_and_globs(sizes: dict[str, int | None]) -> tuple[dict[str, int | None], list[tuple[str, int | None]]]:
+    """What is exact names, and what is globs, which keep their order."""
+    globs = {pattern: size for pattern, size in sizes.items() if not _GLOB.isdisjoint(pattern)}
+    return {name: size for name, size in sizes.items() if name not in globs}, list(globs.items())
 
 
 @dataclass(frozen=True)
