@@ -25,7 +25,7 @@ COMMON = dict(
 )
 ROUTED = dict(
     COMMON,
-    moe_intermediate_size=16,
+    moe_intermediate_size=32,
     num_experts_per_tok=2,
     n_routed_experts=4,
     first_k_dense_replace=1,
@@ -46,7 +46,7 @@ def config_of(family: str, **extra):
     if family == "qwen3_moe":
         fields = {**COMMON, "num_key_value_heads": 2, "head_dim": 8, "mlp_only_layers": [0]}
         return transformers.Qwen3MoeConfig(
-            **fields, moe_intermediate_size=16, num_experts_per_tok=2, num_experts=4, **extra
+            **fields, moe_intermediate_size=32, num_experts_per_tok=2, num_experts=4, **extra
         )
     fields = {**COMMON, "num_key_value_heads": 4}
     fields.pop("experts_implementation")

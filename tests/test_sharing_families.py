@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -66,20 +67,24 @@ SEEDS = 20
 
 
 def run_bfloat16(rank, model, policy, want):
-    """(error of eager mode, error of the compiled model), each the mean over seeds against float64."""
+    """Errors against float64 of eager mode and of the compiled model, one for each seed."""
     replica = rank // policy.attn_tp_size
     run = compiled(model, policy)
-    errors = {"eager": 0.0, "compiled": 0.0}
+    errors = {"eager": [], "compiled": []}
     with torch.no_grad():
         for seed in range(SEEDS):
             ids = ids_of(policy.dp_size, seed)[replica]
             for name, forward in (("eager", model), ("compiled", run)):
-                errors[name] += relative_error([logits_of(forward, ids)], [want[seed][replica]])[0] / SEEDS
+                errors[name] += relative_error([logits_of(forward, ids)], [want[seed][replica]])[:1]
     return errors
 
 
 def check_error_rule(plain, policy):
-    """At most 1.1 × the error of the graph it replaces, plus one rounding of the output."""
+    """At most 1.1 × the error of the graph it replaces, plus one rounding of the output.
+
+    Medians over seeds: where a rounding sends a token to another expert the logits jump, in eager mode and compiled
+    alike but not for the same seeds. Such seeds may be a tenth of all.
+    """
     torch._dynamo.reset()
     exact = copy.deepcopy(plain).double()
     with torch.no_grad():
@@ -89,7 +94,9 @@ def check_error_rule(plain, policy):
         ]
     models = [copy.deepcopy(plain) for _ in range(policy.tp_size)]
     for errors in run_threads(policy.tp_size, lambda r: run_bfloat16(r, models[r], policy, want)):
-        assert errors["compiled"] <= 1.1 * errors["eager"] + torch.finfo(torch.bfloat16).eps / 2, errors
+        eager, ours = (statistics.median(errors[name]) for name in ("eager", "compiled"))
+        assert ours <= 1.1 * eager + torch.finfo(torch.bfloat16).eps / 2, errors
+        assert sum(error > 3 * eager for error in errors["compiled"]) <= SEEDS // 10, errors
 
 
 @compiles_in_threads
