@@ -1,8 +1,7 @@
 # `make demo` and `make test` need nothing but Python (3.10 or newer) and pip: they make .venv once and reuse it.
 #
 #   make demo PYTHON=python3 VENV=     use the packages that are installed, install nothing (a GPU machine, no network)
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#                                      take the small CPU build of torch instead of the one with CUDA
+#   make demo TORCH_INDEX=URL          take torch from this index: that of the small CPU builds, say
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=

@@ -278,7 +278,7 @@ def show(family: Family, results: list[Result], reference: Any) -> tuple[int, in
         ("relative L2 error against float64", f"{errors['eager']:.2e}", f"{errors['tpfuse']:.2e}"),
     ]
     for label, before, after in rows:
-        print(f"  {label:<36}{before!s:>10}{after!s:>10}")
+        print(f"  {label:<38}{before!s:>10}{after!s:>10}")
     print(f"  largest difference from eager: {difference:.2e} (largest logit: {abs(reference).max():.2f})")
     print(f"  compile time of the first call: {first.seconds:.1f} s\n", flush=True)
     _check(family, results, fused, len(feeding), errors)
