@@ -105,7 +105,8 @@ def matched(family: Family, mode: str, world: int) -> Cell:
 
 
 def numbers_of_rank(rank: int, name: str, mode: str) -> dict[str, float]:
-    """Relative errors against the uncut model in float64; every way of running gets a model and a cache of its own."""
+    """Relative errors against the uncut model in float64; every way of running gets a model of its own, and no
+    graph comes from a cache."""
     family = BY_NAME[name]
     whole = whole_model(family, DTYPE).double()
     whole.config._experts_implementation = "eager"  # grouped products know no float64
