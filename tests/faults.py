@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from .ranks import PRELOADED
+from .ranks import rank_context
 
 
 @dataclass
@@ -72,8 +71,7 @@ def outcomes(
 
     `seconds` is time.monotonic() when a rank ended: a clock that all processes of a machine share.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = rank_context()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         common = (world, folder, cache, group_timeout, environment or {}, fn, args, results)

@@ -32,6 +32,14 @@ PRELOADED = [
 ]
 
 
+def rank_context() -> Any:
+    """How ranks are started. One process imports torch, and the ranks are its copies: a quarter of the time that fresh
+    interpreters take. CUDA does not survive a copy, and imports may have asked for it: there ranks start afresh."""
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def _entry(
     rank: int,
     world: int,
@@ -78,9 +86,7 @@ def run_processes(
     `cache_dir`: where compile caches go (one folder a rank); None for no graph caches.
     Results must be picklable; tensors are best returned as numpy arrays or CPU tensors.
     """
-    # One process imports torch, and the ranks are its copies: a quarter of the time that fresh interpreters take.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = rank_context()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
