@@ -33,6 +33,7 @@ import plots
 from machine import machine
 from providers import baselines
 
+from tpfuse.kernels.dispatch import default_table
 from tpfuse.kernels.linked import LinkedRanks
 from tpfuse.kernels.measure import Provider, Record, draw_operands, measure, provider_of
 from tpfuse.kernels.one_shot import one_shot
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
+    default_table()  # a bad TPFUSE_DISPATCH_TABLE is to be heard of now
     if arguments.plot:
         plots.kernels(*arguments.plot)
     elif arguments.load:

@@ -217,7 +217,7 @@ class only_loading:
 class Case:
     """One size: inputs of every rank, and the uncut stack's answer."""
 
-    def __init__(self, sizes: Sizes, world: int, phase: str, rows: int, ranks: VirtualRanks | None) -> None:
+    def __init__(self, sizes: Sizes, world: int, phase: str, rows: int, ranks: VirtualRanks) -> None:
         self.sizes, self.world, self.phase, self.rows, self.ranks = sizes, world, phase, rows, ranks
         g = torch.Generator(device="cuda").manual_seed(2)
         self.x = torch.randn(rows, sizes.hidden, device="cuda", generator=g).to(torch.bfloat16)
@@ -297,6 +297,10 @@ def run_world(world: int, arguments: argparse.Namespace) -> None:
     sizes = Sizes(layers=arguments.layers)
     records = []
     ranks = VirtualRanks(world, slot_bytes=64 << 20)
+    # Here a rank that waits shares the device with a rank that still multiplies, whose matrix kernels need pairs of
+    # multiprocessors to themselves: waiting programs on every pair would leave none, and all would wait for ever.
+    programs = ranks.multiprocessors // world // 2
+    ranks.workspaces = [dataclasses.replace(ws, max_blocks=programs) for ws in ranks.workspaces]
     for phase, rows in cases_of(arguments):
         torch.compiler.reset()
         case = Case(sizes, world, phase, rows, ranks)

@@ -6,12 +6,18 @@ does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), whe
 kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its second trip over NVLink. The two-shot
 ends at 8 MiB, past which a plain all-reduce is limited by bandwidth alone. (Two ranks move as much either way.)
 "virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
-more rows run as 512 do. "*" is for every other device.
+more rows run as 512 do. The H100's entries were measured likewise (kernels_linked_h100.json, kernels_h100.json; virtual
+ranks at hidden 4096 and 8192 up to 128 rows), those for 4 and 8 of them taken over from the H200. "*" is for every other
+device.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from .dispatch import Entry, Table
+
+H100 = "NVIDIA H100 80GB HBM3"
 
 _LINKED = [
     Entry("NVIDIA H200", 2, 2048, 1, "one_shot", warps=4),
@@ -79,7 +85,7 @@ _LINKED = [
 _VIRTUAL = [
     Entry("virtual NVIDIA H200", 2, 2048, 512, "one_shot", warps=8),
     Entry("virtual NVIDIA H200", 2, 2048, 4096, "one_shot", warps=8, source="derived"),
-    Entry("virtual NVIDIA H200", 2, 4096, 1, "one_shot", split=2, warps=8),
+    Entry("virtual NVIDIA H200", 2, 4096, 1, "one_shot", split=4, warps=4),
     Entry("virtual NVIDIA H200", 2, 4096, 512, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 2, 4096, 4096, "one_shot", warps=16, source="derived"),
     Entry("virtual NVIDIA H200", 2, 7168, 1, "one_shot", split=8, warps=4),
@@ -88,6 +94,7 @@ _VIRTUAL = [
     Entry("virtual NVIDIA H200", 2, 7168, 64, "one_shot", warps=32),
     Entry("virtual NVIDIA H200", 2, 7168, 512, "one_shot", warps=16),
     Entry("virtual NVIDIA H200", 2, 7168, 4096, "one_shot", warps=16, source="derived"),
+    Entry("virtual NVIDIA H200", 2, 8192, 1, "one_shot", split=4, warps=8),
     Entry("virtual NVIDIA H200", 2, 8192, 4, "one_shot", split=8, warps=4),
     Entry("virtual NVIDIA H200", 2, 8192, 8, "one_shot", split=4, warps=8),
     Entry("virtual NVIDIA H200", 2, 8192, 16, "one_shot", split=8, warps=4),
@@ -141,6 +148,57 @@ _VIRTUAL = [
     Entry("virtual NVIDIA H200", 8, 8192, 4096, "two_shot", warps=16, source="derived"),
 ]
 
+_H100 = [
+    Entry(H100, 2, 2048, 128, "one_shot", warps=8),
+    Entry(H100, 2, 2048, 256, "two_shot", warps=8),
+    Entry(H100, 2, 2048, 1024, "one_shot", warps=8),
+    Entry(H100, 2, 2048, 4096, "barrier"),
+    Entry(H100, 2, 2048, 131072, "barrier", source="derived"),
+    Entry(H100, 2, 4096, 8, "one_shot", warps=8),
+    Entry(H100, 2, 4096, 1024, "one_shot", warps=16),
+    Entry(H100, 2, 4096, 4096, "barrier"),
+    Entry(H100, 2, 4096, 65536, "barrier", source="derived"),
+    Entry(H100, 2, 7168, 1, "one_shot", split=8, warps=4),
+    Entry(H100, 2, 7168, 4, "one_shot", split=4, warps=8),
+    Entry(H100, 2, 7168, 16, "one_shot", split=8, warps=4),
+    Entry(H100, 2, 7168, 512, "one_shot", warps=32),
+    Entry(H100, 2, 7168, 4096, "barrier"),
+    Entry(H100, 2, 7168, 37449, "barrier", source="derived"),
+    Entry(H100, 2, 8192, 1, "one_shot", split=8, warps=4),
+    Entry(H100, 2, 8192, 4, "one_shot", split=4, warps=8),
+    Entry(H100, 2, 8192, 16, "one_shot", split=8, warps=4),
+    Entry(H100, 2, 8192, 512, "one_shot", warps=32),
+    Entry(H100, 2, 8192, 4096, "barrier"),
+    Entry(H100, 2, 8192, 32768, "barrier", source="derived"),
+    *(dataclasses.replace(entry, device=H100, source="derived") for entry in _LINKED if entry.world > 2),
+    Entry(f"virtual {H100}", 2, 4096, 1, "one_shot", warps=16),
+    Entry(f"virtual {H100}", 2, 4096, 32, "one_shot", warps=8),
+    Entry(f"virtual {H100}", 2, 4096, 128, "one_shot", warps=16),
+    Entry(f"virtual {H100}", 2, 4096, 4096, "one_shot", warps=16, source="derived"),
+    Entry(f"virtual {H100}", 2, 8192, 1, "one_shot", split=8, warps=4),
+    Entry(f"virtual {H100}", 2, 8192, 8, "one_shot", split=4, warps=8),
+    Entry(f"virtual {H100}", 2, 8192, 32, "one_shot", warps=32),
+    Entry(f"virtual {H100}", 2, 8192, 128, "one_shot", warps=16),
+    Entry(f"virtual {H100}", 2, 8192, 4096, "one_shot", warps=16, source="derived"),
+    Entry(f"virtual {H100}", 4, 4096, 1, "one_shot", split=2, warps=8),
+    Entry(f"virtual {H100}", 4, 4096, 32, "one_shot", warps=8),
+    Entry(f"virtual {H100}", 4, 4096, 64, "two_shot", warps=16),
+    Entry(f"virtual {H100}", 4, 4096, 128, "barrier"),
+    Entry(f"virtual {H100}", 4, 4096, 4096, "barrier", source="derived"),
+    Entry(f"virtual {H100}", 4, 8192, 8, "one_shot", split=4, warps=8),
+    Entry(f"virtual {H100}", 4, 8192, 32, "two_shot", warps=32),
+    Entry(f"virtual {H100}", 4, 8192, 128, "barrier"),
+    Entry(f"virtual {H100}", 4, 8192, 4096, "barrier", source="derived"),
+    Entry(f"virtual {H100}", 8, 4096, 1, "one_shot", split=8, warps=2),
+    Entry(f"virtual {H100}", 8, 4096, 32, "two_shot", warps=16),
+    Entry(f"virtual {H100}", 8, 4096, 128, "barrier"),
+    Entry(f"virtual {H100}", 8, 4096, 4096, "barrier", source="derived"),
+    Entry(f"virtual {H100}", 8, 8192, 1, "one_shot", split=8, warps=4),
+    Entry(f"virtual {H100}", 8, 8192, 8, "two_shot", warps=16),
+    Entry(f"virtual {H100}", 8, 8192, 128, "barrier"),
+    Entry(f"virtual {H100}", 8, 8192, 4096, "barrier", source="derived"),
+]
+
 _ELSEWHERE = [
     Entry("*", 2, 4096, 1, "one_shot", split=2, warps=8, source="derived"),
     Entry("*", 2, 4096, 1024, "one_shot", warps=16, source="derived"),
@@ -164,5 +222,6 @@ _ELSEWHERE = [
 ]
 
 SHIPPED = Table(
-    [*_LINKED, *_VIRTUAL, *_ELSEWHERE], note="H200: 2 linked GPUs, virtual ranks, and crossovers derived from bytes"
+    [*_LINKED, *_VIRTUAL, *_H100, *_ELSEWHERE],
+    note="H200, H100: 2 linked GPUs, virtual ranks, and crossovers derived from bytes",
 )

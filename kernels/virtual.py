@@ -88,20 +88,23 @@ class VirtualRanks:
 
 
 def time_graphs(
-    graphs: dict[str, torch.cuda.CUDAGraph],
+    graphs: dict[str, torch.cuda.CUDAGraph | list[torch.cuda.CUDAGraph]],
     calls: int = 12,
     rounds: int = 7,
     replays: int = 5,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> dict[str, tuple[float, float]]:
-    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike.
-    Spread: the distance between the quartiles. `gather` hands out every process's value: the slowest one counts."""
+    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike. Several
+    graphs of one name are captures of the same calls, and their times are put together: two captures of one kernel may
+    differ by a few percent. Spread: the distance between the quartiles. `gather` hands out every process's value: the
+    slowest one counts."""
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
+    turns = [(name, g) for name, each in graphs.items() for g in (each if isinstance(each, list) else [each])]
+    for _, graph in turns:
         graph.replay()
     torch.cuda.synchronize()
     for _ in range(rounds):
-        for name, graph in graphs.items():
+        for name, graph in turns:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()  # still running when the clock starts: neither the host's launches nor a late peer count
             start.record()
