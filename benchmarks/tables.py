@@ -1,23 +1,48 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-python benchmarks/tables.py linked | shipped | virtual | virtual_summary | norm | layers | models | reduce_overhead |
-    overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | layers | models |
+        reduce_overhead | overhead
+
+Where a card was measured in several runs, times are means over them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tpfuse.kernels.tables import SHIPPED
+from tpfuse.kernels.tables import H100, SHIPPED
 from tpfuse.kernels.tune import name_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The files with the runs of one kind of GPU: over links, and of virtual ranks."""
+
+    device: str
+    linked: tuple[str, ...]
+    virtual: tuple[str, ...]
+    norm: str
+    layers: str
+    peers: tuple[str, ...] = ()
+
+
+CARDS = {
+    "h200": Card("NVIDIA H200", ("kernels_linked_h200.json",), ("kernels_h200.json",), "norm_h200.json",
+                 "layers_h200.json", ("peers_h200.json",)),
+    "h100": Card(H100, ("kernels_linked_h100_1.json", "kernels_linked_h100_2.json"),
+                 ("kernels_h100_1.json", "kernels_h100_2.json", "kernels_h100_3.json"), "norm_h100.json",
+                 "layers_h100.json"),
+}  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 
 
@@ -33,18 +58,28 @@ def _us(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def linked_sizes() -> Iterable[tuple[int, int, dict[str, float], str]]:
-    """(hidden, rows, provider -> us, the provider that the shipped table picks)"""
-    records = _records("kernels_linked_h200.json")
-    for hidden, rows in sorted({(r["hidden"], r["rows"]) for r in records}):
-        us = {r["provider"]: r["us"] for r in records if (r["hidden"], r["rows"]) == (hidden, rows)}
-        yield hidden, rows, us, name_of(SHIPPED.choose("NVIDIA H200", 2, hidden, 2, rows))
+Times = dict[str, float]  # provider -> us
 
 
-def linked() -> str:
+def _times(files: Iterable[str]) -> dict[tuple[int, int, int], Times]:
+    """(hidden, N, rows) -> means over the files, in order of size."""
+    every: dict[tuple[int, int, int], dict[str, list[float]]] = {}
+    for r in (record for name in files for record in _records(name)):
+        every.setdefault((r["hidden"], r["world"], r["rows"]), {}).setdefault(r["provider"], []).append(r["us"])
+    return {size: {p: statistics.mean(us) for p, us in every[size].items()} for size in sorted(every)}
+
+
+def _picked(device: str, size: tuple[int, int, int]) -> str:
+    """The provider that the shipped table picks."""
+    hidden, world, rows = size
+    return name_of(SHIPPED.choose(device, world, hidden, 2, rows))
+
+
+def linked(card: Card) -> str:
     """One boundary over real links."""
     lines = []
-    for hidden, rows, us, picked in linked_sizes():
+    for (hidden, world, rows), us in _times(card.linked).items():
+        picked = _picked(card.device, (hidden, world, rows))
         if hidden in (4096, 8192) and rows != 4:
             torch_best = min((us[p] for p in SEPARATE[1:3] if p in us), default=None)
             ratio = f"{us['nccl'] / us[picked]:.2f}" if "nccl" in us else "–"
@@ -55,24 +90,34 @@ def linked() -> str:
     return table(head, lines)
 
 
-def shipped() -> str:
+def shipped(card: Card) -> str:
     """How far the shipped table's choices are from the best, over all measured sizes on 2 linked GPUs."""
-    from_best, from_best_then, to_separate, few = [], [], [], []
-    for hidden, rows, us, picked in linked_sizes():
-        ours = _ours(us)
-        from_best.append((us[picked] / min(ours.values()), hidden, rows))
-        from_best_then.append((us["dispatched"] / min(ours.values()), hidden, rows))
+    from_best, to_separate, few = [], [], []
+    for size, us in _times(card.linked).items():
+        picked = _picked(card.device, size)
+        from_best.append((us[picked] / min(_ours(us).values()), size))
         others = {p: us[p] for p in SEPARATE if p in us}
         best = min(others, key=lambda p: others[p])
-        to_separate.append((us[picked] / others[best], hidden, rows, best))
-        if rows <= 64 and "nccl" in us:
-            few.append((us["nccl"] / us[picked], hidden, rows))
+        to_separate.append((us[picked] / others[best], size, best))
+        if size[2] <= 64 and "nccl" in us:
+            few.append((us["nccl"] / us[picked], size))
     return "\n".join([
         f"slowest against the best kernel: {max(from_best)}", f"slowest against the best separate: {max(to_separate)}",
         f"least against NCCL + Inductor, up to 64 rows: {min(few)}; most: {max(few)}; sizes: {len(few)}",
-        f"dispatched in that run against the best kernel: within 3 % at {_within(from_best_then)} sizes, "
-        f"at most {max(from_best_then)}",
+        *_dispatched(card.linked),
     ])  # fmt: skip
+
+
+def _dispatched(files: Iterable[str]) -> list[str]:
+    """Of each run: how far the operator, by the table of the time, was from the best kernel."""
+    lines = []
+    for name in files:
+        ratios = [(us["dispatched"] / min(_ours(us).values()), size)
+                  for size, us in _times([name]).items() if "dispatched" in us]  # fmt: skip
+        if ratios:
+            lines.append(f"dispatched against the best kernel, {name}: within 3 % at {_within(ratios)}, most "
+                         f"{sorted(ratios)[-3:]}")  # fmt: skip
+    return lines
 
 
 def _ours(us: dict[str, float]) -> dict[str, float]:
@@ -84,18 +129,10 @@ def _within(ratios: list[tuple], limit: float = 1.03) -> str:
     return f"{sum(ratio[0] <= limit for ratio in ratios)} of {len(ratios)}"
 
 
-def virtual_sizes() -> Iterable[tuple[int, int, int, dict[str, float]]]:
-    """(hidden, N, rows, provider -> us), the best peer of the published figures among them"""
-    records = _records("kernels_h200.json") + _records("peers_h200.json")
-    for hidden, world, rows in sorted({(r["hidden"], r["world"], r["rows"]) for r in records}):
-        here = [r for r in records if (r["hidden"], r["world"], r["rows"]) == (hidden, world, rows)]
-        yield hidden, world, rows, {r["provider"]: r["us"] for r in here}
-
-
-def virtual() -> str:
-    """One boundary on virtual ranks."""
+def virtual(card: Card) -> str:
+    """One boundary on virtual ranks, beside the best peer of the published figures."""
     lines = []
-    for hidden, world, rows, us in virtual_sizes():
+    for (hidden, world, rows), us in _times(card.virtual + card.peers).items():
         best = [_us(min(us[p] for p in us if p.startswith(k))) for k in ("one_shot s", "two_shot")]
         ratio = f"{us['dispatched'] / us['best peer']:.2f}" if "best peer" in us else "–"
         lines.append([f"{hidden}", f"{world}", f"{rows}", *(_us(us[p]) for p in ("empty", "barrier", "unfused")), *best,
@@ -105,21 +142,23 @@ def virtual() -> str:
     return table(head, lines)
 
 
-def virtual_summary() -> str:
+def virtual_summary(card: Card) -> str:
     peers, from_best, unfused, barrier, portable = [], [], [], [], []
-    for hidden, world, rows, us in virtual_sizes():
-        size, mine = (hidden, world, rows), us["dispatched"]
-        from_best.append((mine / min(_ours(us).values()), size))
+    for size, us in _times(card.virtual + card.peers).items():
+        mine = us["dispatched"]
+        from_best.append((us[_picked(f"virtual {card.device}", size)] / min(_ours(us).values()), size))
         unfused.append((us["unfused"] / mine, size))
         portable.append((us["one_shot portable"] / min(us[p] for p in us if p.startswith("one_shot s1")), size))
         if "best peer" in us:
             peers.append((mine / us["best peer"], size))
-        if rows <= 32:
+        if size[2] <= 32:
             barrier.append(((us["barrier"] - us["empty"]) / (mine - us["empty"]), size))
-    mean = statistics.geometric_mean(ratio for ratio, _ in peers)
+    ends = f"{sorted(peers)[:1]} to {sorted(peers)[-1:]}"
+    mean = f"{statistics.geometric_mean(ratio for ratio, _ in peers):.3f}" if peers else "–"
     return "\n".join([
-        f"against the best peer: {min(peers)} to {max(peers)}, geometric mean {mean:.3f}, {len(peers)} sizes",
-        f"against the best kernel: within 3 % at {_within(from_best)}, most {sorted(from_best)[-3:]}",
+        f"against the best peer: {ends}, geometric mean {mean}, {len(peers)} sizes",
+        f"the shipped table's kernel against the best: {sorted(from_best)[-3:]}",
+        *_dispatched(card.virtual),
         f"unfused / dispatched: {min(unfused)} to {max(unfused)}",
         f"above empty, barrier / dispatched, up to 32 rows: {min(barrier)} to {max(barrier)}; "
         f"at least 1.3 at {sum(ratio >= 1.3 for ratio, _ in barrier)} of {len(barrier)}",
@@ -127,8 +166,8 @@ def virtual_summary() -> str:
     ])  # fmt: skip
 
 
-def norm() -> str:
-    records = _records("norm_h200.json")
+def norm(card: Card) -> str:
+    records = _records(card.norm)
     lines = []
     for kind, hidden, size in sorted({(r["norm"], r["hidden"], r["megabytes"]) for r in records}):
         here = {r["provider"]: r for r in records if (r["norm"], r["hidden"], r["megabytes"]) == (kind, hidden, size)}
@@ -137,8 +176,8 @@ def norm() -> str:
     return table(["norm", "hidden", "MB", "copy", "ours", "Inductor", "Liger", "torch, two operations"], lines)
 
 
-def layers() -> str:
-    records = _records("layers_h200.json")
+def layers(card: Card) -> str:
+    records = _records(card.layers)
     lines = []
     for world, phase, rows in sorted({(r["world"], r["phase"], r["rows"]) for r in records}):
         us = {r["provider"]: r["us"] for r in records if (r["world"], r["phase"], r["rows"]) == (world, phase, rows)}
@@ -148,7 +187,7 @@ def layers() -> str:
     return table(["N", "step", "unfused", "tpfuse", "unfused / tpfuse", "sums in unfused", "sums in tpfuse"], lines)
 
 
-def models() -> str:
+def models(_: Card) -> str:
     records = _records("end_to_end_h200_x2.json")
     lines = []
     for model, phase, size in dict.fromkeys((r["model"], r["phase"], r["size"]) for r in records):
@@ -165,7 +204,7 @@ def models() -> str:
     return table(head, lines)
 
 
-def reduce_overhead() -> str:
+def reduce_overhead(_: Card) -> str:
     """torch.compile's own CUDA graphs."""
     records = _records("reduce_overhead_h200_x2.json")
     lines = []
@@ -180,7 +219,7 @@ def reduce_overhead() -> str:
     return table(head, lines)
 
 
-def overhead() -> str:
+def overhead(_: Card) -> str:
     """Host time of an eager call."""
     records = json.loads((RESULTS / "op_overhead.json").read_text())["records"]
     lines = []
@@ -192,12 +231,14 @@ def overhead() -> str:
                   "unfused: functional all-reduce, add, RMSNorm", "look at the watch"], lines)  # fmt: skip
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (
+TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     linked, shipped, virtual, virtual_summary, norm, layers, models, reduce_overhead, overhead
 )}  # fmt: skip
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or TABLES:
-        if name not in TABLES:
-            sys.exit(f"{name}: allowed: {', '.join(TABLES)}")
-        print(TABLES[name](), end="\n\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", choices=CARDS, default="h200")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    arguments = parser.parse_args()
+    for name in arguments.tables or TABLES:
+        print(TABLES[name](CARDS[arguments.card]), end="\n\n")

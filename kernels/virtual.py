@@ -94,10 +94,10 @@ def time_graphs(
     replays: int = 5,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> dict[str, tuple[float, float]]:
-    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike. Several
-    graphs of one name are captures of the same calls, and their times are put together: two captures of one kernel may
-    differ by a few percent. Spread: the distance between the quartiles. `gather` hands out every process's value: the
-    slowest one counts."""
+    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike.
+    Several graphs of one name are captures of the same calls, and their times are put together: two captures of one
+    kernel may differ by a few percent. Spread: the distance between the quartiles. `gather` hands out every process's
+    value: the slowest one counts."""
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     turns = [(name, g) for name, each in graphs.items() for g in (each if isinstance(each, list) else [each])]
     for _, graph in turns:
