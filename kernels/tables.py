@@ -7,8 +7,8 @@ kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its
 ends at 8 MiB, past which a plain all-reduce is limited by bandwidth alone. (Two ranks move as much either way.)
 "virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
 more rows run as 512 do. The H100's entries were measured likewise, in several runs (kernels_linked_h100_*.json,
-kernels_h100_*.json; virtual ranks at hidden 4096 and 8192 up to 128 rows); those for 4 and 8 of them are the H200's. "*" is
-for every other device.
+kernels_h100_*.json; virtual ranks at hidden 4096 and 8192 up to 128 rows); those for 4 and 8 of them are the H200's.
+"*" is for every other device.
 """
 
 from __future__ import annotations
