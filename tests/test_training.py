@@ -246,19 +246,12 @@ def gradient_errors(rank: int, how: str, norm: type[nn.Module], seeds: int = 20)
     }
 
 
-BFLOAT16_STATISTICS = pytest.mark.xfail(
-    reason="gradients through DTensor's bfloat16 LayerNorm, whose statistics are saved in bfloat16, err more than the "
-    "error rule allows: the forward fusion's doing, not the merge's",
-    strict=False,
-)
-
-
 @pytest.mark.parametrize(
     ("how", "norm"),
     [
         ("pairs", nn.RMSNorm),
         pytest.param("dtensor", nn.RMSNorm, marks=pytest.mark.nightly),
-        pytest.param("dtensor", nn.LayerNorm, marks=[BFLOAT16_STATISTICS, pytest.mark.nightly]),
+        pytest.param("dtensor", nn.LayerNorm, marks=pytest.mark.nightly),
     ],
 )
 def test_gradients_are_those_of_eager_within_the_error_rule(how, norm):
