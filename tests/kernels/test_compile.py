@@ -32,7 +32,7 @@ def scalar_accesses(ptx: str) -> list[str]:
 @pytest.mark.parametrize("norm", [0, 1])
 def test_add_norm_is_vectorised(H: int, norm: int) -> None:
     constants = {
-        "H": H, "BLOCK": next_power_of_2(H), "NORM": norm, "POST": False, "STRIDED": False,
+        "H": H, "BLOCK": next_power_of_2(H), "NORM": norm, "POST": False, "STRIDED": False, "EVICT": "", "STORE": "",
     }  # fmt: skip
     args = (BF16, BF16, BF16, BF16, BF16, BF16, BF16, None, None, None, 1e-6, 0.0, 1.0, H, H)
     ptx = compile_sm90(_add_norm_kernel, args, constants, 8).asm["ptx"]
