@@ -101,8 +101,10 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 class _Announced(threading.local):
-    # threading.local, not a ContextVar: Dynamo reads and guards it, and ranks that run as threads get one each.
-    counts: tuple[int, ...] | None = None
+    # threading.local, not a ContextVar: Dynamo reads and guards it, and ranks that run as threads get one each. The
+    # default belongs to the object, once a thread: torch 2.11 would read one of the class and never look again.
+    def __init__(self) -> None:
+        self.counts: tuple[int, ...] | None = None
 
 
 _announced = _Announced()
