@@ -41,7 +41,7 @@ test: $(READY)
 
 test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test-nightly: $(READY)
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
 
 # One environment for each release of torch (.venv-2.11, ..., .venv-newest; about 5 GB each) and the suite in each.
 # MATRIX="--torch 2.12 tests/passes" runs a part of it.

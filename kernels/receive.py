@@ -180,9 +180,9 @@ def receive_sum(own, base, W: tl.constexpr, width, stride, rank, like_ptr, epoch
                 acc += unpack(tl.where(rank == q, own, _quad(words, q)), like_ptr)
     else:
         at = tl.arange(0, W)
-        mask = at < width
         for q in tl.static_range(WORLD):
-            peers = _poll(base + q * stride + at, mask & (rank != q), at * 0 + q, epoch, watch_ptr)
+            theirs = at < tl.where(rank == q, 0, width)  # nobody sends the own words
+            peers = _poll(base + q * stride + at, theirs, at * 0 + q, epoch, watch_ptr)
             part = unpack(tl.where(rank == q, own, peers), like_ptr)
             if q == 0:
                 acc = part
