@@ -192,10 +192,11 @@ def main() -> None:
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
-    default_table()  # a bad TPFUSE_DISPATCH_TABLE is to be heard of now
     if arguments.plot:
         plots.kernels(*arguments.plot)
-    elif arguments.load:
+        return
+    default_table()  # a bad TPFUSE_DISPATCH_TABLE is to be heard of now
+    if arguments.load:
         load_all(arguments.worlds[0], arguments.hidden, arguments.rows)
     elif "LOCAL_RANK" in os.environ:
         run_linked(arguments)

@@ -297,8 +297,8 @@ def run_world(world: int, arguments: argparse.Namespace) -> None:
     sizes = Sizes(layers=arguments.layers)
     records = []
     ranks = VirtualRanks(world, slot_bytes=64 << 20)
-    # Here a rank that waits shares the device with a rank that still multiplies, whose matrix kernels need pairs of
-    # multiprocessors to themselves: waiting programs on every pair would leave none, and all would wait for ever.
+    # Here a rank that waits shares the device with a rank that still multiplies. With as many waiting programs as fit,
+    # N = 4 with 64 sequences waited for ever (most likely the matrix kernels found no pair of free multiprocessors).
     programs = ranks.multiprocessors // world // 2
     ranks.workspaces = [dataclasses.replace(ws, max_blocks=programs) for ws in ranks.workspaces]
     for phase, rows in cases_of(arguments):

@@ -240,5 +240,8 @@ if __name__ == "__main__":
     parser.add_argument("--card", choices=CARDS, default="h200")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: allowed: {', '.join(TABLES)}")
     for name in arguments.tables or TABLES:
         print(TABLES[name](CARDS[arguments.card]), end="\n\n")
