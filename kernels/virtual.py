@@ -9,6 +9,7 @@ ranks' programs together fit on the device (`residency`), and no kernel is speci
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -94,17 +95,21 @@ def time_graphs(
     replays: int = 5,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> dict[str, tuple[float, float]]:
-    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike.
-    Several graphs of one name are captures of the same calls, and their times are put together: two captures of one
-    kernel may differ by a few percent. Spread: the distance between the quartiles. `gather` hands out every process's
-    value: the slowest one counts."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    """Microseconds a call, (median, spread) over `rounds`; the graphs take turns, so that drift meets all alike, in
+    another order each round, so that none always runs after the same one (every process draws the same orders). Several
+    graphs of one name are captures of the same calls: each capture's median over the rounds counts, and of these the
+    median. Spread: the distance between the quartiles of all times. `gather` hands out every process's value: the
+    slowest one counts."""
     turns = [(name, g) for name, each in graphs.items() for g in (each if isinstance(each, list) else [each])]
+    samples: list[list[float]] = [[] for _ in turns]
+    order, draw = list(range(len(turns))), random.Random(0)
     for _, graph in turns:
         graph.replay()
     torch.cuda.synchronize()
     for _ in range(rounds):
-        for name, graph in turns:
+        draw.shuffle(order)
+        for turn in order:
+            graph = turns[turn][1]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()  # still running when the clock starts: neither the host's launches nor a late peer count
             start.record()
@@ -112,11 +117,13 @@ def time_graphs(
                 graph.replay()
             end.record()
             end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1000 / replays / calls)
-    out = {}
+            samples[turn].append(start.elapsed_time(end) * 1000 / replays / calls)
+    captures: dict[str, list[list[float]]] = {name: [] for name in graphs}
     everyone = gather(samples)
-    for name in samples:
-        values = [max(each) for each in zip(*(ranks[name] for ranks in everyone), strict=True)]
-        quarters = statistics.quantiles(values, n=4)
-        out[name] = (statistics.median(values), quarters[2] - quarters[0])
+    for turn, (name, _) in enumerate(turns):
+        captures[name].append([max(each) for each in zip(*(ranks[turn] for ranks in everyone), strict=True)])
+    out = {}
+    for name, each in captures.items():
+        quarters = statistics.quantiles([us for times in each for us in times], n=4)
+        out[name] = (statistics.median(statistics.median(times) for times in each), quarters[2] - quarters[0])
     return out

@@ -94,8 +94,8 @@ def explain(plan: Plan, output: Path) -> str:
         "",
         f"{plan.measurements} measurements at most (a kernel that does not fit a size is left out). Each is one",
         "all-reduce + residual + RMSNorm of random values, checked against float64 and for equal bits on all ranks,",
-        "then captured 12 times into a CUDA graph (small calls into three); 7 rounds of 5 replays, kernels taking",
-        "turns; the median of the slowest rank counts.",
+        "then captured 12 times into a CUDA graph, three such graphs (nine of small calls); 5 rounds of 5 replays of",
+        "each, kernels taking turns; each graph's median, of the slowest rank, and the median of those counts.",
         f"Estimated time: {plan.seconds / 60:.0f} to {plan.seconds * 2 / 60:.0f} minutes, most of it for compiling.",
         f"The table would go to {output}. Use it with TPFUSE_DISPATCH_TABLE={output} on every rank.",
     ]
