@@ -39,9 +39,8 @@ class Card:
 CARDS = {
     "h200": Card("NVIDIA H200", ("kernels_linked_h200.json",), ("kernels_h200.json",), "norm_h200.json",
                  "layers_h200.json", ("peers_h200.json",)),
-    "h100": Card(H100, ("kernels_linked_h100_1.json", "kernels_linked_h100_2.json"),
-                 ("kernels_h100_1.json", "kernels_h100_2.json", "kernels_h100_3.json"), "norm_h100.json",
-                 "layers_h100.json"),
+    "h100": Card(H100, tuple(f"kernels_linked_h100_{i}.json" for i in range(1, 6)),
+                 tuple(f"kernels_h100_{i}.json" for i in range(1, 7)), "norm_h100.json", "layers_h100.json"),
 }  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 

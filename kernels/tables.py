@@ -1,12 +1,12 @@
-"""The shipped dispatch table. Written through `tune` from benchmarks/results/kernels_linked_h200.json (2 GPUs) and
-kernels_tune_h200.json (virtual ranks); see docs/performance.md for what each source means.
+"""The shipped dispatch table, from benchmarks/results/kernels_linked_h200.json (2 GPUs) and kernels_tune_h200.json
+(virtual ranks), by `benchmarks/entries.py` and `tune`; see docs/performance.md for what each source means.
 
 "NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink; sizes past the last measured one run as that one
 does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived: at 800 kB and 220
 kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its second trip over NVLink. The two-shot
 ends at 8 MiB, past which a plain all-reduce is limited by bandwidth alone. (Two ranks move as much either way.)
 "virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
-more rows run as 512 do. The H100's entries were measured likewise, in several runs (kernels_linked_h100_*.json,
+more rows run as 512 do. The H100's entries are those of the means over several runs (kernels_linked_h100_*.json,
 kernels_h100_*.json; virtual ranks at hidden 4096 and 8192 up to 128 rows); those for 4 and 8 of them are the H200's.
 "*" is for every other device.
 """
@@ -167,22 +167,20 @@ _H100 = [
     Entry(H100, 2, 8192, 4096, "barrier"),
     Entry(H100, 2, 8192, 32768, "barrier", source="derived"),
     *(dataclasses.replace(entry, device=H100, source="derived") for entry in _LINKED if entry.world > 2),
-    Entry(f"virtual {H100}", 2, 4096, 1, "one_shot", warps=16),
+    Entry(f"virtual {H100}", 2, 4096, 1, "one_shot", split=4, warps=4),
     Entry(f"virtual {H100}", 2, 4096, 32, "one_shot", warps=8),
     Entry(f"virtual {H100}", 2, 4096, 128, "one_shot", warps=16),
     Entry(f"virtual {H100}", 2, 4096, 4096, "one_shot", warps=16, source="derived"),
-    Entry(f"virtual {H100}", 2, 8192, 1, "one_shot", split=8, warps=4),
     Entry(f"virtual {H100}", 2, 8192, 8, "one_shot", split=4, warps=8),
-    Entry(f"virtual {H100}", 2, 8192, 32, "one_shot", warps=32),
     Entry(f"virtual {H100}", 2, 8192, 128, "one_shot", warps=16),
     Entry(f"virtual {H100}", 2, 8192, 4096, "one_shot", warps=16, source="derived"),
     Entry(f"virtual {H100}", 4, 4096, 1, "one_shot", split=2, warps=8),
-    Entry(f"virtual {H100}", 4, 4096, 32, "one_shot", warps=8),
+    Entry(f"virtual {H100}", 4, 4096, 8, "one_shot", warps=16),
     Entry(f"virtual {H100}", 4, 4096, 64, "two_shot", warps=16),
     Entry(f"virtual {H100}", 4, 4096, 128, "barrier"),
     Entry(f"virtual {H100}", 4, 4096, 4096, "barrier", source="derived"),
     Entry(f"virtual {H100}", 4, 8192, 8, "one_shot", split=4, warps=8),
-    Entry(f"virtual {H100}", 4, 8192, 32, "two_shot", warps=32),
+    Entry(f"virtual {H100}", 4, 8192, 32, "two_shot", warps=16),
     Entry(f"virtual {H100}", 4, 8192, 128, "barrier"),
     Entry(f"virtual {H100}", 4, 8192, 4096, "barrier", source="derived"),
     Entry(f"virtual {H100}", 8, 4096, 1, "one_shot", split=8, warps=2),

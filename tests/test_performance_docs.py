@@ -2,6 +2,7 @@
 And results files of slices join into one only where they belong together."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -45,3 +46,16 @@ def test_slices_join_with_all_their_notes():
 def test_what_does_not_belong_together_is_not_joined(other, words):
     with pytest.raises(ValueError, match=words):
         script("join").joined([results(2), other])
+
+
+@pytest.mark.parametrize(("card", "setting"), [("h200", "linked"), ("h100", "linked"), ("h100", "virtual")])
+def test_the_shipped_tables_measured_entries_are_those_of_the_results_files(card, setting):
+    """Where one kind of GPU has several files, of their means."""
+    from tpfuse.kernels.tables import SHIPPED
+
+    files = getattr(script("tables").CARDS[card], setting)
+    documents = [json.loads((ROOT / "benchmarks/results" / name).read_text("utf-8")) for name in files]
+    entries = script("entries").entries_of(documents)
+    worlds = {entry.world for entry in entries}
+    shipped = [e for e in SHIPPED.entries if e.device == entries[0].device and e.source == "measured"]
+    assert entries == sorted((e for e in shipped if e.world in worlds), key=lambda e: (e.world, e.hidden, e.rows))
