@@ -109,17 +109,17 @@ def test_the_report_from_a_warm_cache_names_this_worlds_ranks():
 
 @pytest.mark.nightly
 def test_each_policy_gets_its_own_graph():
-    expected = {
-        "replicated": {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1},
-        "scattered": {"reduce_scatter": 2, "all_gather": 2},
+    expected = {  # by the residual and the rows that the policy states
+        ("replicated", 16384): {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1},
+        ("scattered", None): {"reduce_scatter": 2, "all_gather": 2},
     }
     x = torch.randn(2, 4, DECODER_HIDDEN, dtype=torch.float64)
     for pass_over_policies in ("cold", "warm"):
-        for residual, collectives in expected.items():
+        for (residual, max_rows), collectives in expected.items():
             torch._dynamo.reset()
             counters.clear()
             with fake_world(8), torch.no_grad():
-                policy = SharingPolicy(8, 2, None, residual=residual)
+                policy = SharingPolicy(8, 2, None, residual=residual, max_rows=max_rows)
                 fn = compile_for(build(lambda: Decoder(1)).eval(), policy, inner="inductor")
                 fn(x)
                 assert was_warm() == (pass_over_policies == "warm"), residual
