@@ -87,15 +87,16 @@ def _class_name(cls: object) -> str:
 
 def _consumer_role(start: fx.Node) -> str | None:
     """The role of the first block that computes something from `start`; "final_norm" if it is the end of the model.
+    A gather of rows on the way to it is passed through.
 
     A matrix product in no module whose name tells (a layer that holds its own projections) is judged by the operators
     up to the next sum.
     """
     computes = False
-    for node in _walk(start, lambda n: n.users, limit=200):
+    for node in _walk(start, lambda n: n.users, limit=200, through=_gathers):
         if node is start:
             continue
-        if node.op == "output" or is_collective(node):
+        if node.op == "output" or (is_collective(node) and (computes or not _gathers(node))):
             break
         role = _role(node)
         if role in ("attention", "moe", "dense_mlp"):
@@ -140,14 +141,23 @@ def _structural_role(node: fx.Node, normed: frozenset[fx.Node]) -> str | None:
     return "dense_mlp" if matmul else None
 
 
-def _walk(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]], limit: int) -> list[fx.Node]:
-    """Breadth first from `start`, not past a collective's wait."""
+def _gathers(collective: fx.Node) -> bool:
+    return "all_gather" in str(collective.target)
+
+
+def _walk(
+    start: fx.Node,
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    limit: int,
+    through: Callable[[fx.Node], bool] = lambda collective: False,
+) -> list[fx.Node]:
+    """Breadth first from `start`, not past a collective's wait, unless `through` says so."""
     seen, order = {start}, []
     pending = deque([start])
     while pending and len(order) < limit:
         node = pending.popleft()
         order.append(node)
-        if node is not start and node.target is ops.WAIT:
+        if node is not start and node.target is ops.WAIT and not through(node.args[0]):
             continue
         for following in step(node):
             if following not in seen:

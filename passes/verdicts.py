@@ -34,14 +34,14 @@ def verdicts(recognition: Recognition, decisions: Decisions) -> list[Boundary]:
     outputs = frozenset(norm.output for norm in recognition.norms)
     backward = recognition.backward
     return [
-        _verdict(c, plans.get(c.node), refused.get(c.node, ""), norms_at, outputs, c.node in backward)
+        _verdict(c, plans.get(c.node), refused.get(c.node, ""), norms_at, outputs, c.node in backward, bool(backward))
         for c in recognition.collectives
     ]
 
 
 def _verdict(
     collective: Collective, plan: Plan | None, refused: str, norms_at: dict[fx.Node, Norm], outputs: frozenset[fx.Node],
-    backward: bool,
+    backward: bool, training: bool,
 ) -> Boundary:  # fmt: skip
     reached = _Reached() if backward else _reach(collective.result, norms_at)
     norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
@@ -55,7 +55,7 @@ def _verdict(
         norm=norm.kind if norm is not None else None,
         rewrite=plan.rewrite if plan is not None else None,
         fused=plan is not None,
-        reason="" if plan is not None else _reason(collective, refused, reached, backward),
+        reason="" if plan is not None else _reason(collective, refused, reached, backward, training),
         direction="backward" if backward else "forward",
         feeds_norm=norm is not None,
         dtype=dtype,
@@ -111,13 +111,15 @@ def _ends(node: fx.Node) -> bool:
     return any(name.startswith(word) for word in _ENDS) or (val is not None and val.dtype not in ops.FLOATS)
 
 
-def _reason(collective: Collective, refused: str, reached: _Reached, backward: bool) -> str:
+def _reason(collective: Collective, refused: str, reached: _Reached, backward: bool, training: bool) -> str:
     if collective.problem:
         return collective.problem
     if refused and reached.product is None:
         return refused
     if backward:
         return "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
+    if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
+        return "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
     if collective.kind != "all_reduce":
         return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
     if reached.product is not None:
