@@ -10,7 +10,7 @@ from tpfuse.report import Boundary
 
 from . import aten_ops as ops
 from .collectives import Collective, is_collective
-from .graph import depends_on, value
+from .graph import depends_on, same_shape, value
 from .kinds import boundary_kind, module_name
 from .norms import Norm
 from .plan import Decisions, Plan
@@ -111,6 +111,13 @@ def _ends(node: fx.Node) -> bool:
     return any(name.startswith(word) for word in _ENDS) or (val is not None and val.dtype not in ops.FLOATS)
 
 
+def _spreads(node: fx.Node, result: fx.Node) -> bool:
+    """Whether `node` repeats what it reads along a dimension that `result` does not have."""
+    if value(node) is None or value(result) is None or value(node).dim() <= value(result).dim():
+        return False
+    return any(value(n) is not None and not same_shape(n, node) for n in node.all_input_nodes)
+
+
 def _reason(collective: Collective, refused: str, reached: _Reached, backward: bool, training: bool) -> str:
     if collective.problem:
         return collective.problem
@@ -128,6 +135,11 @@ def _reason(collective: Collective, refused: str, reached: _Reached, backward: b
             "before any norm does, so the sum has to be finished by itself"
         )
     if reached.norm is not None:
+        if reached.obstacle is not None and _spreads(reached.obstacle, collective.result):
+            return (
+                f"{reached.obstacle.target} spreads the all-reduced value over another dimension before the norm; more "
+                "would be sent if the sum were taken afterwards, so it is finished first"
+            )
         if reached.obstacle is not None:
             return (
                 f"{reached.obstacle.target} stands between the all-reduce and the norm; only views, casts, additions "

@@ -35,6 +35,19 @@ def test_a_reduce_op_that_is_no_sum(four_ranks, op):
     assert f"reduce op is {op!r}" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    "mix", [lambda x, r: x.unsqueeze(-2) * r[..., :2, None], lambda x, r: x.unsqueeze(-2).expand(-1, -1, 2, -1)]
+)
+def test_a_sum_that_is_spread_over_several_residual_streams(four_ranks, mix):
+    """Hyper-connections: every stream gets its share of the sum."""
+
+    def run(x, r, weight, bias):
+        return spellings.rms_llama(mix(all_reduce(x), r), weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "over another dimension before the norm" in verdict.reason
+
+
 def test_an_average_is_a_sum_divided_by_the_group(four_ranks):
     def run(x, r, weight, bias):
         h = all_reduce(x, op="avg") + r
