@@ -229,6 +229,9 @@ def page(results: Results) -> str:
             cell = results.cells.get(f"{family.name} {mode} 2")
             for reason, count in (cell.unfused or {}).items() if cell else ():
                 lines += [f"The report says, {count} times: {reason}.", ""]
+        for mode, why in family.cannot.items():
+            fails = f"**{family.name}, {mode}: the model itself fails once it is cut**, in eager mode too: {why}."
+            lines += [fails, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -258,7 +261,7 @@ def main() -> None:
     results = Results.load()
     named = {family.name for family in NAMED}
     for name in chosen.families.split(","):
-        for mode in chosen.modes.split(","):
+        for mode in (mode for mode in chosen.modes.split(",") if mode in BY_NAME[name].modes):
             for world in map(int, chosen.worlds.split(",")):
                 key = f"{name} {mode} {world}"
                 if chosen.again or key not in results.cells or results.cells[key].error:

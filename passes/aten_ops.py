@@ -43,6 +43,9 @@ REORDERINGS = {aten.permute.default, aten.transpose.int, aten.t.default}
 #: Choose some of the elements and keep them as they are. The tensor is the first argument.
 SELECTIONS = {aten.slice.Tensor, aten.select.int}
 
+#: Add up rows, where they leave the last dimension alone: linear, and fewer rows have to be summed over the ranks.
+ROW_SUMS = {aten.sum.dim_IntList, aten.mean.dim}
+
 #: Change the dtype only.
 CASTS = {
     prims.convert_element_type.default,

@@ -20,7 +20,7 @@ aten = ops.aten
 #: Tried in this order on every module of the stack: attention inside a MoE model is attention.
 _NAMES = (
     ("attention", re.compile(r"attn|attention", re.IGNORECASE)),
-    ("moe", re.compile(r"MoE$|MoeBlock|SparseMoe|[Ee]xperts?$|^(block_sparse_)?moe$|^shared_expert")),
+    ("moe", re.compile(r"Mo[eE]$|MoeBlock|SparseMoe|[Ee]xperts?$|^(block_sparse_)?moe$|^shared_expert")),
     ("dense_mlp", re.compile(r"mlp|feed_?forward|ffn|^ff$", re.IGNORECASE)),
     ("embedding", re.compile(r"embed|^wte$|^wpe$", re.IGNORECASE)),
 )

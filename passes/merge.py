@@ -187,7 +187,7 @@ def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node
     for node in part.chain:
         scale *= next(factor for child, factor, _ in linear_inputs(node) if child is at)
         at = node
-    steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS)]
+    steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS)]
     node = _cast(graph, replay(graph, steps, part.collective.input), dtype)
     return node if scale == 1.0 else insert_call(graph, aten.mul.Tensor, (node, scale), like=part.collective.node)
 

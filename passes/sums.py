@@ -1,11 +1,11 @@
 """Write a value as a sum of terms, each a leaf followed by linear steps. Reads only.
 
-Between the partial producer and the norm there may be views, casts, numbers, biases, replicated addends, gates and
-masks. All of them are linear, so the value h that a norm reads is
+Between the partial producer and the norm there may be views, casts, numbers, biases, replicated addends, gates, masks
+and sums of rows. All of them are linear, so the value h that a norm reads is
 
     h = sum_i path_i(all_reduce(x_i)) + sum_j path_j(r_j)
 
-with every path a chain of views, casts, choices of rows, and multiplications. `decompose` finds the terms.
+with every path a chain of views, casts, choices and sums of rows, and multiplications. `decompose` finds the terms.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Step:
 
     @property
     def is_gate(self) -> bool:
-        return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.CASTS)
+        return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS | ops.CASTS)
 
     @property
     def reshapes(self) -> bool:
@@ -234,6 +234,8 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
     args = node.args
     if node.target in ops.VIEWS or node.target in ops.SELECTIONS or node.target in ops.CASTS:
         return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and is_float(node) else []
+    if node.target in ops.ROW_SUMS:
+        return [(args[0], 1.0, Step(node))] if _adds_whole_rows(node) else []
     if node.target in ops.COPIES:
         # copy(destination, source) is the source, in the destination's shape and dtype.
         source = args[1] if len(args) > 1 else None
@@ -257,6 +259,17 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
     if node.target in ops.DIVS and is_number(right) and abs(right) > _SMALL and isinstance(left, fx.Node):
         return [(left, 1.0 / right, None)]
     return []
+
+
+def _adds_whole_rows(node: fx.Node) -> bool:
+    """Whether a sum or a mean over dimensions leaves the last one as it is, and the dtype."""
+    rows = node.args[0] if node.args else None
+    dims = node.args[1] if len(node.args) > 1 else None
+    if not (isinstance(rows, fx.Node) and isinstance(dims, (list, tuple)) and dims and is_float(rows)):
+        return False
+    count = value(rows).dim()
+    kept = all(isinstance(dim, int) and -count <= dim < count and dim % count != count - 1 for dim in dims)
+    return kept and is_float(node) and value(node).dtype == value(rows).dtype
 
 
 def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:

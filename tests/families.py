@@ -42,6 +42,7 @@ class Family:
     plan: None for Hugging Face's own plan; otherwise styles for `torch.distributed.tensor.parallel`, by module name.
     heads: attributes of the attention modules that count heads, to be divided where the plan is ours.
     exceptions: for a mode in which fewer are fused than feed a norm, how many are, and what it would take.
+    cannot: for a mode in which the model itself fails once it is cut, in eager mode too, what it says.
     """
 
     name: str
@@ -52,6 +53,11 @@ class Family:
     plan: dict[str, str] | None = None
     heads: tuple[str, ...] = ()
     exceptions: dict[str, tuple[int, str]] = field(default_factory=dict)
+    cannot: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return tuple(mode for mode in MODES if mode not in self.cannot)
 
     def fused_in(self, mode: str) -> int:
         """How many all-reduces have to be fused in `mode`."""
@@ -63,8 +69,10 @@ def _plain(name: str, config: str, **fields: Any) -> Family:
     return Family(name, config, 2 * LAYERS + 1, "embedding, then attention and MLP of each layer", {**COMMON, **fields})
 
 
-def _routed(name: str, config: str, feeding: int, why: str, **fields: Any) -> Family:
-    return Family(name, config, feeding, why, {**COMMON, **EXPERTS, **fields})
+def _routed(
+    name: str, config: str, feeding: int, why: str, cannot: dict[str, str] | None = None, **fields: Any
+) -> Family:
+    return Family(name, config, feeding, why, {**COMMON, **EXPERTS, **fields}, cannot=cannot or {})
 
 
 def _opt(name: str, dropout: float, **facts: Any) -> Family:
@@ -164,6 +172,11 @@ FAMILIES = (
             "embedding, attention and routed experts of each layer; the gated shared expert is not cut",
             num_experts=8, shared_expert_intermediate_size=EXPERT_INNER),
     _routed("olmoe", "OlmoeConfig", 2 * LAYERS + 1, "embedding, attention and experts of each layer", num_experts=8),
+    _routed("llama4", "Llama4TextConfig", 2 * LAYERS + 2,
+            "embedding, attention of each layer, dense MLP of layer 0, routed experts (a row for each, added up behind "
+            "the all-reduce) and the shared one of layer 1",
+            {"training": "the experts' result is added in place to what a custom autograd function handed out"},
+            **HEAD_DIM, intermediate_size_mlp=INNER, num_local_experts=4, interleave_moe_layer_step=2),
 )  # fmt: skip
 #: The families that were asked for by name; the others each do something of their own.
 NAMED = FAMILIES[:15]

@@ -1,6 +1,7 @@
 """Which all-reduces feed a norm, found by slow walks over the graph. The recogniser's judge: shares no code with it.
 
-Row-wise is what torch itself tags as pointwise, plus views, casts and reductions over the last dimension. A norm is the
+Row-wise is what torch itself tags as pointwise, plus views, casts, reductions over the last dimension and sums of whole
+rows. A norm is the
 inverse square root of a reduction over the hidden dimension. An all-reduce feeds a norm if the norm's input is made of
 its result by row-wise operators, and of no other way: where something that mixes units (a matrix product, another
 all-reduce) stands on a second way, the sum has to be finished before that norm's input can exist.
@@ -58,7 +59,7 @@ def _row_wise_ancestors(source: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
         seen.add(node)
         if _name(node) == "wait_tensor" and _name(node.args[0]) == "all_reduce":
             waits.add(node)
-        elif _is_pointwise(node) or _name(node) in {*_VIEWS, *_REDUCTIONS, "getitem"}:
+        elif _is_pointwise(node) or _name(node) in {*_VIEWS, *_REDUCTIONS, "getitem"} or _adds_rows(node):
             pending.extend(node.all_input_nodes)
         else:
             stops.add(node)
@@ -77,6 +78,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _adds_rows(node: fx.Node) -> bool:
+    if _name(node) != "sum" or len(node.args) < 2:
+        return False
+    return -1 not in node.args[1] and node.args[0].meta["val"].dim() - 1 not in node.args[1]
 
 
 def _name(node: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .families import FAMILIES, HIDDEN, MODES, NAMED, Family, whole_model
+from .families import FAMILIES, HIDDEN, NAMED, Family, whole_model
 from .family_graphs import trace_family
 from .reachability import feeding_all_reduces
 
@@ -29,7 +29,7 @@ OFTEN = {
 
 def cells():
     for family in FAMILIES:
-        for mode in MODES:
+        for mode in family.modes:
             often = (family.name, mode) in OFTEN
             marks = () if often else (pytest.mark.nightly,)
             yield pytest.param(family, mode, 2, id=f"{family.name}-{mode}-2", marks=marks)

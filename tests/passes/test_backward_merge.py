@@ -76,6 +76,20 @@ def test_a_replicated_gradient_in_the_sum_is_added_once(four_ranks):
     assert rewrites(report) == [RESULT] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_added_up(four_ranks, dtype):
+    """Every expert reads every token (Llama 4): the gradient of a repeated value is the sum of its repetitions'."""
+
+    def run(tangents, b):
+        repeated = all_reduce(torch.cat((tangents * 2, tangents * b)))
+        return ((repeated.view(2, -1, HIDDEN).sum(0) + all_reduce(tangents - b)).relu(),)
+
+    assert rewrites(judged(run, 2, 1, dtype)) == [RESULT] * 2
+    after, _ = fused(trace(run, *(parts[0] for parts in gradients(0, dtype, 2))))
+    (collective,) = [n for n in after.graph.nodes if n.target is torch.ops._c10d_functional.all_reduce.default]
+    assert collective.meta["val"].shape == (6, HIDDEN)
+
+
 def test_the_wider_dtype_is_the_one_summed_in(four_ranks):
     def run(tangents, b):
         return (all_reduce((tangents * 1).to(torch.bfloat16)).float() + all_reduce(tangents * b),)

@@ -64,6 +64,15 @@ def last_token(s, r, weight, bias):
     return (s + r)[:, -1]
 
 
+def experts_added_up(s, r, weight, bias):
+    """Llama 4: every expert sees every token, and what they say is added up behind the all-reduce."""
+    return s.sum(0) + r[0]
+
+
+def averaged_rows(s, r, weight, bias):
+    return s.reshape(2, 3, 1, HIDDEN).mean((-3, 2)) + r[:, 0]
+
+
 def transposed(s, r, weight, bias):
     return (s.transpose(0, 1) + r.transpose(0, 1)).transpose(0, 1)
 
@@ -105,7 +114,10 @@ def test_linear_steps_fuse_within_the_error_rule(four_ranks, steps, dtype):
     assert [b.fused for b in report.boundaries] == [True], report
 
 
-@pytest.mark.parametrize("steps", [by_buffer, by_row_gate, last_token, half_of_two], ids=lambda fn: fn.__name__)
+SYMBOLIC = [by_buffer, by_row_gate, last_token, half_of_two, experts_added_up]
+
+
+@pytest.mark.parametrize("steps", SYMBOLIC, ids=lambda fn: fn.__name__)
 def test_linear_steps_with_symbolic_shapes(four_ranks, steps):
     def run(x, r, weight, bias):
         return normed(steps(all_reduce(x), r, weight, bias), weight, bias)
@@ -143,6 +155,21 @@ def test_gated_and_plain_sums_merge(four_ranks):
     assert executed_collectives(after, partials[0], *rest) == {"all_reduce": 1}
 
 
+def test_rows_are_added_up_before_they_are_sent(four_ranks):
+    """Llama 4's routed experts beside its shared one: one all-reduce of the tokens, not one of experts x tokens."""
+
+    def run(x, r, weight, bias):
+        shared, routed = all_reduce(x[0]), all_reduce(torch.tanh(x).reshape(-1, HIDDEN))
+        return normed(r[0] + (shared + routed.reshape(2, -1, HIDDEN).sum(dim=0)), weight, bias)
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.rewrite for b in report.boundaries] == ["merge_all_reduces"] * 2
+    partials, *rest = inputs(0, torch.float32)
+    after, _ = fused(trace(run, partials[0], *rest))
+    (operation,) = [n for n in after.graph.nodes if "all_reduce_norm" in str(n.target)]
+    assert operation.args[0].meta["val"].shape == (3, HIDDEN)
+
+
 # -- what must not move -----------------------------------------------------------------------------------------------
 
 
@@ -158,6 +185,15 @@ def test_a_random_mask_stays_behind_its_sum(four_ranks):
     (verdict,) = report.boundaries
     assert not verdict.fused and verdict.feeds_norm
     assert "random mask" in verdict.reason and "eval mode" in verdict.reason
+
+
+@pytest.mark.parametrize("add_up", [lambda s: s.sum(-1, keepdim=True), lambda s: s.sum(), lambda s: s.mean((0, 2))[0]])
+def test_a_sum_over_hidden_units_is_no_sum_of_rows(four_ranks, add_up):
+    def run(x, r, weight, bias):
+        return normed(add_up(all_reduce(x)) + r, weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "between the all-reduce and the norm" in verdict.reason
 
 
 def test_a_gate_computed_from_the_sum(four_ranks):
