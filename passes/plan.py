@@ -46,6 +46,7 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
     plans: list[Plan] = []
     refusals: list[tuple[Owed, str]] = []
     for site in recognition.sites:
+        refusals += site.left
         if site.problem:
             refusals += [(owed, site.problem) for owed in site.owed]
             continue

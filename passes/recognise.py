@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -26,7 +27,7 @@ from .graph import (
 )
 from .hazards import Hazards
 from .norms import Norm, find_norms
-from .replicated import differs_between_ranks
+from .replicated import Parting, differs_between_ranks, find_partings
 from .sums import Sum, Term, decompose
 
 
@@ -47,6 +48,7 @@ class Owed:
 class Site:
     """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
 
+    `left`: sums that the norm reads as well and that have to be finished by themselves, each with the reason.
     `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
     `astride`: in a graph that is still to be split into forward and backward, an activation checkpoint treats parts of
     the boundary differently.
@@ -59,6 +61,7 @@ class Site:
     residual_after: fx.Node | None = None
     problem: str = ""
     astride: bool = False
+    left: tuple[tuple[Owed, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,21 @@ class Recognition:
     backward: frozenset[fx.Node] = field(default_factory=frozenset)
 
 
+@dataclass
+class _Known:
+    """What is known of the graph when a norm is looked at.
+
+    eligible: results of the all-reduces that are still owed. parting: where ranks differ. fixed: hidden states of
+    sites before this one; unfused: of those that cannot be fused. A later norm takes both as they are.
+    """
+
+    eligible: dict[fx.Node, Collective]
+    hazards: Hazards
+    parting: Parting
+    fixed: set[fx.Node] = field(default_factory=set)
+    unfused: set[fx.Node] = field(default_factory=set)
+
+
 def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     """Find every collective and norm of `graph`, and pair them up.
 
@@ -79,23 +97,26 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     """
     collectives = find_collectives(graph, resolve)
     norms = find_norms(graph) if collectives else []
+    if not norms:
+        return Recognition(tuple(collectives), (), (), frozenset(backward_nodes(graph)))
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
-    hazards = Hazards(graph) if norms else None
+    known = _Known(eligible, Hazards(graph), find_partings(collectives))
     backward = backward_nodes(graph)
     to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
-    fixed: set[fx.Node] = set()
     for norm in norms:
-        site = _site(norm, eligible, fixed, hazards)
+        site = _site(norm, known)
         if site is None:
             continue
         if to_be_split:
             site = replace(site, astride=is_astride(_replaced_by_fusing(site)))
         sites.append(site)
-        if not site.problem:
+        if site.problem:
+            known.unfused.add(site.hidden)
+        else:
             for owed in site.owed:  # paid once
                 eligible.pop(owed.collective.result, None)
-            fixed.add(site.hidden)
+            known.fixed.add(site.hidden)
     return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward))
 
 
@@ -114,17 +135,26 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 # -- one site ---------------------------------------------------------------------------------------------------------
 
 
-def _site(norm: Norm, owed: dict[fx.Node, Collective], fixed: set[fx.Node], hazards: Hazards) -> Site | None:
+def _site(norm: Norm, known: _Known) -> Site | None:
+    owed = known.eligible
     hidden = hidden_of(norm, set(owed))
-    total = decompose(hidden, set(owed), fixed)
-    if not total.owed or hidden in fixed:
+    if hidden in known.fixed:
         return None
-    terms = _one_term_each(total)
-    collectives = tuple(_owed(term, total, owed) for term in terms)
+    left: list[tuple[Owed, str]] = []
+    while True:
+        waits = set(owed) - {alone.collective.result for alone, _ in left}
+        total = decompose(hidden, waits, known.fixed | (known.unfused - {hidden}))
+        if not total.owed:
+            return None
+        site = Site(norm, hidden, tuple(_owed(term, total, owed) for term in _one_term_each(total)))
+        stuck = _stuck(site, total, known.parting)
+        if not stuck or len(stuck) == len(site.owed):
+            break
+        left += stuck
     add_after, residual_after = _add_after(norm, total)
-    site = Site(norm, hidden, collectives, add_after, residual_after)
-    problem = norm.problem or total.problem or site_problem(site, total) or _hazard(site, total, hazards)
-    return Site(norm, hidden, collectives, add_after, residual_after, problem)
+    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left))
+    problem = norm.problem or total.problem or site_problem(site, total, stuck) or _hazard(site, total, known.hazards)
+    return replace(site, problem=problem)
 
 
 def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
@@ -200,8 +230,8 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
 # -- what stands in the way -------------------------------------------------------------------------------------------
 
 
-def site_problem(site: Site, total: Sum) -> str:
-    """Why the site cannot be fused whatever the plan: one sentence, or ''."""
+def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> str:
+    """Why the site cannot be fused whatever the plan: one sentence, or ''. `stuck`: as of `_stuck`."""
     hidden, norm = site.hidden, site.norm
     problem = _values_problem(site, total)
     if problem:
@@ -220,9 +250,8 @@ def site_problem(site: Site, total: Sum) -> str:
     leaves = {term.leaf for term in total.owed}
     if len(leaves) < len(total.owed):
         return "the all-reduced sum is added to a rearrangement of itself before the norm"
-    problem = _step_problem(site, total, leaves)
-    if problem:
-        return problem
+    if stuck:
+        return stuck[0][1]
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
             return "a value that is added before the norm is itself computed from the all-reduced sum"
@@ -238,23 +267,32 @@ def site_problem(site: Site, total: Sum) -> str:
     return ""
 
 
-def _step_problem(site: Site, total: Sum, leaves: set[fx.Node]) -> str:
-    """What forbids moving the gates and selections of the owed sums before the all-reduce."""
+def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, str]]:
+    """The sums whose gates and selections may not move before the all-reduce, each with the reason."""
+    leaves = {term.leaf for term in total.owed}
     by_leaf = {owed.collective.result: owed for owed in site.owed}
+    found = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        for gate in (gate for step in term.gates for gate in step.others):
-            if depends_on(gate, leaves):
-                return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
-            reason = differs_between_ranks(gate)
-            if reason:
-                return f"the all-reduced sum is multiplied by {reason}"
-        if owed.used_alone and not term.only_reshapes:
-            step = next(step for step in term.steps if not step.reshapes)
-            return (
-                f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well;"
-                " only one of the two could be had from a fused operation"
-            )
+        reason = _step_problem(term, owed, leaves, parting)
+        if reason:
+            found.setdefault(term.leaf, (owed, reason))
+    return list(found.values())
+
+
+def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> str:
+    for gate in (gate for step in term.gates for gate in step.others):
+        if depends_on(gate, leaves):
+            return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
+        reason = differs_between_ranks(gate, owed.collective.ranks, parting)
+        if reason:
+            return f"the all-reduced sum is multiplied by {reason}"
+    if owed.used_alone and not term.only_reshapes:
+        step = next(step for step in term.steps if not step.reshapes)
+        return (
+            f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
+            "only one of the two could be had from a fused operation"
+        )
     return ""
 
 

@@ -8,29 +8,70 @@ sums not yet paid. Those are looked for here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+
 import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema
 
-from . import aten_ops as ops
-from .collectives import is_collective
+from .collectives import Collective
+from .sums import linear_inputs
 
 #: Give every rank something of its own; all other collectives end with the same value on all ranks of their group.
 _SCATTERING = ("reduce_scatter", "all_to_all", "tpfuse::cut_rows")
 
 
-def differs_between_ranks(node: fx.Node) -> str:
-    """A noun phrase that names why `node` may differ between ranks, or ''.
+@dataclass(frozen=True)
+class Parting:
+    """Where ranks part in one graph, and where they come together.
 
-    Follows `node` towards the inputs, up to finished all-reduces and all-gathers: what those give out is replicated.
+    `partial`: what is to be summed over ranks, and what that is a sum, a view or a multiple of: no two ranks need hold
+    the same of it. Of two addends the graph does not say which one is a rank's own, so both count. `finished`: results
+    of all-reduces and all-gathers, and the ranks that hold the same of each.
     """
-    pending, seen = [node], set()
+
+    partial: frozenset[fx.Node]
+    finished: dict[fx.Node, tuple[int, ...] | None]
+
+
+def find_partings(collectives: Iterable[Collective]) -> Parting:
+    found = list(collectives)
+    finished = {c.result: c.ranks for c in found if not any(word in _name(c.node) for word in _SCATTERING)}
+    pending = [c.input for c in found if c.kind == "all_reduce" and isinstance(c.input, fx.Node)]
+    partial: set[fx.Node] = set()
     while pending:
-        current = pending.pop()
-        if current in seen or current.op != "call_function" or (current.target is ops.WAIT and _replicates(current)):
+        node = pending.pop()
+        if node not in partial and node not in finished:
+            partial.add(node)
+            pending += [child for child, _, _ in linear_inputs(node)]
+    return Parting(frozenset(partial), finished)
+
+
+def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
+    """A noun phrase that names why `node` may differ between `ranks`, or ''.
+
+    Follows `node` towards the inputs, up to finished all-reduces and all-gathers. Those over other groups make it the
+    same on all of `ranks` only together: a gather over the replicas, of what is summed over each replica's ranks.
+    """
+    pending: list[tuple[fx.Node, frozenset[tuple[int, ...]]]] = [(node, frozenset())]
+    seen = set()
+    while pending:
+        current, groups = pending.pop()
+        if current in parting.finished:
+            group = parting.finished[current]
+            groups = groups if group is None else groups | {group}
+            if group is None or _cover(groups, ranks):
+                continue
+        elif current in parting.partial:
+            held = f"is equal on ranks {sorted(map(list, groups))} only" if groups else "is what they have to sum up"
+            return f"a value that differs between ranks ({current} {held})"
+        if (current, groups) in seen or current.op != "call_function":
             continue
-        seen.add(current)
+        seen.add((current, groups))
         if is_random(current):
             return (
                 f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of"
@@ -38,8 +79,18 @@ def differs_between_ranks(node: fx.Node) -> str:
             )
         if any(word in _name(current) for word in _SCATTERING):
             return f"a value that differs between ranks ({current.target} gives each rank its own rows)"
-        pending.extend(current.all_input_nodes)
+        pending.extend((parent, groups) for parent in current.all_input_nodes)
     return ""
+
+
+def _cover(groups: Set[tuple[int, ...]], ranks: tuple[int, ...]) -> bool:
+    """Whether what is the same on each of `groups` is the same on all of `ranks`: one holds them all, or they are the
+    axes of a mesh of them."""
+    if any(set(ranks) <= set(group) for group in groups):
+        return True
+    inside = [set(group) for group in groups if set(group) <= set(ranks)]
+    axes = all(len(a & b) == 1 for a, b in combinations(inside, 2))
+    return axes and prod(map(len, inside)) == len(ranks)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -47,14 +98,9 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _replicates(wait: fx.Node) -> bool:
-    source = wait.args[0]
-    return isinstance(source, fx.Node) and is_collective(source) and not any(w in _name(source) for w in _SCATTERING)
-
-
 def _name(node: fx.Node) -> str:
     schema = operator_schema(node.target)
     return schema.name if schema is not None else ""
 
 
-__all__ = ["differs_between_ranks", "is_random"]
+__all__ = ["Parting", "differs_between_ranks", "find_partings", "is_random"]

@@ -70,9 +70,16 @@ def _plain(name: str, config: str, **fields: Any) -> Family:
 
 
 def _routed(
-    name: str, config: str, feeding: int, why: str, cannot: dict[str, str] | None = None, **fields: Any
+    name: str,
+    config: str,
+    feeding: int,
+    why: str,
+    cannot: dict[str, str] | None = None,
+    exceptions: dict[str, tuple[int, str]] | None = None,
+    **fields: Any,
 ) -> Family:
-    return Family(name, config, feeding, why, {**COMMON, **EXPERTS, **fields}, cannot=cannot or {})
+    fields = {**COMMON, **EXPERTS, **fields}
+    return Family(name, config, feeding, why, fields, exceptions=exceptions or {}, cannot=cannot or {})
 
 
 def _opt(name: str, dropout: float, **facts: Any) -> Family:
@@ -177,6 +184,14 @@ FAMILIES = (
             "the all-reduce) and the shared one of layer 1",
             {"training": "the experts' result is added in place to what a custom autograd function handed out"},
             **HEAD_DIM, intermediate_size_mlp=INNER, num_local_experts=4, interleave_moe_layer_step=2),
+    _routed("qwen3_next", "Qwen3NextConfig", 2 * LAYERS + 2,
+            "embedding, routed and gated shared experts of each layer, attention of layer 1; the linear attention of "
+            "layer 0 gathers its output",
+            exceptions={"training": (4, "A gate multiplies the shared expert's sum, and its gradient reads that sum: "
+                                        "it is finished by itself, and the routed experts' beside it is fused.")},
+            **HEAD_DIM, num_experts=8, shared_expert_intermediate_size=EXPERT_INNER, linear_num_key_heads=HEADS,
+            linear_num_value_heads=HEADS, linear_key_head_dim=8, linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"]),
 )  # fmt: skip
 #: The families that were asked for by name; the others each do something of their own.
 NAMED = FAMILIES[:15]

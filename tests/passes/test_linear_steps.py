@@ -217,6 +217,18 @@ def test_a_gate_from_a_ranks_own_rows(four_ranks):
     assert "differs between ranks" in reason
 
 
+@pytest.mark.parametrize("gate", [lambda x, r: x, lambda x, r: (x + r).sigmoid(), lambda x, r: x[:1].exp()])
+def test_a_gate_from_what_is_to_be_summed(four_ranks, gate):
+    """A rank's own part of a sum is nobody else's gate."""
+
+    def run(x, r, weight, bias):
+        partial = x.reshape(-1, HIDDEN) * 0.5
+        return normed(all_reduce(partial).reshape(x.shape) * gate(x, r) + r, weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "is what they have to sum up" in verdict.reason
+
+
 @pytest.mark.parametrize("steps", [by_row_gate, last_token, transposed], ids=lambda fn: fn.__name__)
 def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
     """The fused operation ends with the gated sum; whoever reads the sum before the gate needs the other one."""
@@ -227,6 +239,33 @@ def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
 
     (verdict,) = refused(run).boundaries
     assert "the sum before it is read as well" in verdict.reason
+
+
+def test_such_a_sum_is_left_alone_and_the_others_of_its_norm_are_fused(four_ranks):
+    """A gated shared expert in training: backward reads its sum for the gate's gradient. The routed ones' is free."""
+
+    def run(x, r, weight, bias):
+        shared = all_reduce(torch.tanh(x))
+        h = r + all_reduce(x) + torch.sigmoid(r[..., :1]) * shared
+        return *normed(h, weight, bias), shared * 2
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    alone, free = sorted(report.boundaries, key=lambda boundary: boundary.fused)
+    assert free.rewrite == "all_reduce_norm" and "the sum before it is read as well" in alone.reason
+
+
+def test_a_sum_that_is_left_alone_does_not_stop_the_norms_after_it(four_ranks):
+    """They read the hidden states behind it, where it is finished."""
+
+    def run(x, r, weight, bias):
+        shared = all_reduce(x)
+        h = r + torch.sigmoid(r[..., :1]) * shared
+        for _ in range(2):
+            h = h + all_reduce(torch.tanh(spellings.rms_llama(h, weight, bias)))
+        return *normed(h, weight, bias), shared * 2
+
+    report = assert_error_rule(run, four_ranks, torch.bfloat16)
+    assert [b.fused for b in report.boundaries] == [False, True, True]
 
 
 def test_a_sum_added_to_itself_and_read_alone(four_ranks):

@@ -124,6 +124,21 @@ SUMMED, RMS = (WORLD_GROUP, "sum"), "rms_llama"
         backward=True,
     )
 )
+@example(
+    # A gate from a rank's own part of the sum, and one that is equal on two ranks of four.
+    Program((Step("all_reduce", what=SUMMED), Step("add", 1, 4), Step("gate", 1, 0), Step("norm", what=RMS)), (0,))
+)
+@example(
+    Program(
+        (
+            Step("all_reduce", 0, what=(PAIR, "sum")),
+            Step("all_reduce", 1, what=SUMMED),
+            Step("gate", 0, 1),
+            Step("norm", what=RMS),
+        ),
+        (0,),
+    )
+)
 def test_random_programs_compute_the_same(program):
     check(program)
 
