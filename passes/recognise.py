@@ -79,7 +79,7 @@ class _Known:
     """What is known of the graph when a norm is looked at.
 
     eligible: results of the all-reduces that are still owed. parting: where ranks differ. fixed: hidden states of
-    sites before this one; unfused: of those that cannot be fused. A later norm takes both as they are.
+    sites before this one; unfused: of those whose sums cannot be. A later norm takes both as they are.
     """
 
     eligible: dict[fx.Node, Collective]
@@ -111,6 +111,8 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
         if to_be_split:
             site = replace(site, astride=is_astride(_replaced_by_fusing(site)))
         sites.append(site)
+        if norm.problem:  # another norm may still take over the sums
+            continue
         if site.problem:
             known.unfused.add(site.hidden)
         else:

@@ -268,6 +268,16 @@ def test_a_sum_that_is_left_alone_does_not_stop_the_norms_after_it(four_ranks):
     assert [b.fused for b in report.boundaries] == [False, True, True]
 
 
+def test_a_norm_that_cannot_be_fused_leaves_its_sum_to_the_next_one(four_ranks):
+    def run(x, r, weight, bias):
+        h = all_reduce(x) + r
+        over_rows = h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6)
+        return *normed(h * 2, weight, bias), over_rows
+
+    (verdict,) = assert_error_rule(run, four_ranks, torch.bfloat16).boundaries
+    assert verdict.fused, verdict.reason
+
+
 def test_a_sum_added_to_itself_and_read_alone(four_ranks):
     """One and a half times the sum enters the norm, and the sum itself is handed out."""
 
