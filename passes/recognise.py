@@ -154,9 +154,21 @@ def _site(norm: Norm, known: _Known) -> Site | None:
             break
         left += stuck
     add_after, residual_after = _add_after(norm, total)
-    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left))
-    problem = norm.problem or total.problem or site_problem(site, total, stuck) or _hazard(site, total, known.hazards)
-    return replace(site, problem=problem)
+    if residual_after is not None and not _own_addend(site, residual_after, known.parting):
+        site = replace(site, add_after=add_after, residual_after=residual_after)
+    site = replace(site, left=tuple(left))
+    problem = norm.problem or total.problem or site_problem(site, total, stuck, known.parting)
+    return replace(site, problem=problem or _hazard(site, total, known.hazards))
+
+
+def _own_addend(site: Site, node: fx.Node, parting: Parting) -> str:
+    """What is a rank's own in an addend. A kernel may finish a row on one rank for all, so it must be nobody's own.
+
+    Random masks on the residual stream are the user's to keep equal: where they are not, ranks compute with different
+    hidden states, fused or not.
+    """
+    groups = dict.fromkeys(owed.collective.ranks for owed in site.owed)
+    return next(filter(None, (differs_between_ranks(node, g, parting, random=False) for g in groups)), "")
 
 
 def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
@@ -232,7 +244,7 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
 # -- what stands in the way -------------------------------------------------------------------------------------------
 
 
-def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> str:
+def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]], parting: Parting) -> str:
     """Why the site cannot be fused whatever the plan: one sentence, or ''. `stuck`: as of `_stuck`."""
     hidden, norm = site.hidden, site.norm
     problem = _values_problem(site, total)
@@ -257,6 +269,9 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> s
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
             return "a value that is added before the norm is itself computed from the all-reduced sum"
+        reason = _own_addend(site, term.leaf, parting)
+        if reason:
+            return f"what is added before the norm is {reason}"
     for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is None:
             continue

@@ -51,8 +51,8 @@ def find_partings(collectives: Iterable[Collective]) -> Parting:
     return Parting(frozenset(partial), finished)
 
 
-def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
-    """A noun phrase that names why `node` may differ between `ranks`, or ''.
+def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting, random: bool = True) -> str:
+    """A noun phrase that names why `node` may differ between `ranks`, or ''. `random`: whether random numbers count.
 
     Follows `node` towards the inputs, up to finished all-reduces and all-gathers. Those over other groups make it the
     same on all of `ranks` only together: a gather over the replicas, of what is summed over each replica's ranks.
@@ -72,7 +72,7 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
         if (current, groups) in seen or current.op != "call_function":
             continue
         seen.add((current, groups))
-        if is_random(current):
+        if random and is_random(current):
             return (
                 f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of"
                 " masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary fuses"

@@ -229,6 +229,16 @@ def test_a_gate_from_what_is_to_be_summed(four_ranks, gate):
     assert "is what they have to sum up" in verdict.reason
 
 
+def test_an_addend_that_is_a_ranks_own(four_ranks):
+    """The kernels may finish a row on one rank for all of them."""
+
+    def run(x, r, weight, bias):
+        return normed(all_reduce(x) + (x * 2 + r), weight, bias)
+
+    (verdict,) = refused(run).boundaries
+    assert "what is added before the norm is a value that differs between ranks" in verdict.reason
+
+
 @pytest.mark.parametrize("steps", [by_row_gate, last_token, transposed], ids=lambda fn: fn.__name__)
 def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
     """The fused operation ends with the gated sum; whoever reads the sum before the gate needs the other one."""
