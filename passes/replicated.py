@@ -9,7 +9,7 @@ sums not yet paid. Those are looked for here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
 
@@ -31,11 +31,13 @@ class Parting:
 
     `partial`: what is to be summed over ranks, and what that is a sum, a view or a multiple of: no two ranks need hold
     the same of it. Of two addends the graph does not say which one is a rank's own, so both count. `finished`: results
-    of all-reduces and all-gathers, and the ranks that hold the same of each.
+    of all-reduces and all-gathers, and the ranks that hold the same of each. `same`: what was found to be the same, by
+    what was asked; a residual stream is looked at once for all of its norms.
     """
 
     partial: frozenset[fx.Node]
     finished: dict[fx.Node, tuple[int, ...] | None]
+    same: dict[tuple[tuple[int, ...], bool], set[fx.Node]] = field(default_factory=dict)
 
 
 def find_partings(collectives: Iterable[Collective]) -> Parting:
@@ -59,8 +61,11 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
     """
     pending: list[tuple[fx.Node, frozenset[tuple[int, ...]]]] = [(node, frozenset())]
     seen = set()
+    same = parting.same.setdefault((ranks, random), set())
     while pending:
         current, groups = pending.pop()
+        if not groups and current in same:
+            continue
         if current in parting.finished:
             group = parting.finished[current]
             groups = groups if group is None else groups | {group}
@@ -80,6 +85,7 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
         if any(word in _name(current) for word in _SCATTERING):
             return f"a value that differs between ranks ({current.target} gives each rank its own rows)"
         pending.extend((parent, groups) for parent in current.all_input_nodes)
+    same |= {current for current, groups in seen if not groups}
     return ""
 
 
