@@ -48,6 +48,7 @@ class Owed:
 class Site:
     """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
 
+    `own_addend`: what is added may be a rank's own, so every rank has to finish all rows itself.
     `left`: sums that the norm reads as well and that have to be finished by themselves, each with the reason.
     `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
     `astride`: in a graph that is still to be split into forward and backward, an activation checkpoint treats parts of
@@ -62,6 +63,7 @@ class Site:
     problem: str = ""
     astride: bool = False
     left: tuple[tuple[Owed, str], ...] = ()
+    own_addend: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,21 +156,18 @@ def _site(norm: Norm, known: _Known) -> Site | None:
             break
         left += stuck
     add_after, residual_after = _add_after(norm, total)
-    if residual_after is not None and not _own_addend(site, residual_after, known.parting):
-        site = replace(site, add_after=add_after, residual_after=residual_after)
-    site = replace(site, left=tuple(left))
-    problem = norm.problem or total.problem or site_problem(site, total, stuck, known.parting)
+    addends = [term.leaf for term in total.replicated] + ([residual_after] if residual_after is not None else [])
+    own = any(_is_a_ranks_own(site, node, known.parting) for node in addends)
+    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left), own_addend=own)
+    problem = norm.problem or total.problem or site_problem(site, total, stuck)
     return replace(site, problem=problem or _hazard(site, total, known.hazards))
 
 
-def _own_addend(site: Site, node: fx.Node, parting: Parting) -> str:
-    """What is a rank's own in an addend. A kernel may finish a row on one rank for all, so it must be nobody's own.
-
-    Random masks on the residual stream are the user's to keep equal: where they are not, ranks compute with different
-    hidden states, fused or not.
-    """
+def _is_a_ranks_own(site: Site, node: fx.Node, parting: Parting) -> bool:
+    """Whether an addend may differ between the ranks that are summed over. Random masks on the residual stream are the
+    user's to keep equal: where they are not, ranks compute with different hidden states, fused or not."""
     groups = dict.fromkeys(owed.collective.ranks for owed in site.owed)
-    return next(filter(None, (differs_between_ranks(node, g, parting, random=False) for g in groups)), "")
+    return any(differs_between_ranks(node, ranks, parting, sums_only=True) for ranks in groups)
 
 
 def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
@@ -244,7 +243,7 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
 # -- what stands in the way -------------------------------------------------------------------------------------------
 
 
-def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]], parting: Parting) -> str:
+def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> str:
     """Why the site cannot be fused whatever the plan: one sentence, or ''. `stuck`: as of `_stuck`."""
     hidden, norm = site.hidden, site.norm
     problem = _values_problem(site, total)
@@ -269,9 +268,6 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]], part
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
             return "a value that is added before the norm is itself computed from the all-reduced sum"
-        reason = _own_addend(site, term.leaf, parting)
-        if reason:
-            return f"what is added before the norm is {reason}"
     for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is None:
             continue

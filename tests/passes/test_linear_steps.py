@@ -229,14 +229,18 @@ def test_a_gate_from_what_is_to_be_summed(four_ranks, gate):
     assert "is what they have to sum up" in verdict.reason
 
 
-def test_an_addend_that_is_a_ranks_own(four_ranks):
-    """The kernels may finish a row on one rank for all of them."""
+@pytest.mark.parametrize("own", [True, False])
+def test_an_addend_that_is_a_ranks_own_is_added_by_that_rank(four_ranks, own):
+    """Some kernels finish a row on one rank for all of them; in one shot every rank finishes all rows."""
 
     def run(x, r, weight, bias):
-        return normed(all_reduce(x) + (x * 2 + r), weight, bias)
+        return normed(all_reduce(x) + (x * 2 if own else r), weight, bias)
 
-    (verdict,) = refused(run).boundaries
-    assert "what is added before the norm is a value that differs between ranks" in verdict.reason
+    assert assert_error_rule(run, four_ranks, torch.bfloat16).fused
+    partials, *rest = inputs(0, torch.float32)
+    after, _ = fused(trace(run, partials[0], *rest))
+    (operation,) = [n for n in after.graph.nodes if "all_reduce_norm" in str(n.target)]
+    assert operation.kwargs.get("batch_invariant", False) == own
 
 
 @pytest.mark.parametrize("steps", [by_row_gate, last_token, transposed], ids=lambda fn: fn.__name__)
