@@ -269,8 +269,10 @@ def main() -> None:
                     results.save()
                     print(key, f"fused {cell.fused} of {cell.expected}", cell.error, flush=True)
             key = f"{name} {mode}"
-            if not chosen.no_numbers and name in named and (
-                chosen.again or key not in results.numbers or results.numbers[key].error
+            if (
+                not chosen.no_numbers
+                and name in named
+                and (chosen.again or key not in results.numbers or results.numbers[key].error)
             ):
                 results.numbers[key] = entry = numbers(BY_NAME[name], mode)
                 results.save()

@@ -210,7 +210,8 @@ def measure(
     for name in right:
         launches = bound[name]
         for launch in launches:  # the inputs, where another provider reduced in place
-            getattr(launch, "refill", None) and launch.refill()
+            if getattr(launch, "refill", None) is not None:
+                launch.refill()
         _poison(launches)
         graphs[name][-1].replay()  # the outputs that are looked at may be this capture's own
         torch.cuda.synchronize()

@@ -99,11 +99,11 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
     """
     collectives = find_collectives(graph, resolve)
     norms = find_norms(graph) if collectives else []
+    backward = backward_nodes(graph)
     if not norms:
-        return Recognition(tuple(collectives), (), (), frozenset(backward_nodes(graph)))
+        return Recognition(tuple(collectives), (), (), frozenset(backward))
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
     known = _Known(eligible, Hazards(graph), find_partings(collectives))
-    backward = backward_nodes(graph)
     to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
     for norm in norms:

@@ -21,6 +21,8 @@ from tpfuse._torch_private import operator_schema
 from .collectives import Collective
 from .sums import linear_inputs
 
+#: Take something of each rank's own.
+_SUMMING = ("all_reduce", "reduce_scatter")
 #: Give every rank something of its own; all other collectives end with the same value on all ranks of their group.
 _SCATTERING = ("reduce_scatter", "all_to_all", "tpfuse::cut_rows")
 
@@ -29,10 +31,10 @@ _SCATTERING = ("reduce_scatter", "all_to_all", "tpfuse::cut_rows")
 class Parting:
     """Where ranks part in one graph, and where they come together.
 
-    `partial`: what is to be summed over ranks, and what that is a sum, a view or a multiple of: no two ranks need hold
-    the same of it. Of two addends the graph does not say which one is a rank's own, so both count. `finished`: results
-    of all-reduces and all-gathers, and the ranks that hold the same of each. `same`: what was found to be the same, by
-    what was asked; a residual stream is looked at once for all of its norms.
+    `partial`: what is to be summed over ranks, scattered or not, and what that is a sum, a view or a multiple of: no
+    two ranks need hold the same of it. Of two addends the graph does not say which is a rank's own, so both count.
+    `finished`: results of all-reduces and all-gathers, and the ranks that hold the same of each. `same`: what was found
+    to be the same, by what was asked; a residual stream is looked at once for all of its norms.
     """
 
     partial: frozenset[fx.Node]
@@ -43,7 +45,7 @@ class Parting:
 def find_partings(collectives: Iterable[Collective]) -> Parting:
     found = list(collectives)
     finished = {c.result: c.ranks for c in found if not any(word in _name(c.node) for word in _SCATTERING)}
-    pending = [c.input for c in found if c.kind == "all_reduce" and isinstance(c.input, fx.Node)]
+    pending = [c.input for c in found if c.kind in _SUMMING and isinstance(c.input, fx.Node)]
     partial: set[fx.Node] = set()
     while pending:
         node = pending.pop()

@@ -142,8 +142,8 @@ def _reason(collective: Collective, refused: str, reached: _Reached, backward: b
             )
         if reached.obstacle is not None:
             return (
-                f"{reached.obstacle.target} stands between the all-reduce and the norm; only views, casts, additions "
-                "and multiplications are looked through"
+                f"{reached.obstacle.target} stands between the all-reduce and the norm; only views, casts, additions, "
+                "multiplications and sums of rows are looked through"
             )
         return reached.norm.problem or "the norm that reads it takes over another all-reduce"
     if reached.returned:

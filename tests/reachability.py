@@ -1,10 +1,10 @@
 """Which all-reduces feed a norm, found by slow walks over the graph. The recogniser's judge: shares no code with it.
 
 Row-wise is what torch itself tags as pointwise, plus views, casts, reductions over the last dimension and sums of whole
-rows. A norm is the
-inverse square root of a reduction over the hidden dimension. An all-reduce feeds a norm if the norm's input is made of
-its result by row-wise operators, and of no other way: where something that mixes units (a matrix product, another
-all-reduce) stands on a second way, the sum has to be finished before that norm's input can exist.
+rows. A norm is the inverse square root of a reduction over the hidden dimension. An all-reduce feeds a norm if the
+norm's input is made of its result by row-wise operators, and of no other way: where something that mixes units (a
+matrix product, another all-reduce) stands on a second way, the sum has to be finished before that norm's input can
+exist.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ def test_a_table_of_the_page_is_made_from_the_results_files(card, name):
     assert tables.TABLES[name](tables.CARDS[card]) in page
 
 
+def test_the_coverage_page_is_made_from_its_results_file():
+    coverage = script("coverage")
+    assert (ROOT / "docs/coverage.md").read_text("utf-8") == coverage.page(coverage.Results.load())
+
+
 def results(world, device="H200", note=""):
     record = {"world": world, "rows": 1, "provider": "a", "us": 1}
     return {"machine": {"device": device, "note": note}, "records": [record]}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tpfuse
 
-from ..graphs import fake_world
+from ..graphs import fake_world, fused, trace
 from ..models import HIDDEN, Stack
 
 WORLD = 2
@@ -101,3 +101,18 @@ def test_compiling_each_block_by_itself_is_explained():
         assert [boundary.fused for boundary in report.boundaries] == [True, False]
         assert "compile the whole model instead of each block" in report.boundaries[1].reason
         assert not report.missed, "what is in another graph is no failure of this one"
+
+
+def test_the_block_behind_a_gather_of_rows_reads_the_norm(four_ranks):
+    """Sequence parallelism without modules: only the operators behind the gather tell."""
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        c10d, group = torch.ops._c10d_functional, dist.group.WORLD.group_name
+        for _ in range(2):
+            own = c10d.wait_tensor(c10d.reduce_scatter_tensor(torch.relu(x @ weight), "sum", 4, group))
+            normed = nn.functional.rms_norm(own, (HIDDEN,))
+            x = c10d.wait_tensor(c10d.all_gather_into_tensor(normed, 4, group))
+        return x
+
+    _, report = fused(trace(run, torch.randn(8, HIDDEN), torch.randn(HIDDEN, HIDDEN)))
+    assert report.boundaries[0].kind == "dense_mlp→dense_mlp"

@@ -229,6 +229,18 @@ def test_a_gate_from_what_is_to_be_summed(four_ranks, gate):
     assert "is what they have to sum up" in verdict.reason
 
 
+def test_a_gate_from_what_is_to_be_summed_and_scattered(four_ranks):
+    def run(x, r, weight, bias):
+        c10d, partial = torch.ops._c10d_functional, x.reshape(-1, HIDDEN)[:4] * 2
+        group = dist.group.WORLD.group_name
+        own = c10d.wait_tensor(c10d.reduce_scatter_tensor(partial, "sum", 4, group))
+        return spellings.rms_llama(all_reduce(torch.tanh(x)) * partial.mean(), weight, bias), own
+
+    partials, *rest = inputs(0, torch.float32)
+    _, report = fused(trace(run, partials[0], *rest))
+    assert not report.fused and "is what they have to sum up" in report.boundaries[-1].reason
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_an_addend_that_is_a_ranks_own_is_added_by_that_rank(four_ranks, own):
     """Some kernels finish a row on one rank for all of them; in one shot every rank finishes all rows."""
@@ -280,6 +292,21 @@ def test_a_sum_that_is_left_alone_does_not_stop_the_norms_after_it(four_ranks):
 
     report = assert_error_rule(run, four_ranks, torch.bfloat16)
     assert [b.fused for b in report.boundaries] == [False, True, True]
+
+
+def test_hidden_states_that_cannot_be_taken_apart_do_not_stop_the_norms_after_them(four_ranks):
+    """An addition of two dtypes is refused; what comes later adds to its result."""
+
+    def run(x, r, weight, bias):
+        h = all_reduce(x) + r.float()
+        for _ in range(2):
+            h = h + all_reduce(torch.tanh(spellings.rms_llama(h, weight, bias)))
+        return normed(h, weight, bias)
+
+    partials, *rest = inputs(0, torch.bfloat16)
+    _, report = fused(trace(run, partials[0], *rest))
+    assert [b.fused for b in report.boundaries] == [False, True, True]
+    assert "mixes" in report.boundaries[0].reason
 
 
 def test_a_norm_that_cannot_be_fused_leaves_its_sum_to_the_next_one(four_ranks):
