@@ -7,9 +7,13 @@ host memory; shared memory under the interpreter).
     word 1       not 0: a wait was given up, so all others end at their next look here    written by either
     word 8 + q   not 0: data of rank q did not come; 1 + the number of the call           written by the device
 
-A kernel that gives up puts NaN in place of what did not come, says so here, and ends. It looks at clock and watch once
-in 1024 polls, so a wait that is not a long one never pays for this. What peers sent too late stays in the slots: the
-workspace is then of no more use, and `raise_if_late` says so.
+A kernel that gives up puts NaN in place of what did not come, says so here, and ends. What peers sent too late stays in
+the slots: the workspace is then of no more use, and `raise_if_late` says so.
+
+A kernel looks at clock and watch once in POLLS polls (of about 0.7 us). It must be so seldom because looks go to the
+host, where those of all waiting warps queue up, about a microsecond each: a look makes this rank late in its turn. With
+1024 polls and a thousand waiting warps, two ranks of which one had once been late by a millisecond kept each other at a
+millisecond a call for ever.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ GONE, LATE = 1, 8  # words
 TIMEOUT_VARIABLE = "TPFUSE_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 600.0  # seconds, as torch.distributed's own: a peer may be compiling a new shape
 POISON = 0x7FC07FC0  # NaN in every dtype: two of them in the 16-bit formats
-POLLS = 32 if INTERPRETED else 1024
+POLLS = 32 if INTERPRETED else 16384
 
 _TIMED, _POLLS, _GONE, _LATE = (tl.constexpr(value) for value in (not INTERPRETED, POLLS, GONE, LATE))
 

@@ -102,3 +102,33 @@ def test_a_limit_changed_later_holds_for_captured_graphs() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert 0.19 < time.monotonic() - started < 1.5 and gave_up(ranks.workspaces[0].watch)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_late_rank_makes_one_call_late_and_not_those_behind_it(kernel: str) -> None:
+    """A rank that has waited for long must not be late itself because of that: its peer would wait for long, and so on
+    with every call."""
+    ranks = VirtualRanks(2, slot_bytes=4 << 20)
+    op = operands(rows=32, hidden=8192)
+    launches = ranks.bind(lambda ws: KERNELS[kernel](op, ws))
+    ranks.run(launches)
+    torch.cuda._sleep(1000)  # loads its kernel
+    torch.cuda.synchronize()
+    graphs = []
+    for stream, launch in zip(ranks.streams, launches, strict=True):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            for _ in range(100):
+                launch.run()
+    for late in range(2):
+        took = []
+        for cycles in (0, 4_000_000):  # some 2 ms
+            started = time.monotonic()
+            for rank, (stream, graph) in enumerate(zip(ranks.streams, graphs, strict=True)):
+                with torch.cuda.stream(stream):
+                    if rank == late:
+                        torch.cuda._sleep(cycles)
+                    graph.replay()
+            torch.cuda.synchronize()
+            took.append(time.monotonic() - started)
+        assert took[1] < took[0] + 0.01, took
