@@ -13,14 +13,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compat import HAVE_TRITON, INTERPRETED, next_power_of_2, tl, triton
-from .device import LAYER, NONE, RMS, finish_row, load_eps, load_row
+from .device import (
+    LAYER,
+    NONE,
+    RMS,
+    begin_row,
+    end_row,
+    load_addends,
+    load_eps,
+    load_scales,
+    row_statistics,
+    store_statistics,
+)
 
 NORMS = {"rms_norm": RMS, "layer_norm": LAYER, "none": NONE}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,24 +59,35 @@ def _add_norm_kernel(
     s_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     eps_ptr, eps, weight_offset, alpha, s_stride, r_stride,
     H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, STRIDED: tl.constexpr,
-    EVICT: tl.constexpr = "", STORE: tl.constexpr = "",
+    PIECES: tl.constexpr, LATE: tl.constexpr, EVICT: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < H
     # Rows that lie apart by something else than H are the exception; only the rule gets wide loads.
     s_row = s_ptr + row * (s_stride if STRIDED else H)
     r_row = residual_ptr
     if residual_ptr is not None:
         r_row = residual_ptr + row * (r_stride if STRIDED else H)
-    s = tl.load(s_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    residual, pre_bias, weight, bias = load_row(
-        r_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask, EVICT
-    )
-    finish_row(
-        s, residual, pre_bias, weight, bias, alpha, load_eps(eps_ptr, eps), y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, row, cols, mask, H, NORM, POST, None, 0, 0, 1, STORE,
-    )  # fmt: skip
+    hs, residuals, scales, masks = (), (), (), ()
+    for i in tl.static_range(PIECES):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        mask = cols < H
+        s = tl.load(s_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        residual, pre_bias = load_addends(r_row, pre_bias_ptr, cols, mask, EVICT)
+        if not LATE:
+            scales = scales + (load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask),)  # noqa: RUF005
+        h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H, POST, STORE)
+        hs = hs + (h,)  # noqa: RUF005 (Triton has no starred tuples)
+        residuals = residuals + (residual,)  # noqa: RUF005
+        masks = masks + (mask,)  # noqa: RUF005
+    mean, rstd = row_statistics(hs, masks, H, load_eps(eps_ptr, eps), NORM, None, 0, 0, 1)
+    for i in tl.static_range(PIECES):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        if LATE:
+            weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, masks[i])
+        else:
+            weight, bias = scales[i]
+        end_row(hs[i], mean, rstd, weight, bias, residuals[i], y_ptr, row, cols, masks[i], H, POST, STORE)
+    store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -80,6 +106,11 @@ def split_eps(eps: float | Tensor, device: torch.device) -> tuple[Tensor | None,
     if isinstance(eps, Tensor):
         return (None, float(eps)) if eps.device.type == "cpu" and device.type != "cpu" else (eps, 0.0)
     return None, float(eps)
+
+
+def scales(weight_offset: float, alpha: float) -> tuple[float | None, float | None]:
+    """As the kernels take them: None where it changes nothing."""
+    return weight_offset or None, None if alpha == 1.0 else alpha
 
 
 def on_device_of(t: Tensor):
@@ -134,34 +165,80 @@ def add_norm(
         return out
     eps_tensor, eps_value = split_eps(eps, s.device)
     block = next_power_of_2(H)
+    options = tuning(block, rows, s2.numel() * s2.element_size(), norm)
     with on_device_of(s):
         _add_norm_kernel[(rows,)](
             s2, r2, _vector(pre_bias), _vector(weight), _vector(bias), out.y, out.residual_out, out.mean, out.rstd,
-            eps_tensor, eps_value, weight_offset, alpha, s2.stride(0), 0 if r2 is None else r2.stride(0),
-            H=H, BLOCK=block, NORM=NORMS[norm], POST=post,
+            eps_tensor, eps_value, *scales(weight_offset, alpha), s2.stride(0), 0 if r2 is None else r2.stride(0),
+            H=H, NORM=NORMS[norm], POST=post,
             STRIDED=s2.stride(0) != H or (r2 is not None and r2.stride(0) != H),
-            **tuning(block, s2.numel() * s2.element_size(), norm),
+            BLOCK=block // options["PIECES"], **options,
         )  # fmt: skip
     return out
 
 
-STREAMED = (2 << 20, 8 << 20, 32 << 20)
+@dataclass(frozen=True)
+class Band:
+    """How the kernel runs while each of its four tensors is smaller than `below` bytes.
 
-
-def tuning(block: int, size: int, norm: str) -> dict[str, object]:
-    """Launch options for rows padded to `block` and tensors of `size` bytes, from benchmarks/norm.py.
-
-    Inputs are read for the last time. From 2 MB on it pays to let the cache drop them first; from 8 MB on, where the
-    four tensors no longer fit it, the outputs too; past 32 MB, where nothing stays in any case, neither does.
-    Threads load 16 bytes of each input. A row of 32 such warps gets 16 that load twice as much, so that several rows
-    share a multiprocessor, except in long runs of RMSNorm, which waits less than LayerNorm.
+    `late`: weight and bias are loaded after the statistics. That is a wait more for a row, but the registers that they
+    would hold let more rows share a multiprocessor. `evict`, `store`: what the cache is told about inputs (read for the
+    last time) and outputs. `elements`: of a row that a thread takes; 0: see `tuning`. `most`: warps a row.
     """
-    least, whole, most = STREAMED
-    return {
-        "EVICT": "evict_first" if least <= size <= most else "",
-        "STORE": ".cs" if whole <= size <= most else "",
-        "num_warps": min(max(block // 256, 1), 32 if size > most and norm == "rms_norm" else 16),
-    }
+
+    below: float
+    late: bool
+    evict: str
+    store: str
+    elements: int
+    most: int = 16
+
+
+_MB = 1 << 20
+# From benchmarks/norm.py --variants on an H100. Few rows: what counts is the wait for memory. Then each multiprocessor
+# has several rows, all at once. From about 9 MB on they come in waves, and the four tensors no longer fit the L2 cache,
+# which should keep none of them; past 28 MB it keeps nothing in any case, and the hints cost.
+BANDS = (
+    Band(2 * _MB, False, "", "", 8),
+    Band(3 * _MB, False, "evict_first", "", 8),
+    Band(9 * _MB, True, "evict_first", "", 0),
+    Band(14 * _MB, True, "evict_first", ".cs", 8),
+    Band(28 * _MB, True, "evict_first", ".cs", 32),
+    Band(128 * _MB, True, "", "", 64),
+    Band(float("inf"), False, "", "", 8, 32),
+)
+MULTIPROCESSORS = 132  # of an H100 and an H200
+#: Registers of a thread by the elements of a row it takes, with `late`: RMSNorm, LayerNorm.
+REGISTERS = {8: (32, 32), 16: (32, 40), 32: (56, 64), 64: (84, 104)}
+
+
+@lru_cache(maxsize=1024)
+def tuning(block: int, rows: int, size: int, norm: str) -> Mapping[str, Any]:
+    """The kernel's options for `rows` rows padded to `block` elements and tensors of `size` bytes.
+
+    A thread takes what the band says, but a row has no more than `most` warps and no fewer than 4, unless these would
+    load less than 16 bytes a thread. Where the band says 0, a row has as many warps as let all rows be resident at
+    once, and from three rows a multiprocessor on it goes in two pieces, the first stored before the second is loaded.
+    """
+    band = next(band for band in BANDS if size < band.below)
+    layer = norm == "layer_norm"
+    most = min(max(block // 256, 1), 16 if layer else band.most)
+    pieces, warps = 1, min(4, most)
+    if band.elements:
+        warps = min(max(block // 32 // band.elements, warps), most)
+    else:
+        each = -(-rows // MULTIPROCESSORS)
+        pieces = 2 if each > 2 and block >= 512 else 1
+        warps = next((w for w in (16, 8, 4) if w <= most and each <= _resident(block, w, layer)), warps)
+    return MappingProxyType(
+        {"EVICT": band.evict, "STORE": band.store, "PIECES": pieces, "LATE": band.late, "num_warps": warps}
+    )
+
+
+def _resident(block: int, warps: int, layer: bool) -> int:
+    """How many rows a multiprocessor holds: it has 64 warps and 65,536 registers."""
+    elements = min(max(block // 32 // warps, 8), 64)
+    return min(64 // warps, 65536 // (32 * warps * REGISTERS[elements][layer]))
 
 
 def empty_outputs(

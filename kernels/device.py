@@ -1,7 +1,8 @@
 """What every kernel does to one row once it holds the sum: alpha, bias, residual, norm, outputs. Triton device code.
 
 A row, or the part of a row that one program holds, is a float32 tensor of a power-of-two length with a mask; `cols`
-are the columns of the whole row. Absent tensors are None, and what they would need is not compiled.
+are the columns of the whole row. What is absent is None, and so are an alpha of 1 and a weight offset of 0: what they
+would need is not compiled.
 
 Values travel between ranks as 32-bit words (two 16-bit elements, or one float32), because a word is what the memory
 system stores and loads in one piece: a reader sees all of it or none. `SENTINEL` marks a word nobody has written; a
@@ -19,22 +20,42 @@ _AS_EVER = tl.constexpr("")  # no wish how the cache treats an access
 
 
 @triton.jit
-def load_row(
-    residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask, EVICT: tl.constexpr = _AS_EVER
-):  # fmt: skip
-    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads overlap it.
-    EVICT: the cache's policy for the residual, which is read once; the vectors serve every row."""
-    zero = tl.zeros(cols.shape, tl.float32)
-    residual, pre_bias, bias, weight = zero, zero, zero, zero + 1.0
+def _nothing(cols):
+    """-0.0, by a detour because Triton turns the constant into 0.0. Adding it changes no number and compiles to
+    nothing; adding 0.0 would turn a -0.0 into 0.0, so that is an instruction."""
+    return tl.zeros(cols.shape, tl.float32) * -1.0
+
+
+@triton.jit
+def load_addends(residual_row, pre_bias_ptr, cols, mask, EVICT: tl.constexpr = _AS_EVER):
+    """(residual, pre_bias) as float32. EVICT: the cache's policy for the residual, which is read once."""
+    residual, pre_bias = _nothing(cols), _nothing(cols)
     if residual_row is not None:
         residual = tl.load(residual_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if pre_bias_ptr is not None:
         pre_bias = tl.load(pre_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return residual, pre_bias
+
+
+@triton.jit
+def load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask):
+    """(weight + offset, bias) as float32; they serve every row."""
+    weight, bias = tl.full(cols.shape, 1.0, tl.float32), _nothing(cols)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    return residual, pre_bias, weight + weight_offset, bias
+    if weight_offset is not None:
+        weight += weight_offset
+    return weight, bias
+
+
+@triton.jit
+def load_row(residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask):
+    """(residual, pre_bias, weight + offset, bias) as float32. Called before a wait, so that the loads overlap it."""
+    residual, pre_bias = load_addends(residual_row, pre_bias_ptr, cols, mask)
+    weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask)
+    return residual, pre_bias, weight, bias
 
 
 @triton.jit
@@ -67,57 +88,99 @@ def exchange(value, inbox, pid, part, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(h, mask, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid, part, SPLIT: tl.constexpr):
-    """(mean, rstd) of a row of H columns held by SPLIT programs; the mean is 0 for RMSNorm. LayerNorm takes two passes
-    over the registers, because E[h^2] - mean^2 would cancel; parts are joined by Chan's formula."""
+def row_statistics(pieces, masks, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid, part, SPLIT: tl.constexpr):
+    """(mean, rstd) of a row of H columns held by SPLIT programs, each in equally long `pieces`; the mean is 0 for
+    RMSNorm. LayerNorm takes two passes over the registers, because E[h^2] - mean^2 would cancel; programs' parts are
+    joined by Chan's formula."""
     P: tl.constexpr = H // SPLIT
-    if NORM == 1:
-        mean = tl.sum(h, axis=0) / P
-        d = tl.where(mask, h - mean, 0.0)
-        squares = tl.sum(d * d, axis=0)
-        if SPLIT > 1:
-            means = exchange(mean, inbox, pid, part, SPLIT)
-            total = tl.sum(exchange(squares, inbox + 2048, pid, part, SPLIT), axis=0)
-            mean = tl.sum(means, axis=0) / SPLIT
-            squares = total + P * tl.sum((means - mean) * (means - mean), axis=0)
-        rstd = tl.rsqrt(squares / H + eps)
-    elif NORM == 0:
-        mean = 0.0
-        squares = tl.sum(h * h, axis=0)
-        if SPLIT > 1:
-            squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)
-        rstd = tl.rsqrt(squares / H + eps)
-    else:
+    if NORM == 2:
         mean = 0.0
         rstd = 1.0
+    else:
+        mean = 0.0
+        if NORM == 1:
+            mean = tl.sum(total(pieces), axis=0) / P
+        squares = ()
+        for i in tl.static_range(len(pieces)):
+            d = pieces[i]
+            if NORM == 1:
+                d = tl.where(masks[i], d - mean, 0.0)
+            squares = squares + (d * d,)  # noqa: RUF005 (Triton has no starred tuples)
+        squares = tl.sum(total(squares), axis=0)
+        if SPLIT > 1:
+            if NORM == 1:
+                means = exchange(mean, inbox, pid, part, SPLIT)
+                mean = tl.sum(means, axis=0) / SPLIT
+                squares = tl.sum(exchange(squares, inbox + 2048, pid, part, SPLIT), axis=0)
+                squares += P * tl.sum((means - mean) * (means - mean), axis=0)
+            else:
+                squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)
+        rstd = tl.rsqrt(squares / H + eps)
     return mean, rstd
 
 
 @triton.jit
-def finish_row(
-    s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-    row, out_row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
-    inbox, pid, part, SPLIT: tl.constexpr, STORE: tl.constexpr = _AS_EVER,
+def total(pieces):
+    """Their sum, element by element."""
+    out = pieces[0]
+    for i in tl.static_range(1, len(pieces)):
+        out += pieces[i]
+    return out
+
+
+@triton.jit
+def begin_row(
+    s, residual, pre_bias, alpha, residual_out_ptr, out_row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
+    STORE: tl.constexpr = _AS_EVER,
 ):  # fmt: skip
-    """From the sum `s` to the outputs of one row; returns y before rounding. `residual_out` is row `out_row` of its
-    tensor, which may be a shard; a None `y_ptr` stores no y. STORE: how the cache is to treat the outputs."""
-    h = alpha * s + pre_bias
+    """h of a row (or a piece of one), stored as row `out_row` of `residual_out`, which may be a shard."""
+    h = s
+    if alpha is not None:
+        h = alpha * h
+    h += pre_bias
     if not POST:
         h += residual
     h = tl.where(mask, h, 0.0)
     if residual_out_ptr is not None:
         rounded = h.to(residual_out_ptr.dtype.element_ty)
         tl.store(residual_out_ptr + out_row * H + cols, rounded, mask=mask, cache_modifier=STORE)
-    mean, rstd = row_statistics(h, mask, H, eps, NORM, inbox, pid, part, SPLIT)
+    return h
+
+
+@triton.jit
+def end_row(
+    h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
+    STORE: tl.constexpr = _AS_EVER,
+):  # fmt: skip
+    """y of a row (or a piece of one) before rounding; stored, unless `y_ptr` is None."""
     n = (h - mean) * rstd * weight + bias
     if POST:
         n += residual
     if y_ptr is not None:
         tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=STORE)
-    if rstd_ptr is not None and part == 0:
+    return n
+
+
+@triton.jit
+def store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM: tl.constexpr):
+    if rstd_ptr is not None:
         tl.store(rstd_ptr + row, rstd)
         if NORM == 1:
             tl.store(mean_ptr + row, mean)
+
+
+@triton.jit
+def finish_row(
+    s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    row, out_row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
+    inbox, pid, part, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """From the sum `s` to the outputs of one row; returns y before rounding."""
+    h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, out_row, cols, mask, H, POST)
+    mean, rstd = row_statistics((h,), (mask,), H, eps, NORM, inbox, pid, part, SPLIT)
+    n = end_row(h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H, POST)
+    if part == 0:
+        store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)
     return n
 
 

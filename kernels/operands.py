@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, on_device_of, split_eps
+from .add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, on_device_of, scales, split_eps
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Prepared:
     inputs: tuple[Tensor | None, ...]  # x, residual, pre_bias, weight, bias
     out: AddNormOut
     sum: Tensor | None
-    scalars: tuple  # eps tensor or None, eps, weight_offset, alpha
+    scalars: tuple  # eps tensor or None, eps, weight_offset, alpha; None where they change nothing
 
     @property
     def outputs(self) -> tuple[Tensor | None, ...]:
@@ -147,4 +147,4 @@ def prepare(op: Operands) -> Prepared:
         out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
         total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
     eps_tensor, eps = split_eps(op.eps, op.x.device)
-    return Prepared(inputs, out, total, (eps_tensor, eps, op.weight_offset, op.alpha))
+    return Prepared(inputs, out, total, (eps_tensor, eps, *scales(op.weight_offset, op.alpha)))

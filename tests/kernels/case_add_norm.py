@@ -47,14 +47,20 @@ def same(out, ref, dtype):
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("post", [False, True])
-def test_every_combination_of_operands(norm, post):
-    s, residual, pre_bias, weight, bias = make((2, 3, 96), F32, 0)
+@pytest.mark.parametrize(("H", "megabytes", "rows"), [(96, 0, 6), (600, 4, 6), (600, 4, 1000)])
+def test_every_combination_of_operands(H, megabytes, rows, norm, post, monkeypatch):
+    """In a row's three ways: at once, with the weight after the statistics, and in two pieces as well."""
+    own = module.tuning
+    used = []
+    monkeypatch.setattr(module, "tuning", lambda *of: used.append(own(of[0], rows, megabytes << 20, of[3])) or used[-1])
+    s, residual, pre_bias, weight, bias = make((2, 3, H), F32, 0)
     for use in itertools.product([False, True], repeat=4):
         r, p, w, b = (t if u else None for t, u in zip((residual, pre_bias, weight, bias), use, strict=True))
         options = {"norm": norm, "post": post, "weight_offset": 1.0, "alpha": 0.5, "out_dtype": BF16}
         for residual_dtype, stats in ((F32, True), (None, False)):
             more = {"residual_dtype": residual_dtype, "stats": stats, **options}
             same(add_norm(s, r, p, w, b, 1e-5, **more), add_norm_reference(s, r, p, w, b, 1e-5, **more), BF16)
+    assert {(o["LATE"], o["PIECES"]) for o in used} == {(megabytes > 0, 2 if rows > 6 else 1)}
 
 
 @pytest.mark.parametrize("H", [1, 8, 100, 1000, 4096])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpfuse.kernels.add_norm import add_norm, add_norm_reference
+from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference, tuning
 
 F32 = torch.float32
 
@@ -38,3 +38,21 @@ def test_outputs_never_alias_and_an_unknown_norm_is_an_error():
     assert out.residual_out.data_ptr() != s.data_ptr()
     with pytest.raises(KeyError):
         add_norm(s, None, None, None, None, 1e-6, norm="group_norm", out_dtype=F32, residual_dtype=F32)
+
+
+@pytest.mark.parametrize("block", [1, 64, 512, 2048, 8192, 16384])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "none"])
+def test_every_size_has_launch_options(block, norm):
+    assert sorted(band.below for band in BANDS) == [band.below for band in BANDS]
+    for size in (0, 1, *(band.below - 1 for band in BANDS[:-1]), *(band.below for band in BANDS[:-1]), 1 << 40):
+        for itemsize in (2, 4):
+            options = tuning(block, size // (block * itemsize), size, norm)
+            assert options["num_warps"] in (1, 2, 4, 8, 16, 32) and options["num_warps"] * 256 <= max(block, 256)
+            assert block % options["PIECES"] == 0
+
+
+def test_rows_stay_resident_together_where_they_can():
+    """4 and 8 MB of RMSNorm rows: 3.9 and 7.8 rows of 4096 a multiprocessor, half as many of 8192."""
+    options = {(H, mb): tuning(H, (mb << 20) // (2 * H), mb << 20, "rms_norm") for H in (4096, 8192) for mb in (4, 8)}
+    chosen = {size: (o["num_warps"], o["PIECES"]) for size, o in options.items()}
+    assert chosen == {(4096, 4): (16, 2), (4096, 8): (8, 2), (8192, 4): (16, 1), (8192, 8): (16, 2)}

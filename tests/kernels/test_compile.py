@@ -30,14 +30,18 @@ def scalar_accesses(ptx: str) -> list[str]:
 
 @pytest.mark.parametrize("H", [4096, 7168])
 @pytest.mark.parametrize("norm", [0, 1])
-def test_add_norm_is_vectorised(H: int, norm: int) -> None:
+@pytest.mark.parametrize(("pieces", "late"), [(1, False), (1, True), (2, True)])
+def test_add_norm_is_vectorised(H: int, norm: int, pieces: int, late: bool) -> None:
     constants = {
-        "H": H, "BLOCK": next_power_of_2(H), "NORM": norm, "POST": False, "STRIDED": False, "EVICT": "", "STORE": "",
+        "H": H, "BLOCK": next_power_of_2(H) // pieces, "NORM": norm, "POST": False, "STRIDED": False,
+        "PIECES": pieces, "LATE": late, "EVICT": "evict_first" if late else "", "STORE": ".cs" if late else "",
     }  # fmt: skip
     args = (BF16, BF16, BF16, BF16, BF16, BF16, BF16, None, None, None, 1e-6, 0.0, 1.0, H, H)
     ptx = compile_sm90(_add_norm_kernel, args, constants, 8).asm["ptx"]
     assert not scalar_accesses(ptx)
     assert "local.depot" not in ptx
+    # the weight waits for the statistics, which keeps registers free for more rows
+    assert bool(re.search(r"bar\.sync.*ld\.global.*evict_last", ptx, re.DOTALL)) == late
 
 
 I32, I64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)

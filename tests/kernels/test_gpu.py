@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from tests.ranks import run_processes
-from tpfuse.kernels.add_norm import add_norm, add_norm_reference
+from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference
 from tpfuse.kernels.barrier import barrier
 from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.operands import Operands
@@ -49,6 +49,24 @@ def test_add_norm(H: int, dtype: torch.dtype, norm: str) -> None:
         rounding = torch.finfo(dtype).eps
         assert ((out.y.double() - truth.y).norm() / truth.y.norm()) < 0.6 * rounding + 1e-6
         assert ((out.residual_out.double() - truth.residual_out).norm() / truth.residual_out.norm()) < 0.6 * rounding
+
+
+@pytest.mark.parametrize("H", [2048, 4096, 7168])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_add_norm_of_every_size(H: int, norm: str) -> None:
+    """The kernel's options change with the number of bytes; 7168 is no power of two, so its second piece is shorter."""
+    weight, bias = (torch.randn(H, device="cuda").to(BF16) for _ in range(2))
+    for below in (1 << 20, *(band.below - H for band in BANDS[:-1]), 130 << 20):
+        s, residual = (torch.randn(below // (2 * H), H, device="cuda").to(BF16) for _ in range(2))
+        options = {"norm": norm, "stats": True}
+        out = add_norm(s, residual, None, weight, bias, 1e-5, out_dtype=BF16, residual_dtype=BF16, **options)
+        wide = [t.double() for t in (s, residual, weight, bias)]
+        truth = add_norm_reference(
+            wide[0], wide[1], None, *wide[2:], 1e-5, out_dtype=torch.float64, residual_dtype=torch.float64, **options
+        )
+        for got, right in ((out.y, truth.y), (out.residual_out, truth.residual_out)):
+            assert ((got.double() - right).norm(dim=-1) / right.norm(dim=-1)).max() < 0.6 * torch.finfo(BF16).eps
+        torch.testing.assert_close(out.rstd.double(), truth.rstd, rtol=1e-5, atol=0)
 
 
 class Variant:
