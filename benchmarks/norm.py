@@ -27,7 +27,7 @@ from tpfuse.kernels.add_norm import add_norm
 from tpfuse.kernels.virtual import time_graphs
 
 HIDDEN = (2048, 4096, 7168, 8192)
-MEGABYTES = (1, 4, 16, 64, 256)  # of one tensor
+MEGABYTES = (1, 2, 4, 8, 16, 32, 64, 256)  # of one tensor
 CALLS = 12
 
 
@@ -48,9 +48,10 @@ def ours(norm: str, **forced: Any) -> Callable:
 
 # what `kernels.add_norm.tuning` chooses between
 VARIANTS = {
-    "plain": {"EVICT": "", "STORE": ""},
-    "loads": {"EVICT": "evict_first", "STORE": ""},
-    "loads and stores": {"EVICT": "evict_first", "STORE": ".cs"},
+    f"{when}{pieces}{hints}": {"LATE": late, "PIECES": count, "EVICT": evict, "STORE": store}
+    for when, late in (("early", False), ("late", True))
+    for pieces, count in (("", 1), (" in two", 2))
+    for hints, evict, store in (("", "", ""), (" loads", "evict_first", ""), (" loads stores", "evict_first", ".cs"))
 }
 
 

@@ -39,7 +39,7 @@ class Card:
 CARDS = {
     "h200": Card("NVIDIA H200", ("kernels_linked_h200.json",), ("kernels_h200.json",), "norm_h200.json",
                  "layers_h200.json", ("peers_h200.json",)),
-    "h100": Card(H100, tuple(f"kernels_linked_h100_{i}.json" for i in range(1, 6)),
+    "h100": Card(H100, tuple(f"kernels_linked_h100_{i}.json" for i in range(1, 8)),
                  tuple(f"kernels_h100_{i}.json" for i in range(1, 7)), "norm_h100.json", "layers_h100.json"),
 }  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
