@@ -5,7 +5,8 @@
 Each provider gets the same bf16 tensors: y and the new residual from s, residual and weight. Inputs rotate through more
 memory than the L2 cache holds, and calls are replayed from a CUDA graph, providers taking turns. "share" is the bytes
 that must move (two inputs, two outputs) over the time, as a share of the bandwidth of a copy that moves as many bytes,
-measured in the same way in the same run.
+measured in the same way in the same run. Each kernel is captured several times, in turns, and of the captures' medians
+the median counts.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ def liger(norm: str) -> Callable | None:
     return call
 
 
-def captures(fn: Callable, sets: list[tuple], megabytes: int) -> list[torch.cuda.CUDAGraph]:
-    """Several: two captures of one kernel (other addresses) may differ by as much as two good kernels do."""
-    return [capture(fn, sets) for _ in range(5 if megabytes <= 64 else 2)]
+def captures_of(megabytes: float) -> int:
+    """How often each kernel is captured. Two captures of one kernel (outputs at other addresses) may differ by more
+    than two good kernels do, the more the shorter they are."""
+    return 9 if megabytes <= 4 else 5 if megabytes <= 64 else 2
 
 
 def capture(fn: Callable, sets: list[tuple]) -> torch.cuda.CUDAGraph:
@@ -122,7 +124,8 @@ def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: S
         calls |= {f"ours {name} w{w}": ours(norm, num_warps=w, **options)
                   for name, options in VARIANTS.items() for w in warps}  # fmt: skip
     truth = eager(norm)(*(t if t is None else t.double() for t in sets[0]))
-    graphs, notes = {}, {}
+    graphs: dict[str, list[torch.cuda.CUDAGraph]] = {}
+    notes: dict[str, str] = {}
     for name, fn in calls.items():
         if fn is None:
             continue
@@ -132,11 +135,16 @@ def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: S
                 error = ((got.double() - right).norm() / right.norm()).item()
                 if not error < 6e-3:
                     notes[name] = f"error {error:.1e}"
-            graphs[name] = captures(fn, sets, megabytes)
+            graphs[name] = []
         except Exception as error:
             notes[name] = f"{type(error).__name__}: {error}"[:200]
     del truth
-    graphs["copy"] = captures(lambda a, *_: torch.empty_like(a).copy_(a), [(s,) for s in sources], megabytes)
+    graphs["copy"] = []
+    copied = [(source,) for source in sources]
+    for _ in range(captures_of(megabytes)):  # in turns, so that no one's outputs lie together
+        for name, each in graphs.items():
+            fn = calls.get(name) or (lambda a: torch.empty_like(a).copy_(a))
+            each.append(capture(fn, copied if name == "copy" else sets))
     times = time_graphs(graphs, CALLS)
     copy = times["copy"][0]
     out = []
