@@ -52,7 +52,8 @@ def new_watch(device: torch.device | str, timeout: float | None = None) -> Tenso
 
 def set_timeout(watch: Tensor, seconds: float | None) -> None:
     """How long one wait may last, from now on and in captured graphs too. None: what TPFUSE_PEER_TIMEOUT says, or else
-    600. Infinite: for ever. Raises OptionError for what is not a positive number."""
+    600. Infinite: for ever. Kernels look at it every ten milliseconds or so. Raises OptionError for what is not a
+    positive number."""
     source = f"timeout={seconds!r}"
     if seconds is None:
         given = os.environ.get(TIMEOUT_VARIABLE, "")
