@@ -67,14 +67,14 @@ def _add_norm_kernel(
     r_row = residual_ptr
     if residual_ptr is not None:
         r_row = residual_ptr + row * (r_stride if STRIDED else H)
-    hs, residuals, scales, masks = (), (), (), ()
+    hs, residuals, factors, masks = (), (), (), ()
     for i in tl.static_range(PIECES):
         cols = i * BLOCK + tl.arange(0, BLOCK)
         mask = cols < H
         s = tl.load(s_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
         residual, pre_bias = load_addends(r_row, pre_bias_ptr, cols, mask, EVICT)
         if not LATE:
-            scales = scales + (load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask),)  # noqa: RUF005
+            factors = factors + (load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask),)  # noqa: RUF005
         h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H, POST, STORE)
         hs = hs + (h,)  # noqa: RUF005 (Triton has no starred tuples)
         residuals = residuals + (residual,)  # noqa: RUF005
@@ -85,7 +85,7 @@ def _add_norm_kernel(
         if LATE:
             weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, masks[i])
         else:
-            weight, bias = scales[i]
+            weight, bias = factors[i]
         end_row(hs[i], mean, rstd, weight, bias, residuals[i], y_ptr, row, cols, masks[i], H, POST, STORE)
     store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)
 
@@ -179,7 +179,8 @@ def add_norm(
 
 @dataclass(frozen=True)
 class Band:
-    """How the kernel runs while each of its four tensors is smaller than `below` bytes.
+    """How the kernel runs while s (and so each of its four large tensors, where dtypes agree) has less than `below`
+    bytes.
 
     `late`: weight and bias are loaded after the statistics. That is a wait more for a row, but the registers that they
     would hold let more rows share a multiprocessor. `evict`, `store`: what the cache is told about inputs (read for the
@@ -208,8 +209,9 @@ BANDS = (
     Band(float("inf"), False, "", "", 8, 32),
 )
 MULTIPROCESSORS = 132  # of an H100 and an H200
-#: Registers of a thread by the elements of a row it takes, with `late`: RMSNorm, LayerNorm.
-REGISTERS = {8: (32, 32), 16: (32, 40), 32: (56, 64), 64: (84, 104)}
+MOST_ELEMENTS = 64  # of a row that a thread takes: with more it runs out of registers
+#: Registers of a thread by the elements it takes (rows of 2048 to 8192 in bf16): RMSNorm, LayerNorm.
+REGISTERS = {8: (32, 32), 16: (32, 40), 32: (64, 64), 64: (96, 104)}
 
 
 @lru_cache(maxsize=1024)
@@ -217,19 +219,22 @@ def tuning(block: int, rows: int, size: int, norm: str) -> Mapping[str, Any]:
     """The kernel's options for `rows` rows padded to `block` elements and tensors of `size` bytes.
 
     A thread takes what the band says, but a row has no more than `most` warps and no fewer than 4, unless these would
-    load less than 16 bytes a thread. Where the band says 0, a row has as many warps as let all rows be resident at
-    once, and from three rows a multiprocessor on it goes in two pieces, the first stored before the second is loaded.
+    load less than 16 bytes a thread or take more than MOST_ELEMENTS. Where the band says 0, a row has the most warps
+    that let all rows be resident at once, and from three rows a multiprocessor on it goes in two pieces, the first
+    stored before the second is loaded.
     """
     band = next(band for band in BANDS if size < band.below)
     layer = norm == "layer_norm"
     most = min(max(block // 256, 1), 16 if layer else band.most)
-    pieces, warps = 1, min(4, most)
+    fewest = max(min(4, most), block // 32 // MOST_ELEMENTS)
+    pieces, warps = 1, fewest
     if band.elements:
-        warps = min(max(block // 32 // band.elements, warps), most)
+        warps = min(max(block // 32 // band.elements, fewest), most)
     else:
         each = -(-rows // MULTIPROCESSORS)
         pieces = 2 if each > 2 and block >= 512 else 1
-        warps = next((w for w in (16, 8, 4) if w <= most and each <= _resident(block, w, layer)), warps)
+        fitting = (w for w in (16, 8, 4) if fewest <= w <= most and each <= _resident(block, w, layer))
+        warps = next(fitting, fewest)
     return MappingProxyType(
         {"EVICT": band.evict, "STORE": band.store, "PIECES": pieces, "LATE": band.late, "num_warps": warps}
     )
@@ -237,7 +242,7 @@ def tuning(block: int, rows: int, size: int, norm: str) -> Mapping[str, Any]:
 
 def _resident(block: int, warps: int, layer: bool) -> int:
     """How many rows a multiprocessor holds: it has 64 warps and 65,536 registers."""
-    elements = min(max(block // 32 // warps, 8), 64)
+    elements = max(block // 32 // warps, 8)
     return min(64 // warps, 65536 // (32 * warps * REGISTERS[elements][layer]))
 
 

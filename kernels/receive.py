@@ -47,7 +47,8 @@ def _spin_ptx(sources: int) -> str:
     # Once in a while: the time, the limit, and whether somebody else gave up.
     lines += ["mov.u64 t, %globaltimer;", "shr.u64 t, t, 20;", "cvt.u32.u64 now, t;"]
     lines += ["setp.eq.u32 q, began, 0;", "selp.b32 began, now, began, q;", "sub.u32 now, now, began;"]
-    lines.append(f"ld.volatile.global.v2.b32 {{limit, gone}}, [${watch}];")  # GONE is the next word
+    assert GONE == 1  # so that one load brings both
+    lines.append(f"ld.volatile.global.v2.b32 {{limit, gone}}, [${watch}];")
     # Signed: a clock that was read too low, or a beginning too high, must not look like a wait of fifty days.
     lines += ["setp.lt.s32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
     lines += ["mov.b32 gone, 1;", f"st.volatile.global.b32 [${watch} + {4 * GONE}], gone;"]

@@ -78,10 +78,11 @@ def _sharded_kernel(
         here = mine + slot + local * ROW_WORDS
         s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, epoch, watch_ptr, WORLD, SPIN)
         n = finish_row(
-            s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+            s, residual, pre_bias, weight, bias, alpha, eps, None, residual_out_ptr, mean_ptr, rstd_ptr,
             row, local, cols, mask, H, NORM, POST, None, pid, 0, 1,
         )  # fmt: skip
-        words = pack(n, x_ptr)
+        words = pack(n, x_ptr)  # stored here as others receive it, which is without sentinels
+        tl.store(as_words(y_ptr) + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         for b in tl.static_range(WORLD - 1):
             tl.store(bases[b] + totals + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         tl.debug_barrier()  # every warp has read its words

@@ -45,7 +45,7 @@ def same(out, ref, dtype):
             torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "none"])
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize(("H", "megabytes", "rows"), [(96, 0, 6), (600, 4, 6), (600, 4, 1000)])
 def test_every_combination_of_operands(H, megabytes, rows, norm, post, monkeypatch):

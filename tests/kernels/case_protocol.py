@@ -33,7 +33,7 @@ class Call:
     hidden: int = 64
     dtype: torch.dtype = BF16
     seed: int = 0
-    fill: str = "random"  # or "minus_zero", "special"
+    fill: str = "random"  # or "minus_zero", "sentinel", "special", "negated_zero" (y is -0.0)
     options: dict[str, Any] = field(default_factory=dict)
 
     def x(self, rank: int) -> torch.Tensor:
@@ -43,6 +43,8 @@ class Call:
             x.fill_(-0.0)
         if self.fill == "sentinel":
             x.view(torch.int32).fill_(SENTINEL)
+        if self.fill == "negated_zero":
+            x.fill_(0.0)
         if self.fill == "special" and rank == 1:
             x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -float("inf")
         return x
@@ -51,6 +53,9 @@ class Call:
         g = torch.Generator().manual_seed(self.seed * 64 + 63)
         residual = torch.randn(self.rows, self.hidden, generator=g).to(self.dtype)
         vectors = [torch.randn(self.hidden, generator=g).to(self.dtype) for _ in range(3)]
+        if self.fill == "negated_zero":
+            residual.fill_(0.0)
+            vectors = [None, torch.full_like(vectors[1], -1.0), None]
         merged = {"norm": "rms_norm", "out_dtype": self.dtype, "residual_dtype": self.dtype, **self.options}
         return Operands(self.x(rank), residual, *vectors, 1e-5, **merged)
 
@@ -95,15 +100,22 @@ def play(seat: Seat, calls: list[Call]) -> list[Any]:
                 close(a, b, call.dtype)  # the two-shot rounds the sum, hence the statistics of it
         if total is not None:
             close(total, expected_sum.to(call.dtype))
-        answers.append(tuple(t.view(torch.int16) if t.dtype in (BF16, F16) else t for t in (out.y, out.residual_out)))
+        answers.append((bits(out.y), bits(out.residual_out)))
     return answers
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """What must be equal on all ranks, the sign of zero included; NaN may have any bits in float32."""
+    if t.dtype == F32:
+        return t.nan_to_num(7.0).view(torch.int32)
+    return t.view(torch.int16)
 
 
 def equal_on_all_ranks(answers: list[list[Any]]) -> None:
     first = answers[0][0]
     for rank, (other,) in enumerate(answers):
         for n, (a, b) in enumerate(zip(first, other, strict=True)):
-            assert all(torch.equal(s.nan_to_num(7.0), t.nan_to_num(7.0)) for s, t in zip(a, b, strict=True)), (rank, n)
+            assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True)), (rank, n)
 
 
 def mixture(kernels: list[str], count: int, world: int) -> list[Call]:
@@ -113,7 +125,7 @@ def mixture(kernels: list[str], count: int, world: int) -> list[Call]:
     calls = []
     for n in range(count):
         options = {
-            "norm": pick.choice(["rms_norm", "layer_norm"]), "post": pick.random() < 0.3,
+            "norm": pick.choice(["rms_norm", "layer_norm", "none"]), "post": pick.random() < 0.3,
             "want_sum": pick.random() < 0.5, "stats": pick.random() < 0.5, "alpha": pick.choice([1.0, 0.5]),
             "weight_offset": pick.choice([0.0, 1.0]),
         }  # fmt: skip
@@ -141,7 +153,7 @@ def test_kernels_alternate_on_one_workspace(world: int) -> None:
 @pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier"])
 def test_minus_zero_sentinels_nan_and_inf_travel(kernel: str) -> None:
     """A payload made of nothing but the sentinel's bits neither hangs nor is lost; NaN and inf stay in their rows."""
-    fills = [(fill, dtype) for dtype in (BF16, F32) for fill in ("minus_zero", "sentinel", "special")]
+    fills = [(fill, dtype) for dtype in (BF16, F32) for fill in ("minus_zero", "sentinel", "special", "negated_zero")]
     calls = [Call(kernel, 4, 64, dtype, seed=n, fill=fill) for n, (fill, dtype) in enumerate(fills)]
     equal_on_all_ranks(run(2, play, calls))
 
@@ -214,7 +226,7 @@ def test_split_rows(norm: str) -> None:
 
 
 def play_sharded(seat: Seat, calls: list[Call]) -> list[Any]:
-    ws = seat.ws
+    ws, answers = seat.ws, []
     for call in calls:
         seat.dawdle()
         op = call.operands(ws.rank)
@@ -226,13 +238,15 @@ def play_sharded(seat: Seat, calls: list[Call]) -> list[Any]:
         out, _ = sharded(shard, dataclasses.replace(ws, max_blocks=1)).run()
         close(out.y, expected.y)
         close(out.residual_out, expected.residual_out[own])
-    return []
+        answers.append((bits(out.y),))
+    return answers
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_two_shot_with_the_residual_kept_sharded(world: int) -> None:
     calls = [Call("one_shot", rows, 64, dtype, seed=rows) for rows in (1, 4, 7, 0, 9) for dtype in (BF16, F32)]
-    run(world, play_sharded, calls)
+    calls += [Call("one_shot", 4, 64, dtype, fill="negated_zero") for dtype in (BF16, F32)]
+    equal_on_all_ranks(run(world, play_sharded, calls))
 
 
 def hang(seat: Seat) -> None:

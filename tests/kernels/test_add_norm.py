@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference, tuning
+from tpfuse.kernels.add_norm import BANDS, MOST_ELEMENTS, add_norm, add_norm_reference, tuning
 
 F32 = torch.float32
 
@@ -48,6 +48,7 @@ def test_every_size_has_launch_options(block, norm):
         for itemsize in (2, 4):
             options = tuning(block, size // (block * itemsize), size, norm)
             assert options["num_warps"] in (1, 2, 4, 8, 16, 32) and options["num_warps"] * 256 <= max(block, 256)
+            assert block // (32 * options["num_warps"]) <= MOST_ELEMENTS
             assert block % options["PIECES"] == 0
 
 

@@ -36,7 +36,7 @@ def test_add_norm_is_vectorised(H: int, norm: int, pieces: int, late: bool) -> N
         "H": H, "BLOCK": next_power_of_2(H) // pieces, "NORM": norm, "POST": False, "STRIDED": False,
         "PIECES": pieces, "LATE": late, "EVICT": "evict_first" if late else "", "STORE": ".cs" if late else "",
     }  # fmt: skip
-    args = (BF16, BF16, BF16, BF16, BF16, BF16, BF16, None, None, None, 1e-6, 0.0, 1.0, H, H)
+    args = (BF16, BF16, BF16, BF16, BF16, BF16, BF16, None, None, None, 1e-6, None, None, H, H)
     ptx = compile_sm90(_add_norm_kernel, args, constants, 8).asm["ptx"]
     assert not scalar_accesses(ptx)
     assert "local.depot" not in ptx
@@ -44,8 +44,24 @@ def test_add_norm_is_vectorised(H: int, norm: int, pieces: int, late: bool) -> N
     assert bool(re.search(r"bar\.sync.*ld\.global.*evict_last", ptx, re.DOTALL)) == late
 
 
+def test_what_is_absent_is_no_instruction() -> None:
+    constants = {"H": 4096, "BLOCK": 4096, "NORM": 0, "POST": False, "STRIDED": False, "PIECES": 1, "LATE": True,
+                 "EVICT": "", "STORE": ""}  # fmt: skip
+
+    def operations(pre_bias=None, bias=None, weight_offset=None, alpha=None) -> int:
+        args = (BF16, BF16, pre_bias, BF16, bias, BF16, BF16, None, None, None, 1e-6, weight_offset, alpha, 4096, 4096)
+        ptx = compile_sm90(_add_norm_kernel, args, constants, 16).asm["ptx"]
+        return len(re.findall(r"\b(?:add|sub|mul|fma)\.(?:rn\.)?f32", ptx))
+
+    least, elements = operations(), 8  # a thread
+    assert operations(pre_bias=BF16) == least + elements
+    assert operations(weight_offset=0.0) == least + elements
+    assert operations(alpha=1.0) <= least + elements  # a multiplication may join the addition behind it
+    assert operations(pre_bias=BF16, bias=BF16, weight_offset=1.0, alpha=2.0) > least + elements
+
+
 I32, I64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
-COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, 0.0, 1.0, I64, I32, I32)
+COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, None, None, I64, I32, I32)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
