@@ -83,7 +83,7 @@ def liger(norm: str) -> Callable | None:
     return call
 
 
-def captures_of(megabytes: float) -> int:
+def captures_of(megabytes: int) -> int:
     """How often each kernel is captured. Two captures of one kernel (outputs at other addresses) may differ by more
     than two good kernels do, the more the shorter they are."""
     return 9 if megabytes <= 4 else 5 if megabytes <= 64 else 2
@@ -124,7 +124,7 @@ def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: S
         calls |= {f"ours {name} w{w}": ours(norm, num_warps=w, **options)
                   for name, options in VARIANTS.items() for w in warps}  # fmt: skip
     truth = eager(norm)(*(t if t is None else t.double() for t in sets[0]))
-    graphs: dict[str, list[torch.cuda.CUDAGraph]] = {}
+    timed: dict[str, tuple[Callable, list[tuple]]] = {}
     notes: dict[str, str] = {}
     for name, fn in calls.items():
         if fn is None:
@@ -135,17 +135,16 @@ def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: S
                 error = ((got.double() - right).norm() / right.norm()).item()
                 if not error < 6e-3:
                     notes[name] = f"error {error:.1e}"
-            graphs[name] = []
+            timed[name] = fn, sets
         except Exception as error:
             notes[name] = f"{type(error).__name__}: {error}"[:200]
     del truth
-    graphs["copy"] = []
-    copied = [(source,) for source in sources]
+    timed["copy"] = lambda a: torch.empty_like(a).copy_(a), [(source,) for source in sources]
+    graphs: dict[str, list[torch.cuda.CUDAGraph]] = {name: [] for name in timed}
     for _ in range(captures_of(megabytes)):  # in turns, so that no one's outputs lie together
         for name in list(graphs):
-            fn = calls.get(name) or (lambda a: torch.empty_like(a).copy_(a))
             try:
-                graphs[name].append(capture(fn, copied if name == "copy" else sets))
+                graphs[name].append(capture(*timed[name]))
             except Exception as error:
                 notes[name] = f"{type(error).__name__}: {error}"[:200]
                 del graphs[name]

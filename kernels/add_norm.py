@@ -144,12 +144,14 @@ def add_norm(
     out_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     stats: bool = False,
+    batch_invariant: bool = False,
 ) -> AddNormOut:
     """The formula above. s, residual: [..., H]; pre_bias, weight, bias: [H] or None; any float dtypes.
 
     eps: a float or a 0-d tensor (one on the device is read there, without a synchronisation). `residual_dtype=None`
     means that `residual_out` is not wanted. Sums and norms are float32 (float64 when an input is float64). The outputs
-    are new contiguous tensors. Raises KeyError for an unknown `norm`.
+    are new contiguous tensors. `batch_invariant`: a row's bits do not depend on how many rows there are. Raises
+    KeyError for an unknown `norm`.
     """
     H = s.shape[-1]
     wide = out_dtype not in KERNEL_DTYPES or (residual_dtype is not None and residual_dtype not in KERNEL_DTYPES)
@@ -165,7 +167,7 @@ def add_norm(
         return out
     eps_tensor, eps_value = split_eps(eps, s.device)
     block = next_power_of_2(H)
-    options = tuning(block, rows, s2.numel() * s2.element_size(), norm)
+    options = tuning(block, rows, s2.numel() * s2.element_size(), norm, batch_invariant)
     with on_device_of(s):
         _add_norm_kernel[(rows,)](
             s2, r2, _vector(pre_bias), _vector(weight), _vector(bias), out.y, out.residual_out, out.mean, out.rstd,
@@ -215,15 +217,16 @@ REGISTERS = {8: (32, 32), 16: (32, 40), 32: (64, 64), 64: (96, 104)}
 
 
 @lru_cache(maxsize=1024)
-def tuning(block: int, rows: int, size: int, norm: str) -> Mapping[str, Any]:
-    """The kernel's options for `rows` rows padded to `block` elements and tensors of `size` bytes.
+def tuning(block: int, rows: int, size: int, norm: str, batch_invariant: bool = False) -> Mapping[str, Any]:
+    """The kernel's options for `rows` rows padded to `block` elements and tensors of `size` bytes; `batch_invariant`:
+    those of few rows whatever the size, because pieces and warps decide in which order a row is summed.
 
     A thread takes what the band says, but a row has no more than `most` warps and no fewer than 4, unless these would
     load less than 16 bytes a thread or take more than MOST_ELEMENTS. Where the band says 0, a row has the most warps
     that let all rows be resident at once, and from three rows a multiprocessor on it goes in two pieces, the first
     stored before the second is loaded.
     """
-    band = next(band for band in BANDS if size < band.below)
+    band = BANDS[0] if batch_invariant else next(band for band in BANDS if size < band.below)
     layer = norm == "layer_norm"
     most = min(max(block // 256, 1), 16 if layer else band.most)
     fewest = max(min(4, most), block // 32 // MOST_ELEMENTS)

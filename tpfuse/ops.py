@@ -234,6 +234,7 @@ def _add_norm(
         out_dtype=out_dtype,
         residual_dtype=hidden_dtype,
         stats=stats,
+        batch_invariant=batch_invariant,
     )
     return _outputs(out, total if want_sum else None)
 

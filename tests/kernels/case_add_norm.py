@@ -52,7 +52,12 @@ def test_every_combination_of_operands(H, megabytes, rows, norm, post, monkeypat
     """In a row's three ways: at once, with the weight after the statistics, and in two pieces as well."""
     own = module.tuning
     used = []
-    monkeypatch.setattr(module, "tuning", lambda *of: used.append(own(of[0], rows, megabytes << 20, of[3])) or used[-1])
+
+    def tuning(block, _rows, _size, *others):
+        used.append(own(block, rows, megabytes << 20, *others))
+        return used[-1]
+
+    monkeypatch.setattr(module, "tuning", tuning)
     s, residual, pre_bias, weight, bias = make((2, 3, H), F32, 0)
     for use in itertools.product([False, True], repeat=4):
         r, p, w, b = (t if u else None for t, u in zip((residual, pre_bias, weight, bias), use, strict=True))
@@ -117,3 +122,14 @@ def test_nan_and_inf_stay_in_their_rows():
     out = add_norm(s, None, None, None, None, 1e-6, norm="rms_norm", out_dtype=F32, residual_dtype=F32)
     assert out.y[0].isnan().all() and out.y[1].isnan().any() and out.y[2].isfinite().all()
     assert out.residual_out[1, 7] == float("inf")
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_a_rows_bits_do_not_depend_on_the_batch(batch_invariant):
+    """400 rows go in two pieces, 100 in one; without the option that shows."""
+    s, residual, _, weight, _ = make((400, 2000), F32, 5)
+    options = {"norm": "rms_norm", "out_dtype": F32, "residual_dtype": F32, "batch_invariant": batch_invariant}
+    many = add_norm(s, residual, None, weight, None, 1e-6, **options)
+    few = add_norm(s[:100], residual[:100], None, weight, None, 1e-6, **options)
+    assert torch.equal(many.y[:100], few.y) == batch_invariant
+    assert torch.equal(many.residual_out[:100], few.residual_out)

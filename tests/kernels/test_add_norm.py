@@ -57,3 +57,14 @@ def test_rows_stay_resident_together_where_they_can():
     options = {(H, mb): tuning(H, (mb << 20) // (2 * H), mb << 20, "rms_norm") for H in (4096, 8192) for mb in (4, 8)}
     chosen = {size: (o["num_warps"], o["PIECES"]) for size, o in options.items()}
     assert chosen == {(4096, 4): (16, 2), (4096, 8): (8, 2), (8192, 4): (16, 1), (8192, 8): (16, 2)}
+
+
+@pytest.mark.parametrize("block", [512, 4096, 16384])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_batch_invariant_rows_are_summed_in_one_order_whatever_their_number(block, norm):
+    sizes = [1, *(band.below for band in BANDS[:-1]), 1 << 40]
+    orders = {
+        (o["PIECES"], o["num_warps"])
+        for o in (tuning(block, size // (2 * block), size, norm, batch_invariant=True) for size in sizes)
+    }
+    assert len(orders) == 1

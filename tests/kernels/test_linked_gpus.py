@@ -17,6 +17,7 @@ from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.barrier import barrier
 from tpfuse.kernels.groups import workspace_of
+from tpfuse.kernels.linked import LinkedRanks
 from tpfuse.kernels.one_shot import fits as one_shot_fits
 from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.operands import Operands
@@ -138,17 +139,13 @@ def _late(rank: int) -> dict[str, list[float]]:
     """By how many milliseconds 100 calls in a graph take longer than the lateness of one rank, for each rank in turn:
     late by less than a look at the watch takes to come, and by several looks."""
     group = _group(rank)
-    ws = workspace_of(group.group_name, torch.device("cuda", rank))
+    ranks = LinkedRanks(group)
     torch.cuda._sleep(1000)  # loads its kernel
     more: dict[str, list[float]] = {}
     for kernel in KERNELS:
-        launch = _launch(kernel, _operands(0, rank, 32, 8192, "rms_norm", BF16)[0], ws)
+        launch = _launch(kernel, _operands(0, rank, 32, 8192, "rms_norm", BF16)[0], ranks.workspaces[0])
         launch.run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(100):
-                launch.run()
+        graph = ranks.capture([launch], 100)
         graph.replay()
         for cycles in (4_000_000, 60_000_000):  # some 2 and 30 ms
             for late in range(WORLD):
