@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tpfuse.kernels.add_norm import add_norm
 from tpfuse.kernels.virtual import time_graphs
 
 HIDDEN = (2048, 4096, 7168, 8192)
-MEGABYTES = (1, 2, 4, 8, 16, 32, 64, 256)  # of one tensor
+MEGABYTES = (1 / 16, 1, 2, 4, 8, 16, 32, 64, 256)  # of one tensor; the first is a batch that decodes, 8 rows of 4096
 CALLS = 12
 
 
@@ -83,7 +83,7 @@ def liger(norm: str) -> Callable | None:
     return call
 
 
-def captures_of(megabytes: int) -> int:
+def captures_of(megabytes: float) -> int:
     """How often each kernel is captured. Two captures of one kernel (outputs at other addresses) may differ by more
     than two good kernels do, the more the shorter they are."""
     return 9 if megabytes <= 4 else 5 if megabytes <= 64 else 2
@@ -103,8 +103,10 @@ def capture(fn: Callable, sets: list[tuple]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: Sequence[int] = ()) -> list[dict]:
-    rows = max(megabytes * (1 << 20) // (2 * hidden), 1)
+def run(
+    norm: str, hidden: int, megabytes: float, variants: Iterable[str] = (), warps: Sequence[int] = ()
+) -> list[dict]:
+    rows = max(int(megabytes * (1 << 20)) // (2 * hidden), 1)
     count = max(2, min(12, (512 << 20) // (rows * hidden * 8) + 1))
 
     def draw(*shape: int) -> torch.Tensor:
@@ -119,10 +121,9 @@ def run(norm: str, hidden: int, megabytes: int, variants: bool = False, warps: S
         "ours": ours(norm), "inductor": torch.compile(eager(norm), dynamic=False), "torch": eager(norm),
         "liger": liger(norm),
     }  # fmt: skip
-    if variants:
-        calls |= {f"ours {name}": ours(norm, **options) for name, options in VARIANTS.items()}
-        calls |= {f"ours {name} w{w}": ours(norm, num_warps=w, **options)
-                  for name, options in VARIANTS.items() for w in warps}  # fmt: skip
+    for name in variants:
+        calls[f"ours {name}"] = ours(norm, **VARIANTS[name])
+        calls |= {f"ours {name} w{w}": ours(norm, num_warps=w, **VARIANTS[name]) for w in warps}
     truth = eager(norm)(*(t if t is None else t.double() for t in sets[0]))
     timed: dict[str, tuple[Callable, list[tuple]]] = {}
     notes: dict[str, str] = {}
@@ -164,21 +165,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--norms", nargs="*", default=["rms_norm", "layer_norm"])
     parser.add_argument("--hidden", type=int, nargs="*", default=HIDDEN)
-    parser.add_argument("--megabytes", type=int, nargs="*", default=MEGABYTES)
+    parser.add_argument("--megabytes", type=float, nargs="*", default=MEGABYTES)
     parser.add_argument("--warps", type=int, nargs="*", default=[], help="--variants also with these")
-    parser.add_argument("--variants", action="store_true", help="also time our kernel with each policy of the cache")
+    ways = f"also time our kernel in these ways: {', '.join(VARIANTS)}; none named: in all"
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="NAME", help=ways)
     arguments = parser.parse_args()
     records = []
+    variants = () if arguments.variants is None else arguments.variants or VARIANTS
     for norm in arguments.norms:
         for hidden in arguments.hidden:
             for megabytes in arguments.megabytes:
-                here = run(norm, hidden, megabytes, arguments.variants, arguments.warps)
+                here = run(norm, hidden, megabytes, variants, arguments.warps)
                 records += here
                 cells = "  ".join(
                     f"{r['provider']} {r['us']:.1f} ({r['share']:.2f})" if r["us"] else f"{r['provider']}: {r['note']}"
                     for r in sorted(here, key=lambda r: r["us"] or 1e9)
                 )
-                print(norm, hidden, f"{megabytes} MB |", cells, flush=True)
+                print(norm, hidden, f"{megabytes:g} MB |", cells, flush=True)
                 if arguments.out:
                     described = machine("one GPU")
                     arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))

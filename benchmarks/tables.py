@@ -171,7 +171,7 @@ def norm(card: Card) -> str:
     for kind, hidden, size in sorted({(r["norm"], r["hidden"], r["megabytes"]) for r in records}):
         here = {r["provider"]: r for r in records if (r["norm"], r["hidden"], r["megabytes"]) == (kind, hidden, size)}
         cells = [f"{here[p]['us']:.1f} ({here[p]['share']:.0%})" for p in ("ours", "inductor", "liger", "torch")]
-        lines.append([kind.split("_")[0], f"{hidden}", f"{size}", f"{here['copy']['us']:.1f}", *cells])
+        lines.append([kind.split("_")[0], f"{hidden}", f"{size:g}", f"{here['copy']['us']:.1f}", *cells])
     return table(["norm", "hidden", "MB", "copy", "ours", "Inductor", "Liger", "torch, two operations"], lines)
 
 

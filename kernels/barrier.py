@@ -2,8 +2,9 @@
 
 The baseline the other kernels are compared with, and the choice for values that must travel bit for bit: nothing is
 reserved as a sentinel. Each program copies its rows into the stage, raises one flag at every peer, waits for theirs,
-and reads. Flags carry the epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call k
-again in call k+2, which it reaches only after every peer has signalled call k+1, hence left call k.
+and reads. Both when it copies and when it reads, it loads a row before it is done with the one before. Flags carry the
+epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call k again in call k+2, which it
+reaches only after every peer has signalled call k+1, hence left call k.
 
 Without ROTATE a second round of flags ends each call, as a kernel with one stage would need it. (It takes turns all the
 same: a rotating call before it may still be read.)
@@ -12,7 +13,18 @@ same: a rotating call before it may still be read.)
 from __future__ import annotations
 
 from .compat import tl, triton
-from .device import advance_epoch, as_words, count_of, finish_row, load_eps, load_row, peer, unpack
+from .device import (
+    advance_epoch,
+    as_words,
+    count_of,
+    finish_row,
+    load_addends,
+    load_eps,
+    load_scales,
+    nothing,
+    peer,
+    unpack,
+)
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .watch import POLLS, out_of_patience, report
@@ -51,6 +63,34 @@ def _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD: tl.constexpr):
     return absent
 
 
+@triton.jit
+def _stages_of(peers_ptr, stage, WORLD: tl.constexpr):
+    """Where the stage of each rank lies, in rank order."""
+    bases = (peer(peers_ptr, 0) + stage,)
+    for q in tl.static_range(1, WORLD):
+        bases = bases + (peer(peers_ptr, q) + stage,)  # noqa: RUF005 (Triton has no starred tuples)
+    return bases
+
+
+@triton.jit
+def _load_parts(bases, row, at, mask, ROW_WORDS: tl.constexpr, WORLD: tl.constexpr):
+    """One row of each rank, in rank order."""
+    parts = (tl.load(bases[0] + row * ROW_WORDS + at, mask=mask, other=0),)
+    for q in tl.static_range(1, WORLD):
+        parts = parts + (tl.load(bases[q] + row * ROW_WORDS + at, mask=mask, other=0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _load_residual(residual_ptr, row, cols, mask, H: tl.constexpr):
+    """In its own dtype, which takes fewer registers; what it is where there is none, `load_addends` says."""
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * H + cols, mask=mask, other=0.0)
+    else:
+        residual = nothing(cols)
+    return residual
+
+
 @triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "stage_words"],
             do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
 def _barrier_kernel(
@@ -69,34 +109,38 @@ def _barrier_kernel(
     eps = load_eps(eps_ptr, eps)
     mine = peer(peers_ptr, rank) + stage
     row = pid
+    words = tl.load(as_words(x_ptr) + row * ROW_WORDS + at, mask=at < ROW_WORDS, other=0)
     while row < rows:
-        words = tl.load(as_words(x_ptr) + row * ROW_WORDS + at, mask=at < ROW_WORDS, other=0)
+        later = row + programs
+        width = tl.where(later < rows, ROW_WORDS, 0)
+        following = tl.load(as_words(x_ptr) + later * ROW_WORDS + at, mask=at < width, other=0)
         tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
-        row += programs
+        words = following
+        row = later
     absent = _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD)
-    residual_row = residual_ptr
+    stages_of = _stages_of(peers_ptr, stage, WORLD)
     row = pid
+    parts = _load_parts(stages_of, row, at, at < ROW_WORDS, ROW_WORDS, WORLD)
+    residual = _load_residual(residual_ptr, row, cols, mask, H)
     while row < rows:
-        if residual_ptr is not None:
-            residual_row = residual_ptr + row * H
-        residual, pre_bias, weight, bias = load_row(
-            residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
-        )
-        for q in tl.static_range(WORLD):
-            theirs = peer(peers_ptr, q) + stage + row * ROW_WORDS
-            part = unpack(tl.load(theirs + at, mask=at < ROW_WORDS, other=0), x_ptr)
-            if q == 0:
-                s = part
-            else:
-                s += part
+        later = row + programs
+        following = _load_parts(stages_of, later, at, at < tl.where(later < rows, ROW_WORDS, 0), ROW_WORDS, WORLD)
+        following_residual = _load_residual(residual_ptr, later, cols, cols < tl.where(later < rows, H, 0), H)
+        _, pre_bias = load_addends(None, pre_bias_ptr, cols, mask)
+        weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask)
+        s = unpack(parts[0], x_ptr)
+        for q in tl.static_range(1, WORLD):
+            s += unpack(parts[q], x_ptr)
         s = tl.where(absent > 0, float("nan"), s)
         if sum_ptr is not None:
             tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
         finish_row(
-            s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+            s, residual.to(tl.float32), pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
             row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
         )  # fmt: skip
-        row += programs
+        parts = following
+        residual = following_residual
+        row = later
     if not ROTATE:
         _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch, watch_ptr, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
@@ -117,5 +161,5 @@ def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, 
     )  # fmt: skip
     settings = constants(op, ws.world, 1, False, False) | {"ROTATE": rotate}
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
-    settings |= launch_options(warps or default_warps(op, 1), registers)
+    settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 8 ranks' rows take registers
     return Launch(_barrier_kernel if op.rows else None, programs, args, settings, ready.out, ready.sum)

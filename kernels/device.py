@@ -20,7 +20,7 @@ _AS_EVER = tl.constexpr("")  # no wish how the cache treats an access
 
 
 @triton.jit
-def _nothing(cols):
+def nothing(cols):
     """-0.0, by a detour because Triton turns the constant into 0.0. Adding it changes no number and compiles to
     nothing; adding 0.0 would turn a -0.0 into 0.0, so that is an instruction."""
     return tl.zeros(cols.shape, tl.float32) * -1.0
@@ -29,7 +29,7 @@ def _nothing(cols):
 @triton.jit
 def load_addends(residual_row, pre_bias_ptr, cols, mask, EVICT: tl.constexpr = _AS_EVER):
     """(residual, pre_bias) as float32. EVICT: the cache's policy for the residual, which is read once."""
-    residual, pre_bias = _nothing(cols), _nothing(cols)
+    residual, pre_bias = nothing(cols), nothing(cols)
     if residual_row is not None:
         residual = tl.load(residual_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if pre_bias_ptr is not None:
@@ -40,7 +40,7 @@ def load_addends(residual_row, pre_bias_ptr, cols, mask, EVICT: tl.constexpr = _
 @triton.jit
 def load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask):
     """(weight + offset, bias) as float32; they serve every row."""
-    weight, bias = tl.full(cols.shape, 1.0, tl.float32), _nothing(cols)
+    weight, bias = tl.full(cols.shape, 1.0, tl.float32), nothing(cols)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if bias_ptr is not None:

@@ -2,7 +2,8 @@
 
 Each rank waits on its own memory until the rows of all ranks are there, adds them in rank order, finishes the rows as
 `add_norm` does, and empties what it read. There is no barrier and no flag. Three slots take turns. A row may be split
-over SPLIT programs, which then exchange their part of the statistics. docs/kernels.md has the proof.
+over SPLIT programs, which then exchange their part of the statistics. A program with several rows pushes the next one
+before it waits for this one, so that links and memory are busy at once. docs/kernels.md has the proof.
 """
 
 from __future__ import annotations
@@ -76,29 +77,27 @@ def _one_shot_kernel(
     at = tl.arange(0, W)
     x_part = as_words(x_ptr) + part * PW
     out = slot + rank * rows * ROW_WORDS + part * PW
-    # Push every row before waiting for any: peers need them whatever this rank still waits for.
     bases = other_ranks(peers_ptr, rank, WORLD)
     own = load_words(x_part + row * ROW_WORDS, at, PW)
     _push(own, bases, out + row * ROW_WORDS, at, PW, WORLD)
-    if MANY:
-        later = row + step
-        while later < rows:
-            words = load_words(x_part + later * ROW_WORDS, at, PW)
-            _push(words, bases, out + later * ROW_WORDS, at, PW, WORLD)
-            later += step
     mine = peer(peers_ptr, rank) + slot
     eps = load_eps(eps_ptr, eps)
     inbox = state_ptr + _CHANNELS
     if MANY:
-        this = row
-        while this < rows:
-            own = load_words(x_part + this * ROW_WORDS, at, PW)
+        # One row ahead, no more: what peers push is then read while it is in the cache, and links are not idle while
+        # rows are finished. All ranks take equally many programs, so each finds the row it waits for pushed.
+        while row < rows:
+            later = row + step
+            width = tl.where(later < rows, PW, 0)
+            following = load_words(x_part + later * ROW_WORDS, at, width)
+            _push(following, bases, out + later * ROW_WORDS, at, width, WORLD)
             _take(
-                own, mine, this, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
+                own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
                 sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
                 epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
             )  # fmt: skip
-            this += step
+            own = following
+            row = later
     else:
         _take(
             own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,

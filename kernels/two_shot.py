@@ -109,24 +109,27 @@ def _two_shot_kernel(
     row = pid
     _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
     if MANY:
-        row += programs
+        # Each row is scattered two rows, and added up one row, before it is finished: see the one-shot.
+        sent = row + programs
+        if sent < rows:
+            _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+        there = bases + totals + row * ROW_WORDS + rank * CHUNK
+        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
         while row < rows:
-            _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
-            row += programs
-        row = pid
-        while row < rows:
-            there = bases + totals + row * ROW_WORDS + rank * CHUNK
-            _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
-            row += programs
-        row = pid
-        while row < rows:
+            added = row + programs
+            sent = added + programs
+            if sent < rows:
+                _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+            if added < rows:
+                there = bases + totals + added * ROW_WORDS + rank * CHUNK
+                _reduce(mine + slot + added * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
             _finish(
                 mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
                 residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
                 epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
             )  # fmt: skip
             _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
-            row += programs
+            row = added
     else:
         there = bases + totals + row * ROW_WORDS + rank * CHUNK
         _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
