@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SIZE = ("world", "model", "hidden", "phase", "rows", "size", "provider")
+SIZE = ("world", "model", "norm", "hidden", "phase", "rows", "size", "provider")
 
 
 def joined(documents: list[dict[str, Any]], note: str = "") -> dict[str, Any]:

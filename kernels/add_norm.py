@@ -186,29 +186,32 @@ class Band:
 
     `late`: weight and bias are loaded after the statistics. That is a wait more for a row, but the registers that they
     would hold let more rows share a multiprocessor. `evict`, `store`: what the cache is told about inputs (read for the
-    last time) and outputs. `elements`: of a row that a thread takes; 0: see `tuning`. `most`: warps a row.
+    last time) and outputs. `elements`: of a row that a thread takes (RMSNorm, LayerNorm); with `resident` more, where
+    only that lets all rows be resident at once. `most`: warps a row.
     """
 
     below: float
     late: bool
     evict: str
     store: str
-    elements: int
+    elements: tuple[int, int]
+    resident: bool = False
     most: int = 16
 
 
 _MB = 1 << 20
-# From benchmarks/norm.py --variants on an H100. Few rows: what counts is the wait for memory. Then each multiprocessor
-# has several rows, all at once. From about 9 MB on they come in waves, and the four tensors no longer fit the L2 cache,
-# which should keep none of them; past 28 MB it keeps nothing in any case, and the hints cost.
+# From benchmarks/norm.py --variants on an H100. Few rows: what counts is the wait for memory, and for LayerNorm, whose
+# warps meet twice, that they are few. Then each multiprocessor has several rows, all at once. From about 9 MB on they
+# come in waves, and the four tensors no longer fit the L2 cache, which should keep none of them; past 28 MB it keeps
+# nothing in any case, and the hints cost.
 BANDS = (
-    Band(2 * _MB, False, "", "", 8),
-    Band(3 * _MB, False, "evict_first", "", 8),
-    Band(9 * _MB, True, "evict_first", "", 0),
-    Band(14 * _MB, True, "evict_first", ".cs", 8),
-    Band(28 * _MB, True, "evict_first", ".cs", 32),
-    Band(128 * _MB, True, "", "", 64),
-    Band(float("inf"), False, "", "", 8, 32),
+    Band(1.75 * _MB, False, "", "", (8, 16)),
+    Band(3 * _MB, False, "evict_first", "", (8, 16)),
+    Band(9 * _MB, True, "evict_first", "", (8, 16), resident=True),
+    Band(14 * _MB, True, "evict_first", ".cs", (8, 8)),
+    Band(28 * _MB, True, "evict_first", ".cs", (32, 32)),
+    Band(128 * _MB, True, "", "", (64, 64)),
+    Band(float("inf"), False, "", "", (8, 8), most=32),
 )
 MULTIPROCESSORS = 132  # of an H100 and an H200
 MOST_ELEMENTS = 64  # of a row that a thread takes: with more it runs out of registers
@@ -222,22 +225,20 @@ def tuning(block: int, rows: int, size: int, norm: str, batch_invariant: bool = 
     those of few rows whatever the size, because pieces and warps decide in which order a row is summed.
 
     A thread takes what the band says, but a row has no more than `most` warps and no fewer than 4, unless these would
-    load less than 16 bytes a thread or take more than MOST_ELEMENTS. Where the band says 0, a row has the most warps
-    that let all rows be resident at once, and from three rows a multiprocessor on it goes in two pieces, the first
-    stored before the second is loaded.
+    load less than 16 bytes a thread or take more than MOST_ELEMENTS. Where all rows are resident, a row goes in two
+    pieces, the first stored before the second is loaded, from 5.5 MB on, RMSNorm also from three rows a multiprocessor.
     """
     band = BANDS[0] if batch_invariant else next(band for band in BANDS if size < band.below)
     layer = norm == "layer_norm"
     most = min(max(block // 256, 1), 16 if layer else band.most)
     fewest = max(min(4, most), block // 32 // MOST_ELEMENTS)
-    pieces, warps = 1, fewest
-    if band.elements:
-        warps = min(max(block // 32 // band.elements, fewest), most)
-    else:
+    warps = min(max(block // 32 // band.elements[layer], fewest), most)
+    pieces = 1
+    if band.resident:
         each = -(-rows // MULTIPROCESSORS)
-        pieces = 2 if each > 2 and block >= 512 else 1
-        fitting = (w for w in (16, 8, 4) if fewest <= w <= most and each <= _resident(block, w, layer))
-        warps = next(fitting, fewest)
+        pieces = 2 if (size >= 5.5 * _MB or (each > 2 and not layer)) and block >= 512 else 1
+        while warps > fewest and each > _resident(block, warps, layer):
+            warps //= 2
     return MappingProxyType(
         {"EVICT": band.evict, "STORE": band.store, "PIECES": pieces, "LATE": band.late, "num_warps": warps}
     )

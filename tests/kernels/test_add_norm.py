@@ -59,6 +59,14 @@ def test_rows_stay_resident_together_where_they_can():
     assert chosen == {(4096, 4): (16, 2), (4096, 8): (8, 2), (8192, 4): (16, 1), (8192, 8): (16, 2)}
 
 
+def test_layer_norm_has_fewer_warps_and_takes_two_pieces_later():
+    """Its warps meet twice a row. 1/16 MB: eight rows of 4096."""
+    sizes = [(megabytes << 20 if megabytes else 1 << 16) for megabytes in (0, 1, 4, 5, 6, 8)]
+    options = [tuning(4096, size // 8192, size, "layer_norm") for size in sizes]
+    chosen = [(o["num_warps"], o["PIECES"]) for o in options]
+    assert chosen == [(8, 1), (8, 1), (8, 1), (8, 1), (8, 2), (4, 2)]
+
+
 @pytest.mark.parametrize("block", [512, 4096, 16384])
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_batch_invariant_rows_are_summed_in_one_order_whatever_their_number(block, norm):
