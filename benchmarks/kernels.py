@@ -3,7 +3,7 @@
     python benchmarks/kernels.py --worlds 2 4 8 --hidden 4096 --out results.json      virtual ranks
     torchrun --nproc-per-node 2 benchmarks/kernels.py --out results.json              linked GPUs, the world is N
     ... --hidden 4096 --rows 1 64                                                     a slice of it
-    python benchmarks/kernels.py --plot results.json picture.png
+    python benchmarks/kernels.py --plot results.json [more.json] picture.png
 
 For each (world, hidden, rows): every way to run each of our kernels, what dispatch picks, and the baselines of
 providers.py, each checked against float64 before and after it is timed (see tpfuse.kernels.measure). "floor" is what no
@@ -186,14 +186,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--note", default="", help="what else to say of the machine in the results file")
-    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"), help="draw a results file")
+    parser.add_argument(
+        "--plot", type=Path, nargs="+", metavar="FILE", help="draw results files; the last is the picture"
+    )
     parser.add_argument("--limit", type=float, default=120, help="seconds for compiling")
     parser.add_argument("--no-compile", action="store_true", help="caches are warm: do not compile side by side first")
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
     if arguments.plot:
-        plots.kernels(*arguments.plot)
+        plots.kernels(arguments.plot[:-1], arguments.plot[-1])
         return
     default_table()  # a bad TPFUSE_DISPATCH_TABLE is to be heard of now
     if arguments.load:

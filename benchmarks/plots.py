@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,18 @@ _KERNELS = {
 }  # fmt: skip
 
 
-def kernels(results: Path, picture: Path) -> None:
-    """Microseconds over rows, one panel a (world, hidden)."""
+def kernels(results: Sequence[Path], picture: Path) -> None:
+    """Microseconds over rows, one panel a (world, hidden). A size that several files have is the last one's."""
     plt = _pyplot()
-    data = json.loads(results.read_text())
-    records = [r for r in data["records"] if r["us"] is not None and "portable" not in r["provider"]]
+    documents = [json.loads(path.read_text()) for path in results]
+    data = documents[-1]
+    sizes: dict[tuple[int, int, int], list[dict]] = {}
+    for document in documents:
+        here: dict[tuple[int, int, int], list[dict]] = {}
+        for r in document["records"]:
+            here.setdefault((r["world"], r["hidden"], r["rows"]), []).append(r)
+        sizes |= here
+    records = [r for each in sizes.values() for r in each if r["us"] is not None and "portable" not in r["provider"]]
     hiddens, worlds = sorted({r["hidden"] for r in records}), sorted({r["world"] for r in records})
     figure, panels = plt.subplots(len(worlds), len(hiddens), figsize=(3.6 * len(hiddens), 3.2 * len(worlds) + 0.8),
                                   sharex=True, squeeze=False, layout="constrained")  # fmt: skip

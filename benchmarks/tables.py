@@ -1,7 +1,7 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | layers | models |
-        reduce_overhead | overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | variants | layers |
+        models | reduce_overhead | overhead
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tpfuse.kernels.add_norm import tuning
+from tpfuse.kernels.compat import next_power_of_2
 from tpfuse.kernels.tables import H100, SHIPPED
 from tpfuse.kernels.tune import name_of
 
@@ -25,22 +28,38 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
+class Run:
+    """A results file of kernels.py. `most_rows`: the kernels of calls with more rows have changed since."""
+
+    name: str
+    most_rows: float = math.inf
+
+    def document(self) -> dict:
+        document = json.loads((RESULTS / self.name).read_text())
+        return document | {"records": [r for r in document["records"] if r["rows"] <= self.most_rows]}
+
+
+@dataclass(frozen=True)
 class Card:
     """The files with the runs of one kind of GPU: over links, and of virtual ranks."""
 
     device: str
-    linked: tuple[str, ...]
-    virtual: tuple[str, ...]
+    linked: tuple[Run, ...]
+    virtual: tuple[Run, ...]
     norm: str
     layers: str
-    peers: tuple[str, ...] = ()
+    variants: str
+    peers: tuple[Run, ...] = ()
 
 
+ALONE = 128  # rows, on two linked GPUs of 132 multiprocessors: each has a program of its own
 CARDS = {
-    "h200": Card("NVIDIA H200", ("kernels_linked_h200.json",), ("kernels_h200.json",), "norm_h200.json",
-                 "layers_h200.json", ("peers_h200.json",)),
-    "h100": Card(H100, tuple(f"kernels_linked_h100_{i}.json" for i in range(1, 8)),
-                 tuple(f"kernels_h100_{i}.json" for i in range(1, 7)), "norm_h100.json", "layers_h100.json"),
+    "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", ALONE),), (Run("kernels_h200.json"),),
+                 "norm_h200.json", "layers_h200.json", "norm_variants_h200.json", (Run("peers_h200.json"),)),
+    "h100": Card(H100, (*(Run(f"kernels_linked_h100_{i}.json", ALONE) for i in range(1, 8)),
+                        Run("kernels_linked_h100_8.json")),
+                 tuple(Run(f"kernels_h100_{i}.json") for i in range(1, 7)), "norm_h100.json", "layers_h100.json",
+                 "norm_variants_fine_h100.json"),
 }  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 
@@ -60,11 +79,12 @@ def _us(value: float | None) -> str:
 Times = dict[str, float]  # provider -> us
 
 
-def _times(files: Iterable[str]) -> dict[tuple[int, int, int], Times]:
-    """(hidden, N, rows) -> means over the files, in order of size."""
+def _times(runs: Iterable[Run]) -> dict[tuple[int, int, int], Times]:
+    """(hidden, N, rows) -> means over the runs, in order of size."""
     every: dict[tuple[int, int, int], dict[str, list[float]]] = {}
-    for r in (record for name in files for record in _records(name)):
-        every.setdefault((r["hidden"], r["world"], r["rows"]), {}).setdefault(r["provider"], []).append(r["us"])
+    for r in (record for run in runs for record in run.document()["records"]):
+        if r["us"] is not None:
+            every.setdefault((r["hidden"], r["world"], r["rows"]), {}).setdefault(r["provider"], []).append(r["us"])
     return {size: {p: statistics.mean(us) for p, us in every[size].items()} for size in sorted(every)}
 
 
@@ -107,14 +127,14 @@ def shipped(card: Card) -> str:
     ])  # fmt: skip
 
 
-def _dispatched(files: Iterable[str]) -> list[str]:
+def _dispatched(runs: Iterable[Run]) -> list[str]:
     """Of each run: how far the operator, by the table of the time, was from the best kernel."""
     lines = []
-    for name in files:
+    for run in runs:
         ratios = [(us["dispatched"] / min(_ours(us).values()), size)
-                  for size, us in _times([name]).items() if "dispatched" in us]  # fmt: skip
+                  for size, us in _times([run]).items() if "dispatched" in us]  # fmt: skip
         if ratios:
-            lines.append(f"dispatched against the best kernel, {name}: within 3 % at {_within(ratios)}, most "
+            lines.append(f"dispatched against the best kernel, {run.name}: within 3 % at {_within(ratios)}, most "
                          f"{sorted(ratios)[-3:]}")  # fmt: skip
     return lines
 
@@ -175,6 +195,24 @@ def norm(card: Card) -> str:
     return table(["norm", "hidden", "MB", "copy", "ours", "Inductor", "Liger", "torch, two operations"], lines)
 
 
+def variants(card: Card) -> str:
+    """How far the local kernel's choice is from the best way that was measured, at each size that has several."""
+    sizes: dict[tuple[str, int, int], Times] = {}
+    for r in _records(card.variants):
+        if r["provider"].startswith("ours ") and r["provider"].split()[-1][1:].isdigit():
+            sizes.setdefault((r["norm"], r["hidden"], r["rows"]), {})[r["provider"]] = r["us"]
+    excess = []
+    for (kind, hidden, rows), us in sizes.items():
+        size = 2 * hidden * rows
+        o = tuning(next_power_of_2(hidden), rows, size, kind)
+        hints = {"": "", "evict_first": " loads", "evict_first.cs": " loads stores"}[o["EVICT"] + o["STORE"]]
+        pieces = " in two" if o["PIECES"] > 1 else ""
+        chosen = us.get(f"ours {'late' if o['LATE'] else 'early'}{pieces}{hints} w{o['num_warps']}")
+        if chosen is not None:
+            excess.append((round(chosen / min(us.values()) - 1, 3), kind, hidden, f"{size / (1 << 20):.2f} MB"))
+    return f"slower than the best way, of {len(excess)} sizes: {sorted(excess)[::-1][:4]}"
+
+
 def layers(card: Card) -> str:
     records = _records(card.layers)
     lines = []
@@ -231,7 +269,7 @@ def overhead(_: Card) -> str:
 
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, virtual, virtual_summary, norm, layers, models, reduce_overhead, overhead
+    linked, shipped, virtual, virtual_summary, norm, variants, layers, models, reduce_overhead, overhead
 )}  # fmt: skip
 
 if __name__ == "__main__":

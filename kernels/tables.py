@@ -1,13 +1,14 @@
 """The shipped dispatch table, from benchmarks/results/kernels_linked_h200.json (2 GPUs) and kernels_tune_h200.json
 (virtual ranks), by `benchmarks/entries.py` and `tune`; see docs/performance.md for what each source means.
 
-"NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink; sizes past the last measured one run as that one
-does. 4 and 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived: at 800 kB and 220
-kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its second trip over NVLink. The two-shot
-ends at 8 MiB, past which a plain all-reduce is limited by bandwidth alone. (Two ranks move as much either way.)
-"virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows, and
-more rows run as 512 do. The H100's entries are those of the means over several runs (kernels_linked_h100_*.json,
-kernels_h100_*.json; virtual ranks at hidden 4096 and 8192 up to 128 rows); those for 4 and 8 of them are the H200's.
+"NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink up to 128 rows; more rows run as two H100s run them
+best, because the kernels of such calls have changed since. 4 and 8 ranks: how to run the one-shot is measured (on
+virtual ranks), where it ends is derived: at 800 kB and 220 kB of one rank's tensor, where the smaller traffic of the
+two-shot outweighs its second trip over NVLink. The two-shot ends at 8 MiB, past which a plain all-reduce is limited by
+bandwidth alone. (Two ranks move as much either way.) "virtual NVIDIA H200" is for virtual ranks on one such GPU, which
+have no other all-reduce: measured up to 512 rows, and more rows run as 512 do. The H100's entries are those of the
+means over several runs (kernels_linked_h100_*.json up to 4096 rows, kernels_h100_*.json at hidden 4096 and 8192 up to
+128 rows); more rows run as the last measured size does, and those for 4 and 8 of them are the H200's.
 "*" is for every other device.
 """
 
@@ -21,28 +22,24 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 _LINKED = [
     Entry("NVIDIA H200", 2, 2048, 1, "one_shot", warps=4),
-    Entry("NVIDIA H200", 2, 2048, 1024, "one_shot", warps=8),
-    Entry("NVIDIA H200", 2, 2048, 4096, "barrier"),
-    Entry("NVIDIA H200", 2, 2048, 131072, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 2048, 128, "one_shot", warps=8),
+    Entry("NVIDIA H200", 2, 2048, 131072, "one_shot", warps=8, source="derived"),
     Entry("NVIDIA H200", 2, 4096, 1, "one_shot", split=4, warps=4),
     Entry("NVIDIA H200", 2, 4096, 8, "one_shot", warps=8),
-    Entry("NVIDIA H200", 2, 4096, 1024, "one_shot", warps=16),
-    Entry("NVIDIA H200", 2, 4096, 4096, "barrier"),
-    Entry("NVIDIA H200", 2, 4096, 65536, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 4096, 128, "one_shot", warps=16),
+    Entry("NVIDIA H200", 2, 4096, 65536, "one_shot", warps=16, source="derived"),
     Entry("NVIDIA H200", 2, 7168, 1, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 2, 7168, 4, "one_shot", split=4, warps=8),
     Entry("NVIDIA H200", 2, 7168, 16, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 2, 7168, 32, "one_shot", split=4, warps=8),
-    Entry("NVIDIA H200", 2, 7168, 512, "one_shot", warps=32),
-    Entry("NVIDIA H200", 2, 7168, 4096, "barrier"),
-    Entry("NVIDIA H200", 2, 7168, 37449, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 7168, 128, "one_shot", warps=32),
+    Entry("NVIDIA H200", 2, 7168, 37449, "one_shot", warps=32, source="derived"),
     Entry("NVIDIA H200", 2, 8192, 1, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 2, 8192, 4, "one_shot", split=4, warps=8),
     Entry("NVIDIA H200", 2, 8192, 16, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 2, 8192, 32, "one_shot", split=4, warps=8),
-    Entry("NVIDIA H200", 2, 8192, 512, "one_shot", warps=32),
-    Entry("NVIDIA H200", 2, 8192, 4096, "barrier"),
-    Entry("NVIDIA H200", 2, 8192, 32768, "barrier", source="derived"),
+    Entry("NVIDIA H200", 2, 8192, 128, "one_shot", warps=32),
+    Entry("NVIDIA H200", 2, 8192, 32768, "one_shot", warps=32, source="derived"),
     Entry("NVIDIA H200", 4, 2048, 64, "one_shot", warps=8),
     Entry("NVIDIA H200", 4, 2048, 128, "one_shot", warps=4),
     Entry("NVIDIA H200", 4, 2048, 195, "one_shot", warps=8, source="derived"),
@@ -149,23 +146,17 @@ _VIRTUAL = [
 ]
 
 _H100 = [
-    Entry(H100, 2, 2048, 128, "one_shot", warps=8),
-    Entry(H100, 2, 2048, 256, "two_shot", warps=8),
-    Entry(H100, 2, 2048, 1024, "one_shot", warps=8),
-    Entry(H100, 2, 2048, 4096, "barrier"),
-    Entry(H100, 2, 2048, 131072, "barrier", source="derived"),
+    Entry(H100, 2, 2048, 4096, "one_shot", warps=8),
+    Entry(H100, 2, 2048, 131072, "one_shot", warps=8, source="derived"),
     Entry(H100, 2, 4096, 8, "one_shot", warps=8),
-    Entry(H100, 2, 4096, 1024, "one_shot", warps=16),
-    Entry(H100, 2, 4096, 4096, "barrier"),
-    Entry(H100, 2, 4096, 65536, "barrier", source="derived"),
+    Entry(H100, 2, 4096, 4096, "one_shot", warps=16),
+    Entry(H100, 2, 4096, 65536, "one_shot", warps=16, source="derived"),
     Entry(H100, 2, 7168, 16, "one_shot", split=8, warps=4),
-    Entry(H100, 2, 7168, 512, "one_shot", warps=32),
-    Entry(H100, 2, 7168, 4096, "barrier"),
-    Entry(H100, 2, 7168, 37449, "barrier", source="derived"),
+    Entry(H100, 2, 7168, 4096, "one_shot", warps=32),
+    Entry(H100, 2, 7168, 37449, "one_shot", warps=32, source="derived"),
     Entry(H100, 2, 8192, 16, "one_shot", split=8, warps=4),
-    Entry(H100, 2, 8192, 512, "one_shot", warps=32),
-    Entry(H100, 2, 8192, 4096, "barrier"),
-    Entry(H100, 2, 8192, 32768, "barrier", source="derived"),
+    Entry(H100, 2, 8192, 4096, "one_shot", warps=32),
+    Entry(H100, 2, 8192, 32768, "one_shot", warps=32, source="derived"),
     *(dataclasses.replace(entry, device=H100, source="derived") for entry in _LINKED if entry.world > 2),
     Entry(f"virtual {H100}", 2, 4096, 1, "one_shot", split=4, warps=4),
     Entry(f"virtual {H100}", 2, 4096, 32, "one_shot", warps=8),

@@ -2,7 +2,6 @@
 And results files of slices join into one only where they belong together."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -59,9 +58,8 @@ def test_the_shipped_tables_measured_entries_are_those_of_the_results_files(card
     """Where one kind of GPU has several files, of their means."""
     from tpfuse.kernels.tables import SHIPPED
 
-    files = getattr(script("tables").CARDS[card], setting)
-    documents = [json.loads((ROOT / "benchmarks/results" / name).read_text("utf-8")) for name in files]
-    entries = script("entries").entries_of(documents)
+    runs = getattr(script("tables").CARDS[card], setting)
+    entries = script("entries").entries_of([run.document() for run in runs])
     worlds = {entry.world for entry in entries}
     shipped = [e for e in SHIPPED.entries if e.device == entries[0].device and e.source == "measured"]
     assert entries == sorted((e for e in shipped if e.world in worlds), key=lambda e: (e.world, e.hidden, e.rows))
