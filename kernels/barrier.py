@@ -2,9 +2,9 @@
 
 The baseline the other kernels are compared with, and the choice for values that must travel bit for bit: nothing is
 reserved as a sentinel. Each program copies its rows into the stage, raises one flag at every peer, waits for theirs,
-and reads. Both when it copies and when it reads, it loads a row before it is done with the one before. Flags carry the
-epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call k again in call k+2, which it
-reaches only after every peer has signalled call k+1, hence left call k.
+and reads. When it copies, and where registers allow (AHEAD) also when it reads, it loads a row before it is done with
+the one before. Flags carry the epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call
+k again in call k+2, which it reaches only after every peer has signalled call k+1, hence left call k.
 
 Without ROTATE a second round of flags ends each call, as a kernel with one stage would need it. (It takes turns all the
 same: a rotating call before it may still be read.)
@@ -12,7 +12,7 @@ same: a rotating call before it may still be read.)
 
 from __future__ import annotations
 
-from .compat import tl, triton
+from .compat import next_power_of_2, tl, triton
 from .device import (
     advance_epoch,
     as_words,
@@ -73,19 +73,19 @@ def _stages_of(peers_ptr, stage, WORLD: tl.constexpr):
 
 
 @triton.jit
-def _load_parts(bases, row, at, mask, ROW_WORDS: tl.constexpr, WORLD: tl.constexpr):
-    """One row of each rank, in rank order."""
-    parts = (tl.load(bases[0] + row * ROW_WORDS + at, mask=mask, other=0),)
+def _load_parts(bases, row, at, width, ROW_WORDS: tl.constexpr, WORLD: tl.constexpr):
+    """One row of each rank, in rank order; `width`: ROW_WORDS, or 0 for nothing."""
+    parts = (tl.load(bases[0] + row * ROW_WORDS + at, mask=at < width, other=0),)
     for q in tl.static_range(1, WORLD):
-        parts = parts + (tl.load(bases[q] + row * ROW_WORDS + at, mask=mask, other=0),)  # noqa: RUF005
+        parts = parts + (tl.load(bases[q] + row * ROW_WORDS + at, mask=at < width, other=0),)  # noqa: RUF005
     return parts
 
 
 @triton.jit
-def _load_residual(residual_ptr, row, cols, mask, H: tl.constexpr):
-    """In its own dtype, which takes fewer registers; what it is where there is none, `load_addends` says."""
+def _load_residual(residual_ptr, row, cols, width, H: tl.constexpr):
+    """In its own dtype, which takes fewer registers; if there is none, what `load_addends` gives. `width`: H or 0."""
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * H + cols, mask=mask, other=0.0)
+        residual = tl.load(residual_ptr + row * H + cols, mask=cols < width, other=0.0)
     else:
         residual = nothing(cols)
     return residual
@@ -98,7 +98,7 @@ def _barrier_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, stages, stage_words, flags, rows, rank,
     programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
-    NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
@@ -120,12 +120,17 @@ def _barrier_kernel(
     absent = _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD)
     stages_of = _stages_of(peers_ptr, stage, WORLD)
     row = pid
-    parts = _load_parts(stages_of, row, at, at < ROW_WORDS, ROW_WORDS, WORLD)
-    residual = _load_residual(residual_ptr, row, cols, mask, H)
+    if AHEAD:
+        parts = _load_parts(stages_of, row, at, ROW_WORDS, ROW_WORDS, WORLD)
+        residual = _load_residual(residual_ptr, row, cols, H, H)
     while row < rows:
         later = row + programs
-        following = _load_parts(stages_of, later, at, at < tl.where(later < rows, ROW_WORDS, 0), ROW_WORDS, WORLD)
-        following_residual = _load_residual(residual_ptr, later, cols, cols < tl.where(later < rows, H, 0), H)
+        if AHEAD:
+            following = _load_parts(stages_of, later, at, tl.where(later < rows, ROW_WORDS, 0), ROW_WORDS, WORLD)
+            following_residual = _load_residual(residual_ptr, later, cols, tl.where(later < rows, H, 0), H)
+        else:
+            parts = _load_parts(stages_of, row, at, ROW_WORDS, ROW_WORDS, WORLD)
+            residual = _load_residual(residual_ptr, row, cols, H, H)
         _, pre_bias = load_addends(None, pre_bias_ptr, cols, mask)
         weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask)
         s = unpack(parts[0], x_ptr)
@@ -138,8 +143,9 @@ def _barrier_kernel(
             s, residual.to(tl.float32), pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
             row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
         )  # fmt: skip
-        parts = following
-        residual = following_residual
+        if AHEAD:
+            parts = following
+            residual = following_residual
         row = later
     if not ROTATE:
         _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch, watch_ptr, WORLD)
@@ -151,6 +157,13 @@ def fits(op: Operands, ws: Workspace) -> bool:
     return op.rows * op.row_words <= ws.stage_words
 
 
+def _fits_ahead(op: Operands, world: int, warps: int) -> bool:
+    """Whether a thread has registers for a row of every rank besides the one it works on. (Half of those that it may
+    have, which what a row takes otherwise, about four times its words, leaves.)"""
+    words = max(next_power_of_2(op.row_words) // (32 * warps), 1)
+    return (world + 4) * words <= min(65536 // (32 * warps), 256) // 2
+
+
 def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
     """The kernel bound to this rank's operands, as `one_shot` binds its own. `rotate`: which of the two ways above."""
     ready = prepare(op)
@@ -159,7 +172,11 @@ def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, 
         *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slots_end,
         ws.stage_words, ws.flags_offset, op.rows, ws.rank, programs, 0,
     )  # fmt: skip
-    settings = constants(op, ws.world, 1, False, False) | {"ROTATE": rotate}
+    usual = default_warps(op, 1)
+    fewer = min(usual, 16)
+    warps = warps or (fewer if _fits_ahead(op, ws.world, fewer) else usual)
+    settings = constants(op, ws.world, 1, False, False)
+    settings |= {"ROTATE": rotate, "AHEAD": _fits_ahead(op, ws.world, warps)}
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
-    settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 8 ranks' rows take registers
+    settings |= launch_options(warps, registers)
     return Launch(_barrier_kernel if op.rows else None, programs, args, settings, ready.out, ready.sum)

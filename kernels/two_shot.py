@@ -109,7 +109,7 @@ def _two_shot_kernel(
     row = pid
     _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
     if MANY:
-        # Each row is scattered two rows, and added up one row, before it is finished: see the one-shot.
+        # Each row is scattered two rows, and added up one row, before it is finished (docs/kernels.md).
         sent = row + programs
         if sent < rows:
             _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import Any
 
 import torch
@@ -39,3 +41,13 @@ def compile_sm90(kernel: Any, args: tuple, constants: dict[str, Any], num_warps:
         constexprs[(kernel.arg_names.index(name),)] = value
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+def stack_bytes(compiled: Any, directory: Any) -> int:
+    """What a thread keeps in memory because it has too few registers, as the assembled kernel says; PTX does not show
+    it. `directory`: for a file."""
+    (directory / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", directory / "kernel.cubin"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    [stack] = re.findall(r"STACK:(\d+)", said)
+    return int(stack)

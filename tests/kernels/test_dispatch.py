@@ -5,7 +5,7 @@ import pytest
 from tpfuse.errors import OptionError
 from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
 from tpfuse.kernels.groups import judge, why_not
-from tpfuse.kernels.tables import SHIPPED
+from tpfuse.kernels.tables import H100, SHIPPED
 from tpfuse.kernels.tune import candidates, compacted, entry_of, measured_entries, name_of
 
 TABLE = Table(
@@ -68,6 +68,15 @@ def test_the_shipped_table_covers_decode_and_ends_somewhere(world, hidden):
     for device in ("NVIDIA H200", "a GPU of another kind"):
         assert SHIPPED.choose(device, world, hidden, 2, 1).kernel == "one_shot"
         assert SHIPPED.choose(device, world, hidden, 2, 1 << 20).kernel == "functional"
+
+
+@pytest.mark.parametrize("hidden", [2048, 4096, 7168, 8192])
+def test_many_rows_on_two_h200s_run_as_on_two_h100s(hidden):
+    """There only the H100s have been measured with the kernels as they are."""
+    for rows in (256, 1024, 4096, 16384):
+        there, here = (SHIPPED.choose(device, 2, hidden, 2, rows) for device in (H100, "NVIDIA H200"))
+        assert (here.kernel, here.split, here.warps) == (there.kernel, there.split, there.warps)
+        assert here.source == "derived"
 
 
 def record(rows, provider, us, note=""):

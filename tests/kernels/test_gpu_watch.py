@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tpfuse.kernels.operands import Operands
 from tpfuse.kernels.two_shot import two_shot
 from tpfuse.kernels.virtual import VirtualRanks
 from tpfuse.kernels.watch import GONE, gave_up, late_ranks, raise_if_late, set_timeout
+from tpfuse.kernels.workspace import CHANNELS
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -35,12 +37,15 @@ def operands(rows: int = 4, hidden: int = 2048) -> Operands:
     return Operands(x, x.clone(), None, x[0].clone(), None, 1e-6, "rms_norm", BF16, BF16)
 
 
-def ranks_with(world: int, kernel: str, seconds: float, rows: int = 4) -> tuple[VirtualRanks, list]:
+def ranks_with(
+    world: int, kernel: str, seconds: float, rows: int = 4, programs: int = CHANNELS
+) -> tuple[VirtualRanks, list]:
+    """Ranks that have made one good call of at most `programs` programs each, and their next launches."""
     ranks = VirtualRanks(world, slot_bytes=1 << 20)
     for ws in ranks.workspaces:
         set_timeout(ws.watch, seconds)
     op = operands(rows)
-    launches = ranks.bind(lambda ws: KERNELS[kernel](op, ws))
+    launches = ranks.bind(lambda ws: KERNELS[kernel](op, replace(ws, max_blocks=min(ws.max_blocks, programs))))
     ranks.run(launches)
     torch.cuda.synchronize()
     assert not any(gave_up(ws.watch) for ws in ranks.workspaces)
@@ -74,7 +79,7 @@ def test_a_rank_that_is_not_launched(world: int, kernel: str) -> None:
 
 def test_what_is_queued_behind_does_not_wait_once_more() -> None:
     """40 rows on few programs, and 20 more calls: all end soon after the first wait was given up."""
-    ranks, launches = ranks_with(2, "one_shot", 0.5, rows=40)
+    ranks, launches = ranks_with(2, "one_shot", 0.5, rows=40, programs=8)
     started = time.monotonic()
     for _ in range(20):
         run_some(ranks, launches[:1])

@@ -106,7 +106,7 @@ def _graphs(rank: int) -> float:
     group = _group(rank)
     ws = workspace_of(group.group_name, torch.device("cuda", rank))
     captured = []
-    for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048)):
+    for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048), ("one_shot", 280, 4096)):
         op, truth = _operands(rows, rank, rows, hidden, "rms_norm", BF16)
         launch = _launch(kernel, op, ws)
         launch.load()
