@@ -195,6 +195,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # one hardware queue a stream; read when CUDA starts
     if arguments.plot:
+        if len(arguments.plot) < 2:
+            parser.error("--plot: results, and the picture")
         plots.kernels(arguments.plot[:-1], arguments.plot[-1])
         return
     default_table()  # a bad TPFUSE_DISPATCH_TABLE is to be heard of now

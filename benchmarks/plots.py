@@ -33,10 +33,10 @@ def kernels(results: Sequence[Path], picture: Path) -> None:
     data = documents[-1]
     sizes: dict[tuple[int, int, int], list[dict]] = {}
     for document in documents:
-        here: dict[tuple[int, int, int], list[dict]] = {}
+        own: dict[tuple[int, int, int], list[dict]] = {}
         for r in document["records"]:
-            here.setdefault((r["world"], r["hidden"], r["rows"]), []).append(r)
-        sizes |= here
+            own.setdefault((r["world"], r["hidden"], r["rows"]), []).append(r)
+        sizes |= own
     records = [r for each in sizes.values() for r in each if r["us"] is not None and "portable" not in r["provider"]]
     hiddens, worlds = sorted({r["hidden"] for r in records}), sorted({r["world"] for r in records})
     figure, panels = plt.subplots(len(worlds), len(hiddens), figsize=(3.6 * len(hiddens), 3.2 * len(worlds) + 0.8),

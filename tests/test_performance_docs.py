@@ -2,6 +2,7 @@
 And results files of slices join into one only where they belong together."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -51,6 +52,35 @@ def test_slices_join_with_all_their_notes():
 def test_what_does_not_belong_together_is_not_joined(other, words):
     with pytest.raises(ValueError, match=words):
         script("join").joined([results(2), other])
+
+
+def test_slices_of_several_norms_join():
+    def of(norm):
+        return {"machine": {}, "records": [{"norm": norm, "hidden": 64, "rows": 1, "provider": "ours", "us": 1}]}
+
+    assert len(script("join").joined([of("rms_norm"), of("layer_norm")])["records"]) == 2
+
+
+def test_the_local_kernels_choice_is_as_close_to_the_best_as_the_page_says():
+    tables = script("tables")
+    said = tables.variants(tables.CARDS["h100"])
+    assert "of 88 sizes (0 more" in said and "0.052, 'layer_norm', 2048" in said and "0.028" in said
+
+
+def test_a_picture_of_several_files_has_each_size_from_the_last(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def results(name, *sizes):
+        records = [{"world": 2, "hidden": 64, "rows": rows, "provider": "dispatched", "us": us} for rows, us in sizes]
+        path = tmp_path / name
+        path.write_text(json.dumps({"machine": {"device": "H", "setting": "linked"}, "records": records}))
+        return path
+
+    plots = script("plots")
+    drawn = []
+    plots._fastest = lambda records: drawn.append(sorted((r["rows"], r["us"]) for r in records)) or {}
+    plots.kernels([results("a", (1, 2.0), (256, 9.0)), results("b", (256, 7.0))], tmp_path / "picture.png")
+    assert [(1, 2.0), (256, 7.0)] in drawn
 
 
 @pytest.mark.parametrize(("card", "setting"), [("h200", "linked"), ("h100", "linked"), ("h100", "virtual")])
