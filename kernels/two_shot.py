@@ -108,13 +108,14 @@ def _two_shot_kernel(
     eps = load_eps(eps_ptr, eps)
     row = pid
     _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
+    # Each row is scattered two rows, and added up one row, before it is finished (docs/kernels.md).
     if MANY:
-        # Each row is scattered two rows, and added up one row, before it is finished (docs/kernels.md).
         sent = row + programs
         if sent < rows:
             _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
-        there = bases + totals + row * ROW_WORDS + rank * CHUNK
-        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+    there = bases + totals + row * ROW_WORDS + rank * CHUNK
+    _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+    if MANY:
         while row < rows:
             added = row + programs
             sent = added + programs
@@ -131,8 +132,6 @@ def _two_shot_kernel(
             _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
             row = added
     else:
-        there = bases + totals + row * ROW_WORDS + rank * CHUNK
-        _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
         _finish(
             mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
             residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
