@@ -1,7 +1,7 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | variants | layers |
-        models | reduce_overhead | overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | norm_summary |
+        variants | layers | models | reduce_overhead | overhead
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -111,20 +111,36 @@ def linked(card: Card) -> str:
 
 def shipped(card: Card) -> str:
     """How far the shipped table's choices are from the best, over all measured sizes on 2 linked GPUs."""
-    from_best, to_separate, few = [], [], []
+    from_best, to_separate, to_torch, few, many = [], [], [], [], []
     for size, us in _times(card.linked).items():
         picked = _picked(card.device, size)
         from_best.append((us[picked] / min(_ours(us).values()), size))
         others = {p: us[p] for p in SEPARATE if p in us}
         best = min(others, key=lambda p: others[p])
         to_separate.append((us[picked] / others[best], size, best))
-        if size[2] <= 64 and "nccl" in us:
-            few.append((us["nccl"] / us[picked], size))
+        to_torch.append((us[picked] / min(t for p, t in others.items() if p != "unfused"), size))
+        if "nccl" in us:
+            (few if size[2] <= 64 else many).append((us["nccl"] / us[picked], size))
     return "\n".join([
         f"slowest against the best kernel: {max(from_best)}", f"slowest against the best separate: {max(to_separate)}",
+        f"slowest against the best of PyTorch and NCCL: {max(to_torch)}",
         f"least against NCCL + Inductor, up to 64 rows: {min(few)}; most: {max(few)}; sizes: {len(few)}",
-        *_dispatched(card.linked),
+        f"least against NCCL + Inductor, more rows: {min(many)}; most: {max(many)}; sizes: {len(many)}",
+        *_dispatched(card.linked), *_gains(card.linked),
     ])  # fmt: skip
+
+
+def _gains(runs: tuple[Run, ...]) -> list[str]:
+    """Against unfused, in each run; of the last run against the one before and the floor, at the last one's sizes."""
+    unfused = [us["unfused"] / us["dispatched"] for run in runs for us in _times([run]).values() if "dispatched" in us]
+    lines = [f"unfused / dispatched, every size of every run: {min(unfused):.3f} to {max(unfused):.3f}"]
+    if len(runs) > 1:
+        before, after = _times([Run(runs[-2].name)]), _times(runs[-1:])
+        gains = sorted((before[size]["dispatched"] / us["dispatched"], size) for size, us in after.items())
+        nearest = min((us["dispatched"] / us["floor"], size) for size, us in after.items())
+        lines.append(f"dispatched, run before / last run: {gains[:5]} to {gains[-1:]}")
+        lines.append(f"dispatched / floor in the last run, least: {nearest}")
+    return lines
 
 
 def _dispatched(runs: Iterable[Run]) -> list[str]:
@@ -193,6 +209,22 @@ def norm(card: Card) -> str:
         cells = [f"{here[p]['us']:.1f} ({here[p]['share']:.0%})" for p in ("ours", "inductor", "liger", "torch")]
         lines.append([kind.split("_")[0], f"{hidden}", f"{size:g}", f"{here['copy']['us']:.1f}", *cells])
     return table(["norm", "hidden", "MB", "copy", "ours", "Inductor", "Liger", "torch, two operations"], lines)
+
+
+def norm_summary(card: Card) -> str:
+    """How far the local kernel is ahead of the others, and its share of the copy's bandwidth."""
+    records = _records(card.norm)
+    us = {(r["norm"], r["hidden"], r["megabytes"], r["provider"]): r["us"] for r in records}
+    lines = []
+    for other in ("inductor", "liger"):
+        ahead = sorted((1 - t / us[(*size, other)], size) for (*size, p), t in us.items() if p == "ours")
+        count = sum(share > 0 for share, _ in ahead)
+        lines.append(f"ahead of {other} at {count} of {len(ahead)} sizes, least: {ahead[:14]}")
+    for least, most in ((16, 64), (256, 256)):
+        share = [r["share"] for r in records if r["provider"] == "ours" and least <= r["megabytes"] <= most]
+        if share:
+            lines.append(f"share of the copy, {least} to {most} MB: {min(share):.3f} to {max(share):.3f}")
+    return "\n".join(lines)
 
 
 def variants(card: Card) -> str:
@@ -271,7 +303,7 @@ def overhead(_: Card) -> str:
 
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, virtual, virtual_summary, norm, variants, layers, models, reduce_overhead, overhead
+    linked, shipped, virtual, virtual_summary, norm, norm_summary, variants, layers, models, reduce_overhead, overhead
 )}  # fmt: skip
 
 if __name__ == "__main__":
