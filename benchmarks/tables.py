@@ -41,25 +41,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Card:
-    """The files with the runs of one kind of GPU: over links, and of virtual ranks."""
+    """The files with the runs of one kind of GPU: over links, and of virtual ranks. `before`: the last run over links
+    before kernels worked a row ahead."""
 
     device: str
     linked: tuple[Run, ...]
     virtual: tuple[Run, ...]
     norm: str
     layers: str
+    models: str
     variants: str
     peers: tuple[Run, ...] = ()
+    before: tuple[Run, ...] = ()
 
 
 ALONE = 128  # rows, on two linked GPUs of 132 multiprocessors: each has a program of its own
 CARDS = {
     "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", ALONE),), (Run("kernels_h200.json"),),
-                 "norm_h200.json", "layers_h200.json", "norm_variants_h200.json", (Run("peers_h200.json"),)),
+                 "norm_h200.json", "layers_h200.json", "end_to_end_h200_x2.json", "norm_variants_h200.json",
+                 (Run("peers_h200.json"),)),
     "h100": Card(H100, (*(Run(f"kernels_linked_h100_{i}.json", ALONE) for i in range(1, 8)),
-                        Run("kernels_linked_h100_8.json")),
-                 tuple(Run(f"kernels_h100_{i}.json") for i in range(1, 7)), "norm_h100.json", "layers_h100.json",
-                 "norm_variants_fine_h100.json"),
+                        *(Run(f"kernels_linked_h100_{i}.json") for i in range(8, 12))),
+                 (Run("kernels_h100_1.json"), Run("kernels_h100_2.json")), "norm_h100.json", "layers_h100.json",
+                 "end_to_end_h100_x2.json", "norm_variants_fine_h100.json",
+                 before=(Run("kernels_linked_h100_7.json"),)),
 }  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 
@@ -126,20 +131,22 @@ def shipped(card: Card) -> str:
         f"slowest against the best of PyTorch and NCCL: {max(to_torch)}",
         f"least against NCCL + Inductor, up to 64 rows: {min(few)}; most: {max(few)}; sizes: {len(few)}",
         f"least against NCCL + Inductor, more rows: {min(many)}; most: {max(many)}; sizes: {len(many)}",
-        *_dispatched(card.linked), *_gains(card.linked),
+        *_dispatched(card.linked), *_gains(card),
     ])  # fmt: skip
 
 
-def _gains(runs: tuple[Run, ...]) -> list[str]:
-    """Against unfused, in each run; of the last run against the one before and the floor, at the last one's sizes."""
-    unfused = [us["unfused"] / us["dispatched"] for run in runs for us in _times([run]).values() if "dispatched" in us]
+def _gains(card: Card) -> list[str]:
+    """Against unfused, in each run; against kernels that did not work a row ahead, and the floor, with many rows."""
+    unfused = [us["unfused"] / us["dispatched"] for run in card.linked for us in _times([run]).values()
+               if "dispatched" in us]  # fmt: skip
     lines = [f"unfused / dispatched, every size of every run: {min(unfused):.3f} to {max(unfused):.3f}"]
-    if len(runs) > 1:
-        before, after = _times([Run(runs[-2].name)]), _times(runs[-1:])
-        gains = sorted((before[size]["dispatched"] / us["dispatched"], size) for size, us in after.items())
-        nearest = min((us["dispatched"] / us["floor"], size) for size, us in after.items())
-        lines.append(f"dispatched, run before / last run: {gains[:5]} to {gains[-1:]}")
-        lines.append(f"dispatched / floor in the last run, least: {nearest}")
+    before = _times(card.before)
+    now = {size: us for size, us in _times(card.linked).items() if size[2] > ALONE and size in before}
+    if now:
+        gains = sorted((before[size]["dispatched"] / us["dispatched"], size) for size, us in now.items())
+        nearest = min((us["dispatched"] / us["floor"], size) for size, us in now.items())
+        lines.append(f"dispatched, before / now: {gains[:5]} to {gains[-1:]}")
+        lines.append(f"dispatched / floor, least: {nearest}")
     return lines
 
 
@@ -258,8 +265,8 @@ def layers(card: Card) -> str:
     return table(["N", "step", "unfused", "tpfuse", "unfused / tpfuse", "sums in unfused", "sums in tpfuse"], lines)
 
 
-def models(_: Card) -> str:
-    records = _records("end_to_end_h200_x2.json")
+def models(card: Card) -> str:
+    records = _records(card.models)
     lines = []
     for model, phase, size in dict.fromkeys((r["model"], r["phase"], r["size"]) for r in records):
         ms = {r["provider"]: r for r in records if (r["model"], r["phase"], r["size"]) == (model, phase, size)}

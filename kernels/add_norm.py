@@ -205,7 +205,7 @@ _MB = 1 << 20
 # come in waves, and the four tensors no longer fit the L2 cache, which should keep none of them; past 28 MB it keeps
 # nothing in any case, and the hints cost.
 BANDS = (
-    Band(1.75 * _MB, False, "", "", (8, 16)),
+    Band(7 * _MB // 4, False, "", "", (8, 16)),
     Band(3 * _MB, False, "evict_first", "", (8, 16)),
     Band(9 * _MB, True, "evict_first", "", (8, 16), resident=True),
     Band(14 * _MB, True, "evict_first", ".cs", (8, 8)),

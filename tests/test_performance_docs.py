@@ -20,7 +20,7 @@ def script(name):
 
 
 H200 = ["linked", "virtual", "models", "reduce_overhead", "layers", "overhead"]
-H100 = ["linked", "layers", "norm"]
+H100 = ["linked", "models", "layers", "norm"]
 
 
 @pytest.mark.parametrize(("card", "name"), [*(("h200", name) for name in H200), *(("h100", name) for name in H100)])

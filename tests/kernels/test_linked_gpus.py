@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,11 +64,12 @@ def _off(out, truth: Operands) -> float:
 
 
 def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]]:
-    """Random kernels, shapes, dtypes and delays: the calls that were wrong, a fingerprint of each result, and the peers
-    that a kernel gave up."""
+    """Random kernels, shapes, numbers of programs (with up to 32 rows each), dtypes and delays: the calls that were
+    wrong, a fingerprint of each result, and the peers that a kernel gave up."""
     group = _group(rank)
     ws = workspace_of(group.group_name, torch.device("cuda", rank))
     assert ws is not None
+    spaces = [ws, replace(ws, max_blocks=9)]
     same, mine = random.Random(0), random.Random(rank + 1)
     wrong, marks = [], []
     for call in range(calls):
@@ -75,7 +77,7 @@ def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]
         hidden, norm = same.choice([1024, 4096, 7168]), same.choice(["rms_norm", "layer_norm"])
         dtype = same.choice([BF16, F32])
         op, truth = _operands(call, rank, rows, hidden, norm, dtype)
-        launch = _launch(kernel, op, ws)
+        launch = _launch(kernel, op, same.choice(spaces))
         launch.out.y.fill_(float("nan"))
         if mine.random() < 0.4:
             torch.cuda._sleep(mine.randrange(1000, 200_000))
