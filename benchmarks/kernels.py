@@ -141,6 +141,7 @@ class Results:
         line(records)
         if self.path:
             described = machine(self.setting) | {"rates": {name: round(value, 3) for name, value in rate.items()}}
+            described["table"] = f"{default_table().note} ({default_table().digest})"  # what "dispatched" ran by
             described |= {"note": self.note} if self.note else {}
             each = [dataclasses.asdict(record) for record in self.records]
             self.path.write_text(json.dumps({"machine": described, "records": each}, indent=1))

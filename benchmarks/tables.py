@@ -131,7 +131,7 @@ def shipped(card: Card) -> str:
         f"slowest against the best of PyTorch and NCCL: {max(to_torch)}",
         f"least against NCCL + Inductor, up to 64 rows: {min(few)}; most: {max(few)}; sizes: {len(few)}",
         f"least against NCCL + Inductor, more rows: {min(many)}; most: {max(many)}; sizes: {len(many)}",
-        *_dispatched(card.linked), *_gains(card),
+        *_dispatched(card.linked), *_contested(card.linked), *_gains(card),
     ])  # fmt: skip
 
 
@@ -159,6 +159,21 @@ def _dispatched(runs: Iterable[Run]) -> list[str]:
         if ratios:
             lines.append(f"dispatched against the best kernel, {run.name}: within 3 % at {_within(ratios)}, most "
                          f"{sorted(ratios)[-3:]}")  # fmt: skip
+    return lines
+
+
+def _contested(runs: Iterable[Run]) -> list[str]:
+    """Of each size that the operator missed by over 3 % in a run: its two best kernels, and their range over all."""
+    each = [_times([run]) for run in runs]
+    missed = {size for times in each for size, us in times.items()
+              if "dispatched" in us and us["dispatched"] > 1.03 * min(_ours(us).values())}  # fmt: skip
+    lines = []
+    for size in sorted(missed):
+        measured = [_ours(times[size]) for times in each if size in times]
+        means = {name: statistics.mean(us[name] for us in measured) for name in measured[0]}
+        ranges = (f"{name} {min(us[name] for us in measured):.2f} to {max(us[name] for us in measured):.2f} us"
+                  for name in sorted(means, key=lambda name: means[name])[:2])  # fmt: skip
+        lines.append(f"missed in a run, {size}: {', '.join(ranges)}, {len(measured)} runs")
     return lines
 
 

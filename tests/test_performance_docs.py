@@ -61,6 +61,24 @@ def test_slices_of_several_norms_join():
     assert len(script("join").joined([of("rms_norm"), of("layer_norm")])["records"]) == 2
 
 
+def test_a_results_file_says_by_which_table_the_operator_ran(tmp_path, monkeypatch):
+    """Two runs of one machine may differ in that alone."""
+    from tpfuse.kernels.dispatch import Table, default_table
+    from tpfuse.kernels.measure import Record
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run: kernels.py imports its neighbours
+    kernels = script("kernels")
+    monkeypatch.setattr(kernels, "machine", lambda setting: {"setting": setting})
+    monkeypatch.setenv("TPFUSE_DISPATCH_TABLE", str(tmp_path / "table.json"))
+    (tmp_path / "table.json").write_text(Table([], "from first.json").to_json())
+    default_table.cache_clear()
+    try:
+        kernels.Results(tmp_path / "out.json", "linked", True)([Record(2, 64, 1, "dispatched", 1.0)], {})
+    finally:
+        default_table.cache_clear()
+    assert json.loads((tmp_path / "out.json").read_text())["machine"]["table"].startswith("from first.json (")
+
+
 def test_the_local_kernels_choice_is_as_close_to_the_best_as_the_page_says():
     tables = script("tables")
     said = tables.variants(tables.CARDS["h100"])
