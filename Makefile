@@ -33,7 +33,7 @@ endif
 
 demo: NEEDS := torch dataclasses_json transformers accelerate safetensors
 demo: $(READY)
-	$(RUN) -m tpfuse.demo
+	$(RUN) -m tpfuse demo
 
 test: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test: $(READY)

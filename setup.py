@@ -6,7 +6,7 @@ wheel alike; nothing but `tpfuse` lands in site-packages.
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 DEMO = ["transformers>=5.0", "accelerate>=1.0", "matplotlib>=3.8", "rich>=13", "numpy"]
 
@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["tpfuse", "tpfuse.passes", "tpfuse.kernels"],
+    packages=find_packages(include=["tpfuse", "tpfuse.*"]),
     install_requires=[
         "torch>=2.11",
         "triton; platform_system == 'Linux'",

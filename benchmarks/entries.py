@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tpfuse.kernels.dispatch import Entry, Table
-from tpfuse.kernels.tune import compacted, measured_entries
-from tpfuse.tuning import NOISE
+from tpfuse.cli.tune import NOISE
+from tpfuse.kernels.bench.table import compacted, measured_entries
+from tpfuse.kernels.symmetric.dispatch import Entry, Table
 
 
 def mean_records(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:

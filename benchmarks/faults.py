@@ -82,7 +82,7 @@ def run(fault: Fault) -> dict[str, Any]:
 
 
 def _without_error(outcome: Any) -> str:
-    from tpfuse.stuck import EXIT_STUCK
+    from tpfuse.runtime.heartbeat import EXIT_STUCK
 
     names = {-9: "killed", -6: "ended by gloo (SIGABRT)", EXIT_STUCK: f"PeerTimeoutError, exit status {EXIT_STUCK}"}
     return names.get(outcome.exitcode, "a right answer" if outcome.value is not None else "no error")

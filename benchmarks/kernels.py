@@ -6,7 +6,7 @@
     python benchmarks/kernels.py --plot results.json [more.json] picture.png
 
 For each (world, hidden, rows): every way to run each of our kernels, what dispatch picks, and the baselines of
-providers.py, each checked against float64 before and after it is timed (see tpfuse.kernels.measure). "floor" is what no
+providers.py, each checked against float64 before and after it is timed (see tpfuse.kernels.bench.measure). "floor" is what no
 implementation can beat: the longest of the smallest exchange that our kernels can make (latency), the bytes that must
 cross a link, and the bytes that must move through the GPU's own memory, at rates measured in the same run.
 
@@ -33,13 +33,13 @@ import plots
 from machine import machine
 from providers import baselines
 
-from tpfuse.kernels.dispatch import default_table
-from tpfuse.kernels.linked import LinkedRanks
-from tpfuse.kernels.measure import Provider, Record, draw_operands, measure, provider_of
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.tune import candidates
-from tpfuse.kernels.virtual import VirtualRanks, time_graphs
-from tpfuse.kernels.workspace import DEFAULT_SLOT_BYTES
+from tpfuse.kernels.bench.linked import LinkedRanks
+from tpfuse.kernels.bench.measure import Provider, Record, draw_operands, measure, provider_of
+from tpfuse.kernels.bench.table import candidates
+from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
+from tpfuse.kernels.symmetric.dispatch import default_table
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.workspace import DEFAULT_SLOT_BYTES
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HIDDEN = (2048, 4096, 7168, 8192)

@@ -40,11 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
 
-from tpfuse.kernels import pieces
-from tpfuse.kernels.dispatch import choose
-from tpfuse.kernels.groups import injected, workspace_of
-from tpfuse.kernels.operands import Launch, Operands
-from tpfuse.kernels.virtual import VirtualRanks, time_graphs
+from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
+from tpfuse.kernels.rendezvous import injected, workspace_of
+from tpfuse.kernels.symmetric import pieces
+from tpfuse.kernels.symmetric.dispatch import choose
+from tpfuse.kernels.symmetric.operands import Launch, Operands
 
 CONTEXT = 1024  # tokens in the cache of each decoded sequence
 EPS = 1e-5

@@ -25,7 +25,7 @@ from machine import machine
 
 from tpfuse.kernels import add_norm as module
 from tpfuse.kernels.add_norm import add_norm
-from tpfuse.kernels.virtual import time_graphs
+from tpfuse.kernels.bench.virtual import time_graphs
 
 HIDDEN = (2048, 4096, 7168, 8192)
 MEGABYTES = (1 / 16, 1, 2, 4, 8, 16, 32, 64, 256)  # of one tensor; the first is a batch that decodes, 8 rows of 4096

@@ -47,8 +47,9 @@ def measure(rank: int) -> list[dict]:
     import torch.distributed._functional_collectives as funcol
 
     import tpfuse
-    from tpfuse.kernels import all_reduce, groups
-    from tpfuse.kernels.watch import raise_if_late
+    from tpfuse.kernels import entry as all_reduce
+    from tpfuse.kernels import rendezvous as groups
+    from tpfuse.kernels.symmetric.timeout import raise_if_late
 
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tpfuse.passes.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
+from tpfuse.passes.plan.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
 from tpfuse.passes.transitions import needed_by, owed_by, transition
 from tpfuse.policy import SharingPolicy
 

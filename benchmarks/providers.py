@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse.kernels import pieces
 from tpfuse.kernels.add_norm import AddNormOut
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.barrier import fits as barrier_fits
-from tpfuse.kernels.dispatch import Entry, bind, default_table
-from tpfuse.kernels.measure import Functional, Provider
-from tpfuse.kernels.one_shot import default_warps, one_shot
-from tpfuse.kernels.one_shot import fits as one_shot_fits
-from tpfuse.kernels.operands import Operands
-from tpfuse.kernels.two_shot import fits as two_shot_fits
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.workspace import Workspace
+from tpfuse.kernels.bench.measure import Functional, Provider
+from tpfuse.kernels.symmetric import pieces
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.barrier import fits as barrier_fits
+from tpfuse.kernels.symmetric.dispatch import Entry, bind, default_table
+from tpfuse.kernels.symmetric.one_shot import default_warps, one_shot
+from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import Workspace
 
 
 @functools.cache

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.operands import Launch, Operands
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.virtual import VirtualRanks
-from tpfuse.kernels.watch import TIMEOUT_VARIABLE, raise_if_late
-from tpfuse.kernels.workspace import Workspace
+from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Launch, Operands
+from tpfuse.kernels.symmetric.timeout import TIMEOUT_VARIABLE, raise_if_late
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import Workspace
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 WORLDS = (2, 4, 8)

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tpfuse.kernels.add_norm import tuning
+from tpfuse.kernels.bench.table import name_of
 from tpfuse.kernels.compat import next_power_of_2
-from tpfuse.kernels.tables import H100, SHIPPED
-from tpfuse.kernels.tune import name_of
+from tpfuse.kernels.symmetric.tables import H100, SHIPPED
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

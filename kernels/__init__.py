@@ -1,1 +1,1 @@
-"""Triton kernels, their workspaces, dispatch and references."""
+"""Triton kernels for the fused boundary, their references, and how a group of ranks meets."""

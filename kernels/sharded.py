@@ -22,10 +22,10 @@ from .device import (
     peer,
     slot_of,
 )
-from .one_shot import constants, default_warps
-from .operands import Launch, Operands, launch_options, prepare
-from .receive import clear, clear_one, receive, receive_sum
-from .workspace import CHANNELS, Workspace
+from .symmetric.one_shot import constants, default_warps
+from .symmetric.operands import Launch, Operands, launch_options, prepare
+from .symmetric.receive import clear, clear_one, receive, receive_sum
+from .symmetric.workspace import CHANNELS, Workspace
 
 _CHANNELS = tl.constexpr(CHANNELS)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tpfuse.errors import PolicyError
 from tpfuse.policy import SharingPolicy
 
-from .layouts import (
+from .plan.layouts import (
     MOVED,
     NOMINAL_ROWS,
     RESIDUAL_LAYOUTS,

@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 import tpfuse
-from tpfuse.passes.fuse import PassOptions, fuse
-from tpfuse.passes.groups import resolve_group
+from tpfuse.passes.facts.groups import resolve_group
+from tpfuse.passes.pipeline import PassOptions, fuse
 
 from .families import BY_NAME, call_of, cut_model
 from .graphs import fake_world
@@ -59,9 +59,9 @@ def trace_family(name: str, mode: str, world: int, whole: nn.Module, rank: int =
 def trace(function: Any, arguments: Mapping[str, Any], dynamic: bool = False) -> Traced:
     """`function(**arguments)` as one graph: a graph break raises."""
     from tpfuse import _torch_private as private
-    from tpfuse import report_store
     from tpfuse.backend import _with_aot_eager
     from tpfuse.options import parse_options
+    from tpfuse.runtime import report_store
 
     recorder = _Recorder()
 

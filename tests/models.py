@@ -75,12 +75,12 @@ class SplitBlock(nn.Module):
         self.down_proj = nn.Linear(INTER // cut, HIDDEN, bias=False)
 
     def column(self, name: str, x: Tensor) -> Tensor:
-        from tpfuse.collectives import copy_to
+        from tpfuse.parallel.collectives import copy_to
 
         return getattr(self, name)(copy_to(x, dist.group.WORLD.group_name) if self.how == "pairs" else x)
 
     def row(self, name: str, x: Tensor) -> Tensor:
-        from tpfuse.collectives import reduce_from
+        from tpfuse.parallel.collectives import reduce_from
 
         partial = getattr(self, name)(x)
         return reduce_from(partial, dist.group.WORLD.group_name) if self.how == "pairs" else partial

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
     _uninstall_threaded_pg,
 )
 
-from tpfuse.roles import attention, dense_mlp, moe
+from tpfuse.parallel.roles import attention, dense_mlp, moe
 
 #: Where threads cannot compile while others run, whatever the backend: plain aot_eager fails on 2.12 as well.
 _NOT_IN_THREADS = {

@@ -213,7 +213,7 @@ def test_a_warm_cache_whose_report_was_lost_traces_again(monkeypatch):
         fn(x)
     cold = last()
     torch._dynamo.reset()
-    monkeypatch.setattr("tpfuse.report_store.load", lambda name: None)
+    monkeypatch.setattr("tpfuse.runtime.report_store.load", lambda name: None)
     fn, _, x = compiled()
     with torch.no_grad():
         fn(x)
@@ -233,8 +233,8 @@ def test_batch_invariance_reaches_every_fused_operation(monkeypatch, wanted):
 
 
 def test_the_cache_key_follows_what_the_graph_depends_on(monkeypatch, tmp_path):
-    from tpfuse import cache_key
     from tpfuse.options import parse_options
+    from tpfuse.runtime import cache_key
 
     plain = cache_key.cache_key(parse_options({}))
     assert plain == cache_key.cache_key(parse_options({"expect_fused": 3}))

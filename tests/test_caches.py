@@ -24,9 +24,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import tpfuse
-from tpfuse.kernels import dispatch
-from tpfuse.kernels.dispatch import Entry, Table
-from tpfuse.passes.plan import REWRITES
+from tpfuse.kernels.symmetric import dispatch
+from tpfuse.kernels.symmetric.dispatch import Entry, Table
+from tpfuse.passes.plan.sites import REWRITES
 from tpfuse.policy import SharingPolicy
 
 from .graphs import all_reduce, executed_collectives, fake_world
@@ -211,7 +211,7 @@ def test_an_edited_pass_is_used_by_the_next_process_and_the_report_outlives_the_
     """Also when the file was edited under a process that goes on running, and compiling, the old source."""
     cache = tmp_path / "cache"
     (first,) = in_new_process(source_tree, cache)
-    edit = str(source_tree / "tpfuse" / "passes" / "rewrite.py"), BEFORE, AFTER
+    edit = str(source_tree / "tpfuse" / "passes" / "rewrite" / "all_reduce_norm.py"), BEFORE, AFTER
     warm, after_edit = in_new_process(source_tree, cache, *edit)
     (edited,) = in_new_process(source_tree, cache)
     assert (first["h"], first["hit"]) == (1.0, 0)

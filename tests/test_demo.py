@@ -10,8 +10,8 @@ import numpy
 import pytest
 from typer.testing import CliRunner
 
-from tpfuse import demo, demo_models, drawing
 from tpfuse.__main__ import app
+from tpfuse.cli import demo, demo_models, drawing
 from tpfuse.report import Boundary, Report
 
 

@@ -13,7 +13,7 @@ import torch
 import tpfuse
 from tests.graphs import all_reduce, fused, trace
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.passes.plan import REWRITES
+from tpfuse.passes.plan.sites import REWRITES
 
 BF16, F32 = torch.bfloat16, torch.float32
 VARIANTS = list(itertools.product(["rms_norm", "layer_norm"], [False, True], [None, BF16, F32], [False, True]))
@@ -106,8 +106,8 @@ def test_the_report_says_how_each_boundary_will_run(four_ranks, monkeypatch):
 
 
 def test_an_unfused_boundary_does_not_run_fused(four_ranks):
-    from tpfuse.passes.fuse import PassOptions, fuse
-    from tpfuse.passes.groups import resolve_group
+    from tpfuse.passes.facts.groups import resolve_group
+    from tpfuse.passes.pipeline import PassOptions, fuse
 
     graph = trace(boundary, torch.randn(4, 16), torch.randn(4, 16), torch.randn(16)).graph
     switched_off = PassOptions(rewrites=tuple(name for name in REWRITES if name != "all_reduce_norm"))

@@ -58,9 +58,9 @@ def test_wheel_holds_every_module_and_nothing_generic(wheel):
     tops = {name.split("/")[0] for name in files}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tpfuse"}
     expected = {
-        f"{package}/{path.name}"
+        f"{package}/{path.relative_to(ROOT / folder)}"
         for package, folder in (("tpfuse", "tpfuse"), ("tpfuse/passes", "passes"), ("tpfuse/kernels", "kernels"))
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     }
     assert {name for name in files if name.startswith("tpfuse/")} == expected
 
@@ -89,7 +89,7 @@ def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     assert files_of(build_wheel(unpacked, tmp_path)) == files_of(wheel)
 
 
-FILES = "import tpfuse, tpfuse.passes.fuse, tpfuse.kernels; print(tpfuse.__file__); print(tpfuse.passes.fuse.__file__)"
+FILES = "import tpfuse, tpfuse.passes.pipeline, tpfuse.kernels; print(tpfuse.__file__); print(tpfuse.passes.pipeline.__file__)"
 BACKEND = """
 from torch._dynamo import list_backends, lookup_backend
 import tpfuse.backend

@@ -25,9 +25,9 @@ from tests.policy_harness import (
 from tests.ranks import run_processes
 from tests.test_parallelize_families import model_of
 from tests.test_parallelize_models import batches_of, mesh_of, oracle, worst_error
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.rows import rows
 from tpfuse.policy import SharingPolicy
-from tpfuse.rows import rows
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import transformers
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.policy_harness import build, loss_of, relative, run_threads
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.rows import rows
 from tpfuse.policy import SharingPolicy
-from tpfuse.rows import rows
 
 COMMON = dict(
     vocab_size=64,

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.policy_harness import HIDDEN, VOCAB, Model, build, loss_of, relative, run_threads
 from tests.ranks import run_processes
 from tpfuse.errors import PolicyError
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.rows import rows
 from tpfuse.policy import SharingPolicy
-from tpfuse.rows import rows
 
 MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]
 POLICIES = [(tp, dp, dense) for tp, dp in MESHES for dense in sorted({1, tp // dp, tp})]

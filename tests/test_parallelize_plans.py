@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.policy_harness import build, loss_of, relative, run_threads
 from tests.test_parallelize_families import config_of, model_of
 from tpfuse.errors import PlanError
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
 from tpfuse.policy import SharingPolicy
 
 OPT_PLAN = {

@@ -63,8 +63,8 @@ def test_slices_of_several_norms_join():
 
 def test_a_results_file_says_by_which_table_the_operator_ran(tmp_path, monkeypatch):
     """Two runs of one machine may differ in that alone."""
-    from tpfuse.kernels.dispatch import Table, default_table
-    from tpfuse.kernels.measure import Record
+    from tpfuse.kernels.bench.measure import Record
+    from tpfuse.kernels.symmetric.dispatch import Table, default_table
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run: kernels.py imports its neighbours
     kernels = script("kernels")
@@ -104,7 +104,7 @@ def test_a_picture_of_several_files_has_each_size_from_the_last(tmp_path):
 @pytest.mark.parametrize(("card", "setting"), [("h200", "linked"), ("h100", "linked"), ("h100", "virtual")])
 def test_the_shipped_tables_measured_entries_are_those_of_the_results_files(card, setting):
     """Where one kind of GPU has several files, of their means."""
-    from tpfuse.kernels.tables import SHIPPED
+    from tpfuse.kernels.symmetric.tables import SHIPPED
 
     runs = getattr(script("tables").CARDS[card], setting)
     entries = script("entries").entries_of([run.document() for run in runs])

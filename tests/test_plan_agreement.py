@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import tpfuse
-from tpfuse.guard import guard
-from tpfuse.ledger import LEDGERS, Ledger, Record, disagreement, distinct, ledger, records
 from tpfuse.options import parse_options
 from tpfuse.report import Boundary, Report, Step
-from tpfuse.stuck import PULSES
+from tpfuse.runtime.guard import guard
+from tpfuse.runtime.heartbeat import PULSES
+from tpfuse.runtime.plan_check import LEDGERS, Ledger, Record, disagreement, distinct, ledger, records
 
 from .faults import mark, outcomes
 from .graphs import fake_world
@@ -181,7 +181,7 @@ def test_a_guarded_call_costs_next_to_nothing_after_the_first():
 
 def broken_on_rank_one(rank: int, folder: str, when: str) -> None:
     """A pass that fails on one rank alone, which then keeps plain collectives."""
-    import tpfuse.passes.fuse as fuse_module
+    import tpfuse.passes.pipeline as fuse_module
 
     torch.manual_seed(0)
     options = {"inner": "aot_eager", "plan_timeout": 60}

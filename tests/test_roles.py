@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.policy_harness import HIDDEN, MLP, Attention, Layer, Model, MoE, build, relative, run_threads
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallelize import Site, parallelize
+from tpfuse.parallel.parallelize import Site, parallelize
+from tpfuse.parallel.roles import attention, dense_mlp, moe, share_tp_group
 from tpfuse.policy import SharingPolicy
-from tpfuse.roles import attention, dense_mlp, moe, share_tp_group
 
 DENSE = "layers.0.mlp, layers.1.mlp"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tpfuse.errors import PolicyError
-from tpfuse.rows import announced_rows, cut_rows, rows, trim_rows
+from tpfuse.parallel.rows import announced_rows, cut_rows, rows, trim_rows
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3), (0, 3), (1, 3), (2, 0, 3)])

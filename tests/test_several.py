@@ -18,9 +18,9 @@ from torch import fx, nn
 
 import tpfuse
 from tpfuse.backend import tpfuse as backend
-from tpfuse.kernels import groups
-from tpfuse.kernels.groups import WORKSPACE_REGISTRY, workspace_of
-from tpfuse.kernels.workspace import virtual_ranks
+from tpfuse.kernels import rendezvous as groups
+from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, workspace_of
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 from .graphs import all_reduce, fake_world
 from .models import HIDDEN, Stack, cut_from

@@ -13,13 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.parallelize import parallelize
-from tpfuse.passes import layouts
-from tpfuse.passes.fuse import PassOptions, fuse
-from tpfuse.passes.groups import mesh_groups, resolve_group
-from tpfuse.passes.plan import REWRITES
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.rows import rows
+from tpfuse.passes.facts.groups import mesh_groups, resolve_group
+from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.plan import layouts
+from tpfuse.passes.plan.sites import REWRITES
 from tpfuse.policy import SharingPolicy
-from tpfuse.rows import rows
 
 from .graphs import executed_collectives, fake_world, fused, on_ranks, trace
 from .policy_harness import (

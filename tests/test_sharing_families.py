@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.rows import rows
 from tpfuse.policy import SharingPolicy
-from tpfuse.rows import rows
 
 from .graphs import relative_error
 from .policy_harness import Model, build, compiles_in_threads, relative, run_threads

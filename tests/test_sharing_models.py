@@ -10,9 +10,9 @@ from torch import nn
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.roles import attention
 from tpfuse.policy import SharingPolicy
-from tpfuse.roles import attention
 
 from .policy_harness import (
     HIDDEN,

@@ -10,9 +10,9 @@ from tests.graphs import fake_world
 from tests.policy_harness import Model, build, loss_of, run_threads
 from tests.test_parallelize_families import model_of
 from tests.test_parallelize_models import batches_of, mesh_of, oracle, worst_error
-from tpfuse import state
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallelize import parallelize
+from tpfuse.parallel import state_dict as state
+from tpfuse.parallel.parallelize import parallelize
 from tpfuse.policy import SharingPolicy
 
 FAMILIES = ["deepseek_v3", "glm4_moe", "llama"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tpfuse
 from tpfuse import Boundary, OptionError, PolicyError, Report, SharingPolicy, TPFuseError
-from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
+from tpfuse.kernels.symmetric.dispatch import TABLE_VARIABLE, Entry, Table, default_table
 from tpfuse.strict_json import MAX_DEPTH
 
 POLICY = SharingPolicy(8, 2, 4, {"layers.0.mlp": 1})
@@ -182,7 +182,7 @@ def test_a_table_that_is_not_utf8_is_refused_by_its_path(tmp_path, monkeypatch):
 
 
 def test_a_spoilt_report_in_the_cache_is_no_report(tmp_path, monkeypatch):
-    from tpfuse import report_store
+    from tpfuse.runtime import report_store
 
     monkeypatch.setattr(report_store, "inductor_cache_dir", lambda: str(tmp_path))
     report_store.save("name", REPORT)
@@ -225,7 +225,7 @@ def test_the_scan_finds_what_it_looks_for(source):
 
 def test_no_source_unpickles_or_evaluates_anything():
     package = Path(tpfuse.__file__).parent
-    sources = [path for folder in (".", "passes", "kernels") for path in sorted((package / folder).glob("*.py"))]
+    sources = sorted({path for folder in (".", "passes", "kernels") for path in (package / folder).rglob("*.py")})
     assert len(sources) > 40
     found = {path.name: places for path in sources if (places := list(ways_to_run_data(path.read_text("utf-8"))))}
     assert not found

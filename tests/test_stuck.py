@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import tpfuse
 from tpfuse.report import Step
-from tpfuse.stuck import EXIT_STUCK, Beat
+from tpfuse.runtime.heartbeat import EXIT_STUCK, Beat
 
 from .faults import mark, outcomes
 from .models import HIDDEN, Stack
@@ -122,7 +122,7 @@ def recompile(rank: int, folder: str, seconds: float) -> float:
         return F.rms_norm(all_reduce(padded), (HIDDEN,), torch.ones(HIDDEN))[: x.shape[0]]
 
     options = {"inner": "aot_eager", "peer_timeout": LIMIT}
-    from tpfuse import report_store
+    from tpfuse.runtime import report_store
 
     with torch.no_grad():
         compiled = torch.compile(fn, backend="tpfuse", options=options, dynamic=False)
@@ -153,7 +153,7 @@ def test_a_peer_that_compiles_for_longer_than_the_limit_is_said_to_compile(tmp_p
 
 def never_returns(rank: int, folder: str) -> None:
     """As with a group whose waits nothing ends."""
-    from tpfuse import guard
+    from tpfuse.runtime import guard
 
     guard.set_group_timeout = lambda *_: None
     with torch.no_grad():
@@ -189,9 +189,9 @@ def test_without_a_limit_the_groups_own_errors_still_name_the_boundary(tmp_path)
 
 
 def test_an_error_of_the_model_stays_what_it_is():
-    from tpfuse.guard import guard
     from tpfuse.options import parse_options
     from tpfuse.report import Report
+    from tpfuse.runtime.guard import guard
 
     def fails(*_):
         raise RuntimeError("shapes do not match")
@@ -204,9 +204,10 @@ def test_an_error_of_the_model_stays_what_it_is():
 
 def test_the_limit_is_set_on_every_group_with_the_graphs_ranks(four_ranks, monkeypatch):
     """A plan knows a group by its ranks; which of the groups with those ranks the graph uses is not said."""
-    from tpfuse import guard, stuck
     from tpfuse.options import parse_options
     from tpfuse.report import Report
+    from tpfuse.runtime import guard
+    from tpfuse.runtime import heartbeat as stuck
 
     limits = {}
     monkeypatch.setattr(guard, "set_group_timeout", lambda group, seconds: limits.update({group.group_name: seconds}))

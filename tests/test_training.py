@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tpfuse
-from tpfuse.passes.graph import depends_on
+from tpfuse.passes.facts.graph import depends_on
 
 from .graphs import executed_collectives, fake_world, relative_error
 from .models import HIDDEN, hugging_face_config, load_with_tp_plan, loss, split_stack

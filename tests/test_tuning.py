@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tpfuse import tuning
 from tpfuse.__main__ import app
+from tpfuse.cli import tune as tuning
+from tpfuse.cli.tune import Plan, explain
 from tpfuse.errors import OptionError
-from tpfuse.kernels.dispatch import Table
-from tpfuse.kernels.measure import Record
-from tpfuse.tuning import Plan, explain
+from tpfuse.kernels.bench.measure import Record
+from tpfuse.kernels.symmetric.dispatch import Table
 
 SMALL = Plan((2,), (4096,), (1, 64), linked=False)
 

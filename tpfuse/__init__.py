@@ -12,13 +12,13 @@ from .errors import (
     TPFuseError,
 )
 from .explain import explain, fuse_graph
-from .kernels.all_reduce import init_workspace
-from .parallelize import parallelize
+from .kernels.entry import init_workspace
+from .parallel.parallelize import parallelize
+from .parallel.roles import attention, dense_mlp, moe, share_tp_group
+from .parallel.rows import rows
+from .parallel.state_dict import full_state_dict, load_full_state_dict
 from .policy import SharingPolicy
 from .report import Boundary, Report, reports
-from .roles import attention, dense_mlp, moe, share_tp_group
-from .rows import rows
-from .state import full_state_dict, load_full_state_dict
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo-output"),
 ) -> None:
     """Run real architectures on two processes, with and without tpfuse, and compare."""
-    from .demo import FAMILIES, DemoError, run
+    from .cli.demo import FAMILIES, DemoError, run
 
     unknown = [name for name in family or [] if name not in FAMILIES]
     if unknown:
@@ -53,7 +53,7 @@ def tune(
 
     On one GPU with virtual ranks; `torchrun --nproc-per-node N -m tpfuse tune` measures over N linked GPUs.
     """
-    from . import tuning
+    from .cli import tune as tuning
     from .errors import TPFuseError
 
     here = tuning.ranks_here()

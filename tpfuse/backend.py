@@ -16,19 +16,19 @@ from torch import fx
 
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
-from . import report_store
-from .agreement import check_groups, with_recorded_policy
-from .cache_key import cache_key
 from .errors import FusionError, TPFuseError
-from .guard import guard
 from .options import Options, inductor_patches, parse_options
-from .passes.checkpoint import ASTRIDE
-from .passes.fuse import PassOptions, fuse
-from .passes.groups import resolve_group
-from .passes.recognise import backward_nodes
-from .passes.steps import find_steps
+from .parallel.recorded_policy import check_groups, with_recorded_policy
+from .parallel.rows_check import checking, take_marks
+from .passes.facts.checkpoint import ASTRIDE
+from .passes.facts.groups import resolve_group
+from .passes.pipeline import PassOptions, fuse
+from .passes.recognise.sites import backward_nodes
+from .passes.verdict.steps import find_steps
 from .report import Report, record
-from .rows_check import checking, take_marks
+from .runtime import report_store
+from .runtime.cache_key import cache_key
+from .runtime.guard import guard
 
 
 def tpfuse(

@@ -11,10 +11,10 @@ from torch import fx
 
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
-from .agreement import check_groups, with_recorded_policy
 from .errors import PlanError, PolicyError, TPFuseError
-from .passes.fuse import PassOptions, fuse
-from .passes.groups import resolve_group
+from .parallel.recorded_policy import check_groups, with_recorded_policy
+from .passes.facts.groups import resolve_group
+from .passes.pipeline import PassOptions, fuse
 from .policy import SharingPolicy
 from .report import Report
 

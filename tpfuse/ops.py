@@ -33,9 +33,9 @@ from torch import Tensor
 
 from ._torch_private import group_size, process_group, register_local_tensor_rule
 from .errors import OpError
-from .groups import group_name_of, no_such_group
 from .kernels.add_norm import AddNormOut, add_norm
-from .kernels.all_reduce import all_reduce_add_norm
+from .kernels.entry import all_reduce_add_norm
+from .parallel.mesh import group_name_of, no_such_group
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _ARGUMENTS = (

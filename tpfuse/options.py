@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _torch_private as private
 from .errors import OptionError
-from .passes.plan import REWRITES
+from .passes.plan.sites import REWRITES
 from .policy import SharingPolicy
 
 INNER = ("inductor", "aot_eager")

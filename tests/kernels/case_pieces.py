@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.dispatch import Entry
-from tpfuse.kernels.operands import Operands
-from tpfuse.kernels.pieces import most_rows, run
-from tpfuse.kernels.two_shot import fits
+from tpfuse.kernels.symmetric.dispatch import Entry
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.pieces import most_rows, run
+from tpfuse.kernels.symmetric.two_shot import fits
 
 from . import protocol
 from .protocol import Seat

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.barrier import barrier
 from tpfuse.kernels.device import SENTINEL
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.operands import Operands
 from tpfuse.kernels.sharded import chunk_of, sharded
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.workspace import CHANNELS
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import CHANNELS
 
 from .protocol import Seat, run
 

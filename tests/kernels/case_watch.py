@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tpfuse.errors import OptionError, PeerTimeoutError
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.one_shot import one_shot
 from tpfuse.kernels.sharded import chunk_of, sharded
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.watch import GONE, LATE, gave_up, late_ranks, new_watch, raise_if_late, set_timeout
-from tpfuse.kernels.workspace import CHANNELS
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.timeout import GONE, LATE, gave_up, late_ranks, new_watch, raise_if_late, set_timeout
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import CHANNELS
 
 from .case_protocol import Call, equal_on_all_ranks, play
 from .protocol import Seat, run

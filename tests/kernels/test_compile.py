@@ -13,13 +13,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels of this process are interpreted", allow_module_level=True)
 
 from tpfuse.kernels.add_norm import _add_norm_kernel
-from tpfuse.kernels.barrier import _barrier_kernel, barrier
 from tpfuse.kernels.compat import next_power_of_2
-from tpfuse.kernels.one_shot import _one_shot_kernel
-from tpfuse.kernels.operands import Operands
 from tpfuse.kernels.sharded import _sharded_kernel
-from tpfuse.kernels.two_shot import _two_shot_kernel
-from tpfuse.kernels.workspace import virtual_ranks
+from tpfuse.kernels.symmetric.barrier import _barrier_kernel, barrier
+from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 from .sm90 import compile_sm90, stack_bytes
 

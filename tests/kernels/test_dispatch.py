@@ -3,10 +3,10 @@
 import pytest
 
 from tpfuse.errors import OptionError
-from tpfuse.kernels.dispatch import TABLE_VARIABLE, Entry, Table, default_table
-from tpfuse.kernels.groups import judge, why_not
-from tpfuse.kernels.tables import H100, SHIPPED
-from tpfuse.kernels.tune import candidates, compacted, entry_of, measured_entries, name_of
+from tpfuse.kernels.bench.table import candidates, compacted, entry_of, measured_entries, name_of
+from tpfuse.kernels.rendezvous import judge, why_not
+from tpfuse.kernels.symmetric.dispatch import TABLE_VARIABLE, Entry, Table, default_table
+from tpfuse.kernels.symmetric.tables import H100, SHIPPED
 
 TABLE = Table(
     [

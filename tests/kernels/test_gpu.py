@@ -15,11 +15,11 @@ if not torch.cuda.is_available():
 
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.operands import Operands
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.virtual import VirtualRanks
+from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.two_shot import two_shot
 
 pytestmark = pytest.mark.gpu
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -185,7 +185,7 @@ def test_two_graphs_of_different_shapes_replayed_in_turn() -> None:
 def _on_one_device(rank: int) -> dict:
     import torch.distributed as dist
 
-    from tpfuse.kernels.all_reduce import all_reduce_add_norm, init_workspace, why_not
+    from tpfuse.kernels.entry import all_reduce_add_norm, init_workspace, why_not
 
     torch.cuda.set_device(0)
     name = dist.group.WORLD.group_name

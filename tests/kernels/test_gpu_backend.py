@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from tests.graphs import executed_collectives
 from tests.models import HIDDEN, Stack, cut_from, loss
 from tests.ranks import run_processes
-from tpfuse.kernels.groups import WORKSPACE_REGISTRY, check_peers
+from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, check_peers
 
 pytestmark = pytest.mark.gpu
 WORLD, BF16 = 2, torch.bfloat16
@@ -115,7 +115,8 @@ def run_training(rank: int) -> dict:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     import tpfuse
-    from tpfuse import backend, demo_models
+    from tpfuse import backend
+    from tpfuse.cli import demo_models
 
     device = here(rank)
     if dist.get_backend() == "gloo":

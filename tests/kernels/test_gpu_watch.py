@@ -12,13 +12,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from tpfuse.errors import PeerTimeoutError
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.operands import Operands
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.virtual import VirtualRanks
-from tpfuse.kernels.watch import GONE, gave_up, late_ranks, raise_if_late, set_timeout
-from tpfuse.kernels.workspace import CHANNELS
+from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.timeout import GONE, gave_up, late_ranks, raise_if_late, set_timeout
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import CHANNELS
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16

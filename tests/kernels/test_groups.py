@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from tests.graphs import fake_world
-from tpfuse.kernels import groups
-from tpfuse.kernels.groups import WORKSPACE_REGISTRY, injected, judge, why_not, workspace_of
-from tpfuse.kernels.workspace import virtual_ranks
+from tpfuse.kernels import rendezvous as groups
+from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, injected, judge, why_not, workspace_of
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 CPU = torch.device("cpu")
 FACTS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import AddNormOut
-from tpfuse.kernels.operands import Launch
+from tpfuse.kernels.symmetric.operands import Launch
 
 ARGS = {"x_ptr": torch.zeros(64), "rows": 3, "eps": 1e-6, "absent_ptr": None}
 

@@ -16,15 +16,15 @@ if torch.cuda.device_count() < 2:
 
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.barrier import barrier
-from tpfuse.kernels.groups import workspace_of
-from tpfuse.kernels.linked import LinkedRanks
-from tpfuse.kernels.one_shot import fits as one_shot_fits
-from tpfuse.kernels.one_shot import one_shot
-from tpfuse.kernels.operands import Operands
-from tpfuse.kernels.two_shot import fits as two_shot_fits
-from tpfuse.kernels.two_shot import two_shot
-from tpfuse.kernels.watch import late_ranks
+from tpfuse.kernels.bench.linked import LinkedRanks
+from tpfuse.kernels.rendezvous import workspace_of
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Operands
+from tpfuse.kernels.symmetric.timeout import late_ranks
+from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
+from tpfuse.kernels.symmetric.two_shot import two_shot
 
 pytestmark = pytest.mark.gpu
 WORLD = 1 << (min(torch.cuda.device_count(), 8).bit_length() - 1)

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.distributed._local_tensor import LocalTensor
 
 import tpfuse
-from tpfuse.passes.accounting import performs
-from tpfuse.passes.fuse import PassOptions, fuse
-from tpfuse.passes.groups import resolve_group
-from tpfuse.rows import cut_rows, trim_rows
+from tpfuse.parallel.rows import cut_rows, trim_rows
+from tpfuse.passes.facts.groups import resolve_group
+from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.verdict.accounting import performs
 
 from ..graphs import fake_world, on_ranks, trace
 

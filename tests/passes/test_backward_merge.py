@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tpfuse.passes.fuse import PassOptions, fuse
-from tpfuse.passes.groups import resolve_group
-from tpfuse.passes.merge import find_sums, plan_merges
+from tpfuse.passes.facts.groups import resolve_group
+from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.rewrite.merge_backward import find_sums, plan_merges
 
 from ..graphs import all_reduce, executed_collectives, fake_world, fused, on_ranks, relative_error, trace
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
 import tpfuse
-from tpfuse.passes import rewrite
+from tpfuse.passes.rewrite import all_reduce_norm as rewrite
 
 from ..graphs import all_reduce, fake_world, fused, on_ranks, trace
 from . import spellings
@@ -163,7 +163,7 @@ def test_an_internal_error_keeps_the_graph_and_says_so(four_ranks, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("tpfuse.passes.fuse.apply", broken)
+    monkeypatch.setattr("tpfuse.passes.pipeline.apply", broken)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         report = refused(boundary(spellings.rms_llama))
     assert "internal error" in report.boundaries[0].reason and "a bug" in report.boundaries[0].reason

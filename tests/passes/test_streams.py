@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tpfuse.passes.accounting import performs
+from tpfuse.passes.verdict.accounting import performs
 from tpfuse.policy import SharingPolicy
 
 from .streams import HIDDEN, Mesh, check, inputs, mix, rewritten, rms

@@ -241,8 +241,8 @@ def test_an_unfinished_tensor_of_the_functional_collectives():
 
 
 def test_a_graph_without_an_owner_and_an_empty_one():
-    from tpfuse.passes.fuse import fuse as fuse_plain
-    from tpfuse.passes.groups import resolve_group
+    from tpfuse.passes.facts.groups import resolve_group
+    from tpfuse.passes.pipeline import fuse as fuse_plain
 
     gm, _ = plain_graph()
     assert fuse_plain(copy.deepcopy(gm.graph), resolve_group).report.fused

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 
 from tpfuse import PolicyError, SharingPolicy
-from tpfuse.passes import layouts
-from tpfuse.passes.layouts import SCATTERED, TP_ATTN_FULL
+from tpfuse.passes.plan import layouts
+from tpfuse.passes.plan.layouts import SCATTERED, TP_ATTN_FULL
 from tpfuse.passes.transitions import CONSUMERS, PRODUCERS, transition
 
 # Two replicas of four ranks with eight rows each: a rank holds 2, 8 or all 16 rows.

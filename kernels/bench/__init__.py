@@ -1,0 +1,1 @@
+"""Measure the kernels: virtual and linked ranks, and dispatch tables from measurements."""

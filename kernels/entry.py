@@ -1,0 +1,112 @@
+"""The fused boundary at run time: pick the kernel for this call, or say that there is none.
+
+`all_reduce_add_norm` is what the op layer calls first on each boundary. None means that the caller takes the functional
+path (a plain all-reduce, then `add_norm`); `why_not` has the sentence for the report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch_private import process_group
+from ..errors import OpError
+from ..parallel.mesh import group_name_of
+from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
+from .rendezvous import check_peers, why_not, workspace_of
+from .symmetric.dispatch import choose
+from .symmetric.operands import Operands
+from .symmetric.pieces import run
+from .symmetric.timeout import new_watch, raise_if_late, set_timeout
+
+__all__ = ["all_reduce_add_norm", "check_peers", "init_workspace", "why_not"]
+
+
+def all_reduce_add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    pre_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+    *,
+    group_name: str,
+    norm: str,
+    weight_offset: float = 0.0,
+    alpha: float = 1.0,
+    post: bool = False,
+    out_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    want_sum: bool = False,
+    stats: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[AddNormOut, Tensor | None] | None:
+    """`add_norm` of the sum of every rank's `x`, as one kernel; with `want_sum` also that sum, in the dtype of x.
+
+    x, residual: [..., H], the same shape on every rank of the group; H a multiple of 8 up to 16384; float16, bfloat16
+    or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
+    symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
+    neither. Without rows nobody is waited for and nothing is touched. `batch_invariant`: a row's result does not depend
+    on how many rows there are.
+    """
+    if not x.is_cuda:
+        return None
+    op = Operands(x, residual, pre_bias, weight, bias, eps, norm, out_dtype, residual_dtype, weight_offset, alpha, post,
+                  want_sum, stats)  # fmt: skip
+    if not op.supported():
+        return None
+    if op.rows == 0:
+        out = empty_outputs(x, norm, out_dtype, residual_dtype, stats)
+        return out, torch.empty_like(x, memory_format=torch.contiguous_format) if want_sum else None
+    ws = workspace_of(group_name, x.device)
+    if ws is None:
+        return None
+    raise_if_late(ws, group_name)
+    device = ws.device_name or torch.cuda.get_device_name(x.device)
+    return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
+
+
+def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *, timeout: float | None = None) -> bool:
+    """Set up the workspace of `group` now, so that no later call of up to `max_rows` rows in one shot allocates.
+
+    Collective: every rank of the group calls it, with the same arguments, outside CUDA-graph capture. Optional: without
+    it a group's first fused call does the same with 16 MB slots. Calling it again with a larger size makes the
+    workspace grow; a smaller size changes nothing.
+
+    Args:
+        group: a ProcessGroup, a group's name, a 1-D DeviceMesh, or (mesh, dim).
+        max_rows: the most rows (tokens) of one call, at least 1.
+        hidden: elements a row, at least 1.
+        dtype: torch.bfloat16, torch.float16 or torch.float32.
+        timeout: seconds that a kernel of this group waits for a peer before it gives up (see `PeerTimeoutError`); None:
+            what TPFUSE_PEER_TIMEOUT says, or else 600.
+
+    Returns:
+        Whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence) they
+        take the functional path, and nothing needs to be set up.
+
+    Raises:
+        OpError: an argument that is not allowed, a group that is not known on this rank, or a call inside capture.
+        OptionError: a timeout that is not a positive number.
+    """
+    for name, given in (("max_rows", max_rows), ("hidden", hidden)):
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise OpError(f"init_workspace: {name}={given!r}; allowed: an integer of at least 1")
+    if dtype not in KERNEL_DTYPES:
+        raise OpError(f"init_workspace: dtype={dtype!r}; allowed: {', '.join(map(str, KERNEL_DTYPES))}")
+    new_watch("cpu", timeout)  # a timeout that is not allowed is refused before anyone is met
+    group_name = group_name_of(group)
+    members = process_group(group_name)
+    if members is None:
+        raise OpError(f"init_workspace: group={group!r}: no process group is named {group_name!r} on this rank")
+    if not torch.cuda.is_available() or why_not(group_name, "cuda", hidden, dtype):
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        raise OpError("init_workspace: called inside CUDA-graph capture; allowed: before it, since it allocates")
+    need = members.size() * max_rows * hidden * dtype.itemsize
+    ws = workspace_of(group_name, torch.device("cuda", torch.cuda.current_device()), need)
+    if ws is not None:
+        set_timeout(ws.watch, timeout)
+    return ws is not None and ws.slot_words * 4 >= need

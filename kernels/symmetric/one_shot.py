@@ -1,0 +1,163 @@
+"""Lamport one-shot: every rank pushes its rows to every peer, and the data itself is the signal.
+
+Each rank waits on its own memory until the rows of all ranks are there, adds them in rank order, finishes the rows as
+`add_norm` does, and empties what it read. There is no barrier and no flag. Three slots take turns. A row may be split
+over SPLIT programs, which then exchange their part of the statistics. A program with several rows pushes the next one
+before it waits for this one, so that links and memory are busy at once. docs/kernels.md has the proof.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..add_norm import NORMS
+from ..compat import INTERPRETED, next_power_of_2, tl, triton
+from ..device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer, slot_of
+from .operands import Launch, Operands, launch_options, prepare
+from .receive import clear, receive_sum
+from .workspace import CHANNELS, MAX_SPLIT, Workspace
+
+_CHANNELS = tl.constexpr(CHANNELS)
+
+
+@triton.jit
+def _push(words, bases, offset, at, width, WORLD: tl.constexpr):
+    """Store one row (part) at the same place of every peer's slot."""
+    for i in tl.static_range(WORLD - 1):
+        tl.store(bases[i] + offset + at, words, mask=at < width)
+
+
+@triton.jit
+def _take(
+    own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr,
+    rstd_ptr, eps, weight_offset, alpha, like_ptr, inbox, pid, part, rank, epoch,
+    watch_ptr, H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
+    WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
+):  # fmt: skip
+    """Wait for one row (part) from every peer, finish it, empty its words."""
+    P: tl.constexpr = H // SPLIT
+    PW: tl.constexpr = ROW_WORDS // SPLIT
+    local = tl.arange(0, EL)
+    mask = local < P
+    cols = part * P + local
+    stride = rows * ROW_WORDS
+    base = mine + row * ROW_WORDS + part * PW
+    residual_row = residual_ptr
+    if residual_ptr is not None:
+        residual_row = residual_ptr + row * H
+    residual, pre_bias, weight, bias = load_row(
+        residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+    )
+    s = receive_sum(own, base, W, PW, stride, rank, like_ptr, epoch, watch_ptr, WORLD, SPIN)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+    finish_row(
+        s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+        row, row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT,
+    )  # fmt: skip
+    tl.debug_barrier()  # every warp has read its words
+    clear(base, W, PW, stride, rank, WORLD)
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "slot_words"],
+            do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
+def _one_shot_kernel(
+    x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
+    WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, MANY: tl.constexpr, SPIN: tl.constexpr,
+):  # fmt: skip
+    PW: tl.constexpr = ROW_WORDS // SPLIT
+    pid = tl.program_id(0) + first
+    part = pid % SPLIT
+    row = pid // SPLIT
+    step = programs // SPLIT
+    epoch = tl.load(state_ptr + pid)
+    slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
+    at = tl.arange(0, W)
+    x_part = as_words(x_ptr) + part * PW
+    out = slot + rank * rows * ROW_WORDS + part * PW
+    bases = other_ranks(peers_ptr, rank, WORLD)
+    own = load_words(x_part + row * ROW_WORDS, at, PW)
+    _push(own, bases, out + row * ROW_WORDS, at, PW, WORLD)
+    mine = peer(peers_ptr, rank) + slot
+    eps = load_eps(eps_ptr, eps)
+    inbox = state_ptr + _CHANNELS
+    if MANY:
+        # One row ahead, no more: what peers push is then read while it is in the cache, and links are not idle while
+        # rows are finished. All ranks take equally many programs, so each finds the row it waits for pushed.
+        while row < rows:
+            later = row + step
+            width = tl.where(later < rows, PW, 0)
+            following = load_words(x_part + later * ROW_WORDS, at, width)
+            _push(following, bases, out + later * ROW_WORDS, at, width, WORLD)
+            _take(
+                own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
+                sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
+                epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+            )  # fmt: skip
+            own = following
+            row = later
+    else:
+        _take(
+            own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
+            sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
+            epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+        )  # fmt: skip
+    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+
+
+def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0, *,
+             first: int | None = None, spin: bool | None = None) -> Launch:  # fmt: skip
+    """The kernel bound to this rank's operands; `.run()` gives (outputs as of `add_norm`, the sum or None). Every rank
+    of the workspace must run the same call. Without rows nothing is launched.
+
+    `split`: programs a row; `warps`: of one program (0: 16 bytes a thread); `spin`: wait in PTX (the default on a GPU).
+    `first`: run this one program only; for harnesses on interpreters, where the programs of a grid take turns.
+    """
+    ready = prepare(op)
+    programs = programs_of(op, ws, split)
+    args = (
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        programs, first or 0,
+    )  # fmt: skip
+    settings = constants(op, ws.world, split, programs < op.rows * split, spin)
+    settings |= launch_options(warps or default_warps(op, split), registers)
+    kernel = _one_shot_kernel if op.rows else None
+    return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
+
+
+def programs_of(op: Operands, ws: Workspace, split: int) -> int:
+    """As many as there are row parts, at most what may be resident; whole rows only."""
+    return min(op.rows * split, ws.max_blocks // split * split)
+
+
+def fits(op: Operands, ws: Workspace, split: int) -> bool:
+    """Whether a slot holds the call. The programs of a split row have one inbox each, so none may take a second row;
+    and parts are whole 16 bytes."""
+    if ws.world * op.rows * op.row_words > ws.slot_words or op.row_words % (4 * split) or split > MAX_SPLIT:
+        return False
+    return split == 1 or op.rows * split <= ws.max_blocks
+
+
+def default_warps(op: Operands, split: int) -> int:
+    """One 16-byte load a thread and rank: the shortest code, and the most loads in flight. Never more threads than
+    that, because a word must be read by one thread only."""
+    return max(1, min(32, next_power_of_2(op.row_words // split) // 128))
+
+
+def constants(op: Operands, world: int, split: int, many: bool, spin: bool | None) -> dict:
+    """The kernel's constexprs, a dict of the caller's own."""
+    return dict(_constants(op.hidden, op.row_words, op.x.element_size(), op.norm, op.post, world, split, many, spin))
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    hidden: int, row_words: int, itemsize: int, norm: str, post: bool, world: int, split: int, many: bool,
+    spin: bool | None,
+) -> dict:  # fmt: skip
+    words = max(next_power_of_2(row_words // split), 4)
+    return {
+        "H": hidden, "ROW_WORDS": row_words, "W": words, "EL": words * (4 // itemsize), "SPLIT": split, "WORLD": world,
+        "NORM": NORMS[norm], "POST": post, "MANY": many, "SPIN": not INTERPRETED if spin is None else spin,
+    }  # fmt: skip

@@ -1,0 +1,205 @@
+"""Waiting for what peers pushed: the one thing that Triton and PTX spell differently.
+
+`receive_sum` adds up the words that every rank put at the same place of its part of a slot. A word that still holds
+SENTINEL has not arrived. Two ways to wait, chosen by the kernel's constant SPIN:
+
+* portable (False): the whole program loads, counts sentinels with a reduction, and loads again until there are none.
+  Runs in Triton's interpreter. Costs a block-wide reduction a round, and one more load at the end.
+* PTX (True): each thread waits for its own 16 bytes of every rank, with all loads in flight.
+
+Either gives up as `watch` says.
+"""
+
+from __future__ import annotations
+
+from ..compat import tl, triton
+from ..device import SENTINEL, unpack
+from .timeout import GONE, LATE, POISON, POLLS, out_of_patience, report
+
+_SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
+
+
+def _spin_ptx(sources: int) -> str:
+    """PTX that loads 4 words from each of `sources` ranks until no word is SENTINEL, or until the wait has lasted too
+    long: then it notes in the watch whose words did not come, and puts POISON in their place.
+
+    Outputs $0 ... $(4 * sources - 1). Inputs of one source: its address, the watch, the epoch, its rank. Of several:
+    the address of source 0, the address to use in place of the own rank's, bytes between sources, own rank; the watch,
+    the epoch. A label inside braces is local, so the text may appear several times in a kernel.
+    """
+    n = 4 * sources
+    watch, epoch = (n + 1, n + 2) if sources == 1 else (n + 4, n + 5)
+    lines = ["{", ".reg .pred p, q;", f".reg .b64 t, a<{sources}>;", ".reg .b32 polls, began, now, limit, gone;"]
+    if sources == 1:
+        lines.append(f"mov.b64 a0, ${n};")
+    else:
+        for s in range(sources):
+            lines.append(f"mad.lo.s64 a{s}, ${n + 2}, {s}, ${n};")
+            lines.append(f"setp.eq.s32 p, ${n + 3}, {s};")
+            lines.append(f"selp.b64 a{s}, ${n + 1}, a{s}, p;")
+    lines += ["mov.b32 polls, 0;", "mov.b32 began, 0;", "AGAIN:"]
+    for s in range(sources):
+        out = ", ".join(f"${4 * s + i}" for i in range(4))
+        lines.append(f"ld.volatile.global.v4.b32 {{{out}}}, [a{s}];")
+    lines += [*_any_empty("p", range(n)), "@!p bra DONE;"]
+    lines += ["add.u32 polls, polls, 1;", f"and.b32 now, polls, {POLLS - 1};"]
+    lines += ["setp.ne.u32 q, now, 0;", "@q bra AGAIN;"]
+    # Once in a while: the time, the limit, and whether somebody else gave up.
+    lines += ["mov.u64 t, %globaltimer;", "shr.u64 t, t, 20;", "cvt.u32.u64 now, t;"]
+    lines += ["setp.eq.u32 q, began, 0;", "selp.b32 began, now, began, q;", "sub.u32 now, now, began;"]
+    assert GONE == 1  # so that one load brings both
+    lines.append(f"ld.volatile.global.v2.b32 {{limit, gone}}, [${watch}];")
+    # Signed: a clock that was read too low, or a beginning too high, must not look like a wait of fifty days.
+    lines += ["setp.lt.s32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
+    lines += ["mov.b32 gone, 1;", f"st.volatile.global.b32 [${watch} + {4 * GONE}], gone;"]
+    lines += [f"shr.u32 now, ${epoch}, 2;", "add.u32 now, now, 1;"]
+    for s in range(sources):
+        words = range(4 * s, 4 * s + 4)
+        lines.append(f"mov.b32 limit, {f'${n + 3}' if sources == 1 else s};")
+        if sources > 1:  # the own rank's place was taken by the next rank
+            lines += [f"setp.eq.s32 q, ${n + 3}, {s};", f"selp.b32 limit, {(s + 1) % sources}, limit, q;"]
+        lines.append(f"mad.wide.u32 t, limit, 4, ${watch};")
+        lines += [*_any_empty("p", words), f"@p st.volatile.global.b32 [t + {4 * LATE}], now;"]
+        for i in words:
+            lines += [f"setp.eq.s32 p, ${i}, {SENTINEL};", f"selp.b32 ${i}, {POISON}, ${i}, p;"]
+    return "\n".join([*lines, "DONE:", "}"])
+
+
+def _any_empty(predicate: str, words: range) -> list[str]:
+    first, *rest = words
+    lines = [f"setp.eq.s32 {predicate}, ${first}, {SENTINEL};"]
+    return lines + [f"setp.eq.or.s32 {predicate}, ${i}, {SENTINEL}, {predicate};" for i in rest]
+
+
+def _constraints(sources: int) -> str:
+    # outputs are written before the inputs are used for the last time: "&" keeps their registers apart
+    inputs = ["l", "l", "r", "r"] if sources == 1 else ["l", "l", "l", "r", "l", "r"]
+    return ",".join(["=&r"] * (4 * sources) + inputs)
+
+
+# Two ranks have one peer. More ranks read one peer twice, in place of the own part: the number of sources and the
+# order of the sum stay constants.
+_SPIN1, _SPIN4, _SPIN8 = (tl.constexpr(_spin_ptx(n)) for n in (1, 4, 8))
+_REGS1, _REGS4, _REGS8 = (tl.constexpr(_constraints(n)) for n in (1, 4, 8))
+_INT = tl.int32
+_INTS1, _INTS4, _INTS8 = (tl.constexpr((_INT,) * (4 * n)) for n in (1, 4, 8))
+
+
+@triton.jit
+def _quad(words, q: tl.constexpr):
+    """The q-th source's four tensors [W/4] interleaved into [W]; each thread keeps the words it loaded."""
+    left = tl.join(words[4 * q], words[4 * q + 2])
+    right = tl.join(words[4 * q + 1], words[4 * q + 3])
+    return tl.join(left, right).reshape(4 * words[4 * q].shape[0])
+
+
+@triton.jit
+def _poll(here, mask, source, epoch, watch_ptr):
+    """Portable: the words at `here`, which rank `source` sends, once there; POISON for those that never come."""
+    words = tl.load(here, mask=mask, other=0, volatile=True)
+    polls = 0
+    began = 0
+    ends = polls < 0
+    while (tl.sum((words == _SENTINEL).to(tl.int32)) > 0) & (not ends):
+        words = tl.load(here, mask=mask, other=0, volatile=True)
+        polls += 1
+        if polls % _POLLS == 0:
+            ends, began = out_of_patience(polls, began, watch_ptr)
+    if ends:
+        missing = words == _SENTINEL
+        report(missing, source, epoch, watch_ptr)
+        words = tl.where(missing, _POISON, words)
+    return words
+
+
+@triton.jit
+def receive(base, W: tl.constexpr, width, source, SHARE: tl.constexpr, epoch, watch_ptr, SPIN: tl.constexpr):
+    """The W words at `base` (`width` of them real), once they have arrived. What lies past `width` means nothing. Word
+    i comes from rank source + i // SHARE, SHARE being a multiple of 4."""
+    if SPIN:
+        at = tl.arange(0, W // 4) * 4
+        at = tl.where(at < width, at, 0)
+        here = (base + at).to(tl.int64)
+        sent = tl.inline_asm_elementwise(
+            _SPIN1, _REGS1, [here, watch_ptr.to(tl.int64), epoch, source + at // SHARE], _INTS1, False, 1
+        )
+        words = _quad(sent, 0)
+    else:
+        at = tl.arange(0, W)
+        words = _poll(base + at, at < width, source + at // SHARE, epoch, watch_ptr)
+    return words
+
+
+@triton.jit
+def receive_block(base, N: tl.constexpr, stride, W: tl.constexpr, width, epoch, watch_ptr, SPIN: tl.constexpr):
+    """The W words of each of N ranks, whose pieces lie `stride` words apart, as `receive` gives them: [N, W]."""
+    source = tl.arange(0, N)[:, None]
+    if SPIN:
+        at = tl.arange(0, W // 4) * 4
+        at = tl.where(at < width, at, 0)
+        here = (base + source * stride + at[None, :]).to(tl.int64)
+        quads = tl.inline_asm_elementwise(
+            _SPIN1, _REGS1, [here, watch_ptr.to(tl.int64), epoch, source], _INTS1, False, 1
+        )
+        left, right = tl.join(quads[0], quads[2]), tl.join(quads[1], quads[3])
+        words = tl.join(left, right).reshape(N, W)
+    else:
+        at = tl.arange(0, W)[None, :]
+        words = _poll(base + source * stride + at, at < width, source + at * 0, epoch, watch_ptr)
+    return words
+
+
+@triton.jit
+def receive_sum(own, base, W: tl.constexpr, width, stride, rank, like_ptr, epoch, watch_ptr, WORLD: tl.constexpr,
+                SPIN: tl.constexpr):  # fmt: skip
+    """The sum over ranks, float32, of the W words at `base + q * stride` (`width` of them real; `own` in place of the
+    own rank's) as elements of the dtype `like_ptr` points to. Added in rank order on every rank, so that all ranks hold
+    bitwise equal results (for two ranks any order is the same)."""
+    other = (rank + 1) % WORLD
+    if SPIN:
+        at = tl.arange(0, W // 4) * 4
+        at = tl.where(at < width, at, 0)
+        first = (base + at).to(tl.int64)
+        spare = (base + other * stride + at).to(tl.int64)
+        step = (stride * 4).to(tl.int64)
+        watch = watch_ptr.to(tl.int64)
+        if WORLD == 2:
+            words = receive(base + other * stride, W, width, other, W, epoch, watch_ptr, SPIN)
+            acc = unpack(own, like_ptr) + unpack(words, like_ptr)
+        else:
+            if WORLD == 4:
+                words = tl.inline_asm_elementwise(
+                    _SPIN4, _REGS4, [first, spare, step, rank, watch, epoch], _INTS4, False, 1
+                )
+            else:
+                words = tl.inline_asm_elementwise(
+                    _SPIN8, _REGS8, [first, spare, step, rank, watch, epoch], _INTS8, False, 1
+                )
+            acc = unpack(tl.where(rank == 0, own, _quad(words, 0)), like_ptr)
+            for q in tl.static_range(1, WORLD):
+                acc += unpack(tl.where(rank == q, own, _quad(words, q)), like_ptr)
+    else:
+        at = tl.arange(0, W)
+        for q in tl.static_range(WORLD):
+            theirs = at < tl.where(rank == q, 0, width)  # nobody sends the own words
+            peers = _poll(base + q * stride + at, theirs, at * 0 + q, epoch, watch_ptr)
+            part = unpack(tl.where(rank == q, own, peers), like_ptr)
+            if q == 0:
+                acc = part
+            else:
+                acc += part
+    return acc
+
+
+@triton.jit
+def clear_one(base, W: tl.constexpr, width):
+    """Empty what `receive` read, once every warp of the program has read it."""
+    at = tl.arange(0, W)
+    tl.store(base + at, tl.full([W], _SENTINEL, tl.int32), mask=at < width)
+
+
+@triton.jit
+def clear(base, W: tl.constexpr, width, stride, rank, WORLD: tl.constexpr):
+    """Empty what `receive_sum` read, once every warp of the program has read it."""
+    for i in tl.static_range(1, WORLD):
+        clear_one(base + ((rank + i) % WORLD) * stride, W, width)

@@ -1,0 +1,152 @@
+"""Lamport two-shot: each rank adds up its own columns of every row, then tells the others.
+
+A row is cut in N chunks. First every rank pushes chunk q of its rows to rank q; each rank adds up the N pieces of its
+own chunk; then it pushes the sum, rounded to the dtype of x as a plain all-reduce rounds it, to every rank. Every rank
+then holds the same whole rows, adds the residual and normalises. This moves 2(N-1)/N of the tensor where the one-shot
+moves N-1 of it, in two trips instead of one. Every program does an equal part of each step, however few the rows.
+
+Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one workspace.
+"""
+
+from __future__ import annotations
+
+from ..compat import next_power_of_2, tl, triton
+from ..device import SENTINEL, advance_epoch, as_words, finish_row, load_eps, load_row, pack, peer, slot_of, unpack
+from .one_shot import constants, default_warps
+from .operands import Launch, Operands, launch_options, prepare
+from .receive import clear_one, receive, receive_block
+from .workspace import CHANNELS, Workspace
+
+_SENTINEL = tl.constexpr(SENTINEL)
+_CHANNELS = tl.constexpr(CHANNELS)
+
+
+@triton.jit
+def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr):
+    """Chunk q of one row to the q-th of `targets` [WORLD, 1], the own chunk to oneself."""
+    at = tl.arange(0, C)[None, :]
+    words = tl.load(x_row + tl.arange(0, WORLD)[:, None] * CHUNK + at, mask=at < CHUNK, other=0)
+    tl.store(targets + at, tl.where(words == _SENTINEL, 0, words), mask=at < CHUNK)
+
+
+@triton.jit
+def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, C: tl.constexpr, CHUNK: tl.constexpr,
+            WORLD: tl.constexpr, SPIN: tl.constexpr):  # fmt: skip
+    """Add up the pieces of the own chunk of one row and store the rounded sum at all `targets`. Only this rank adds
+    these columns, so the order, a fixed one, need not be the rank order for all ranks to hold the same."""
+    at = tl.arange(0, C)[None, :]
+    words = receive_block(pieces, WORLD, stride, C, CHUNK, epoch, watch_ptr, SPIN)
+    total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr)
+    tl.store(targets + at, tl.broadcast_to(total[None, :], (WORLD, C)), mask=at < CHUNK)
+
+
+@triton.jit
+def _finish(
+    there, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps, weight_offset, alpha, like_ptr, pid, epoch, watch_ptr,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
+):  # fmt: skip
+    """Wait for the sums of one row, from all ranks, and finish it."""
+    cols = tl.arange(0, EL)
+    mask = cols < H
+    residual_row = residual_ptr
+    if residual_ptr is not None:
+        residual_row = residual_ptr + row * H
+    residual, pre_bias, weight, bias = load_row(
+        residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
+    )
+    s = unpack(receive(there, W, ROW_WORDS, 0, CHUNK, epoch, watch_ptr, SPIN), like_ptr)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
+    finish_row(
+        s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+        row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _empty(pieces, there, stride, C: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, ROW_WORDS: tl.constexpr,
+           WORLD: tl.constexpr):  # fmt: skip
+    """Empty what was read of one row, once every warp of the program has read it."""
+    at = tl.arange(0, C)[None, :]
+    tl.debug_barrier()
+    here = pieces + tl.arange(0, WORLD)[:, None] * stride + at
+    tl.store(here, tl.full([WORLD, C], _SENTINEL, tl.int32), mask=at < CHUNK)
+    clear_one(there, W, ROW_WORDS)
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "slot_words"],
+            do_not_specialize_on_alignment=["eps_ptr"])  # fmt: skip
+def _two_shot_kernel(
+    x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
+    H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    CHUNK: tl.constexpr = ROW_WORDS // WORLD
+    pid = tl.program_id(0) + first
+    epoch = tl.load(state_ptr + pid)
+    slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
+    totals = slot + rows * ROW_WORDS  # the second part of the slot: whole rows of sums
+    x_words = as_words(x_ptr)
+    bases = tl.load(peers_ptr + tl.arange(0, WORLD)).to(tl.pointer_type(tl.int32))
+    bases = tl.multiple_of(bases, 16)[:, None]
+    mine = peer(peers_ptr, rank)
+    stride = rows * CHUNK  # between the pieces of different ranks
+    eps = load_eps(eps_ptr, eps)
+    row = pid
+    _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
+    # Each row is scattered two rows, and added up one row, before it is finished (docs/kernels.md).
+    if MANY:
+        sent = row + programs
+        if sent < rows:
+            _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+    there = bases + totals + row * ROW_WORDS + rank * CHUNK
+    _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+    if MANY:
+        while row < rows:
+            added = row + programs
+            sent = added + programs
+            if sent < rows:
+                _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+            if added < rows:
+                there = bases + totals + added * ROW_WORDS + rank * CHUNK
+                _reduce(mine + slot + added * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+            _finish(
+                mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
+                residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
+                epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+            )  # fmt: skip
+            _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
+            row = added
+    else:
+        _finish(
+            mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
+            residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
+            epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+        )  # fmt: skip
+        _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
+    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+
+
+def fits(op: Operands, ws: Workspace) -> bool:
+    """Whether a slot holds the call and a row divides into chunks of whole 16 bytes."""
+    return 2 * op.rows * op.row_words <= ws.slot_words and op.row_words % (4 * ws.world) == 0
+
+
+def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, first: int | None = None,
+             spin: bool | None = None) -> Launch:  # fmt: skip
+    """The kernel bound to this rank's operands, as `one_shot` binds its own."""
+    ready = prepare(op)
+    programs = min(op.rows, ws.max_blocks)
+    args = (
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        programs, first or 0,
+    )  # fmt: skip
+    settings = constants(op, ws.world, 1, programs < op.rows, spin)
+    settings |= {"C": next_power_of_2(op.row_words // ws.world)}
+    del settings["SPLIT"]
+    settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 32 lose with many rows
+    kernel = _two_shot_kernel if op.rows else None
+    return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)

@@ -1,0 +1,114 @@
+"""The memory that the ranks of one group share, and the state that says which part of it is in use.
+
+One `Workspace` a rank. `buffer` is symmetric: every rank can address every other rank's. Its 32-bit words are
+
+    3 slots of slot_words          written by peers, read and emptied by the owner (one-shot and two-shot, `lamport`)
+    2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
+    2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel); 1 before that
+
+`state` is the owner's alone: CHANNELS epochs (always equal to each other; the slot in the low two bits, the count of
+calls above), then two sets of inboxes through which the programs of one row talk to each other. At rest every word of
+slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and tells the host of those that did not come
+(see `watch`).
+
+The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of
+several ranks that live on a single device, or on CPU tensors in shared memory. docs/kernels.md has the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import OpError
+from ..device import SENTINEL
+from .timeout import new_watch
+
+SLOTS = 3
+CHANNELS = 256  # most programs of one call
+MAX_SPLIT = 8  # most programs of one row
+INBOX_WORDS = CHANNELS * MAX_SPLIT
+STATE_WORDS = CHANNELS + 2 * INBOX_WORDS
+DEFAULT_SLOT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """One rank's view. `peers`: int64 [world], addresses of all ranks' buffers; `max_blocks`: most programs that may be
+    resident at once, lowered by a harness whose ranks share one device; `owner` keeps the mapping alive;
+    `device_name`: under which name dispatch tables are searched, where that is not torch.cuda's."""
+
+    rank: int
+    world: int
+    slot_words: int
+    stage_words: int
+    max_blocks: int
+    buffer: Tensor
+    peers: Tensor
+    state: Tensor
+    watch: Tensor
+    owner: Any = None
+    device_name: str = ""
+
+    @property
+    def slots_end(self) -> int:
+        """Where the stages begin."""
+        return SLOTS * self.slot_words
+
+    @property
+    def flags_offset(self) -> int:
+        return SLOTS * self.slot_words + 2 * self.stage_words
+
+
+def stage_words_of(slot_words: int, world: int) -> int:
+    """A stage holds one rank's rows, a slot those of all ranks. Rounded up to 16 bytes."""
+    return -(-slot_words // world // 4) * 4
+
+
+def buffer_words(slot_words: int, world: int) -> int:
+    return SLOTS * slot_words + 2 * stage_words_of(slot_words, world) + 2 * CHANNELS * world
+
+
+def initialise(buffer: Tensor, state: Tensor, slot_words: int) -> None:
+    """Bring buffer and state to rest. Every rank must have done so before any rank launches a kernel."""
+    buffer[: SLOTS * slot_words].fill_(SENTINEL)
+    buffer[SLOTS * slot_words :].fill_(1)
+    state[:CHANNELS].zero_()
+    state[CHANNELS:].fill_(SENTINEL)
+
+
+def from_buffers(
+    rank: int, addresses: Sequence[int], buffer: Tensor, state: Tensor, slot_words: int, max_blocks: int, owner: Any,
+    peers: Tensor | None = None, watch: Tensor | None = None,
+) -> Workspace:  # fmt: skip
+    """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer. `peers`: int64
+    [world] memory to keep them in, else allocated; likewise `watch`."""
+    world = len(addresses)
+    if buffer_words(slot_words, world) >= 1 << 31:
+        raise OpError(f"a workspace of {4 * buffer_words(slot_words, world):,} bytes is more than kernels address")
+    listed = torch.tensor(list(addresses), dtype=torch.int64)
+    peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
+    stage = stage_words_of(slot_words, world)
+    watch = new_watch(buffer.device) if watch is None else watch
+    return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, watch, owner)
+
+
+def virtual_ranks(
+    world: int, device: torch.device | str, max_blocks: int, slot_bytes: int = DEFAULT_SLOT_BYTES
+) -> list[Workspace]:
+    """The workspaces of `world` ranks that share one device, each with all buffers. `max_blocks` must keep the programs
+    of all ranks together resident at once, or they wait for each other forever."""
+    slot_words = slot_bytes // 16 * 4
+    buffers = [torch.empty(buffer_words(slot_words, world), dtype=torch.int32, device=device) for _ in range(world)]
+    states = [torch.empty(STATE_WORDS, dtype=torch.int32, device=device) for _ in range(world)]
+    for buffer, state in zip(buffers, states, strict=True):
+        initialise(buffer, state, slot_words)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    return [
+        from_buffers(rank, addresses, buffers[rank], states[rank], slot_words, max_blocks, owner=tuple(buffers))
+        for rank in range(world)
+    ]

@@ -1,0 +1,1 @@
+"""Decide: recognised facts in, a rewrite and a reason out."""

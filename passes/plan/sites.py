@@ -1,0 +1,100 @@
+"""Plan: which rewrite a site gets, which of its sums it pays, and why the others are left. Pure Python.
+
+No FX and no torch.distributed here: a plan is decided from the recognised facts alone, which are equal on all ranks
+of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..facts.checkpoint import ASTRIDE
+from ..recognise.sites import Owed, Recognition, Site
+
+#: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
+REWRITES = (
+    "all_reduce_norm",
+    "merge_all_reduces",
+    "all_reduce_post_norm",
+    "share_attention_group",
+    "scatter_dense",
+    "gather_full_tp",
+    "reduce_scatter_norm",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rewrite chosen for one site: `rewrite` is its name, `paid` the sums that the fused operation takes over."""
+
+    site: Site
+    rewrite: str
+    paid: tuple[Owed, ...]
+    post: bool
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The plans in graph order, and for every all-reduce of a site that stays the reason."""
+
+    plans: tuple[Plan, ...]
+    refusals: tuple[tuple[Owed, str], ...]
+
+
+def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Decisions:
+    """Decide every site."""
+    plans: list[Plan] = []
+    refusals: list[tuple[Owed, str]] = []
+    for site in recognition.sites:
+        refusals += site.left
+        if site.problem:
+            refusals += [(owed, site.problem) for owed in site.owed]
+            continue
+        if site.astride:
+            refusals += [(owed, ASTRIDE) for owed in site.owed]
+            continue
+        paid, left = _paid_together(site, "merge_all_reduces" in rewrites)
+        post = site.add_after is not None and "all_reduce_post_norm" in rewrites
+        rewrite = "merge_all_reduces" if len(paid) > 1 else "all_reduce_post_norm" if post else "all_reduce_norm"
+        if rewrite not in rewrites:
+            refusals += [(owed, f"the rewrite {rewrite} is switched off") for owed in site.owed]
+            continue
+        refusals += left
+        plans.append(Plan(site, rewrite, paid, post))
+    return Decisions(tuple(plans), tuple(refusals))
+
+
+def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tuple[Owed, str]]]:
+    """The sums one fused operation can pay: the last one, and those that may be added to it before summing."""
+    last = site.owed[-1]
+    for owed in site.owed:
+        if last.collective.node < owed.collective.node:
+            last = owed
+    paid, left = [last], []
+    for owed in site.owed:
+        if owed is last:
+            continue
+        reason = _cannot_join(owed, last, merge)
+        if reason:
+            left.append((owed, reason))
+        else:
+            paid.append(owed)
+    if len(paid) > 1 and last.used_alone:
+        reason = "it meets another all-reduce before the norm, whose sum is also used on its own, so they stay apart"
+        return (last,), left + [(owed, reason) for owed in paid[1:]]
+    return tuple(paid), left
+
+
+def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
+    a, b = owed.collective, last.collective
+    if not merge:
+        return "the rewrite merge_all_reduces is switched off"
+    if a.ranks != b.ranks:
+        return f"the norm reads the sum of two all-reduces over different ranks, {list(a.ranks)} and {list(b.ranks)}"
+    if a.reduce_op.lower() != b.reduce_op.lower():
+        return f"the norm reads the sum of all-reduces with reduce ops {a.reduce_op!r} and {b.reduce_op!r}"
+    if owed.used_alone:
+        return "its sum is used on its own besides being added to another all-reduce, so the two cannot be one"
+    if last.fed_by_others:
+        return "the other all-reduce that the norm reads is computed from this one"
+    return ""

@@ -1,0 +1,1 @@
+"""Find norms, sums, boundaries and residual streams, and what may not be moved. Changes nothing."""

@@ -1,0 +1,361 @@
+"""Recognise: collectives, norms, and the sites where a norm reads an owed sum. Reads the graph, changes nothing."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.checkpoint import is_astride, is_checkpointed
+from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.graph import (
+    depends_on,
+    is_call,
+    last_dim,
+    region_between,
+    row_major,
+    same_shape,
+    same_size,
+    same_strides,
+    tensor_inputs,
+    value,
+    why_unusual,
+)
+from .divergence import Parting, differs_between_ranks, find_partings
+from .hazards import Hazards
+from .norms import Norm, find_norms
+from .sums import Sum, Term, decompose
+
+
+@dataclass(frozen=True)
+class Owed:
+    """One all-reduce a norm reads, with what decides whether it can be summed together with others.
+
+    `used_alone`: something besides this norm's own addition needs this sum by itself.
+    `fed_by_others`: its partial input is computed from another of the site's sums, so that one must be paid first.
+    """
+
+    collective: Collective
+    used_alone: bool
+    fed_by_others: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
+
+    `own_addend`: what is added may be a rank's own, so every rank has to finish all rows itself.
+    `left`: sums that the norm reads as well and that have to be finished by themselves, each with the reason.
+    `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
+    `astride`: in a graph that is still to be split into forward and backward, an activation checkpoint treats parts of
+    the boundary differently.
+    """
+
+    norm: Norm
+    hidden: fx.Node
+    owed: tuple[Owed, ...]
+    add_after: fx.Node | None = None
+    residual_after: fx.Node | None = None
+    problem: str = ""
+    astride: bool = False
+    left: tuple[tuple[Owed, str], ...] = ()
+    own_addend: bool = False
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """All that was found in one graph, in graph order."""
+
+    collectives: tuple[Collective, ...]
+    norms: tuple[Norm, ...]
+    sites: tuple[Site, ...]
+    backward: frozenset[fx.Node] = field(default_factory=frozenset)
+
+
+@dataclass
+class _Known:
+    """What is known of the graph when a norm is looked at.
+
+    eligible: results of the all-reduces that are still owed. parting: where ranks differ. fixed: hidden states of
+    sites before this one; unfused: of those whose sums cannot be. A later norm takes both as they are.
+    """
+
+    eligible: dict[fx.Node, Collective]
+    hazards: Hazards
+    parting: Parting
+    fixed: set[fx.Node] = field(default_factory=set)
+    unfused: set[fx.Node] = field(default_factory=set)
+
+
+def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
+    """Find every collective and norm of `graph`, and pair them up.
+
+    Sites come in graph order, and each all-reduce belongs to the first norm that reads it: later norms see the
+    residual stream that this one hands on.
+    """
+    collectives = find_collectives(graph, resolve)
+    norms = find_norms(graph) if collectives else []
+    backward = backward_nodes(graph)
+    if not norms:
+        return Recognition(tuple(collectives), (), (), frozenset(backward))
+    eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
+    known = _Known(eligible, Hazards(graph), find_partings(collectives))
+    to_be_split = bool(backward) and is_checkpointed(graph)
+    sites: list[Site] = []
+    for norm in norms:
+        site = _site(norm, known)
+        if site is None:
+            continue
+        if to_be_split:
+            site = replace(site, astride=is_astride(_replaced_by_fusing(site)))
+        sites.append(site)
+        if norm.problem:  # another norm may still take over the sums
+            continue
+        if site.problem:
+            known.unfused.add(site.hidden)
+        else:
+            for owed in site.owed:  # paid once
+                eligible.pop(owed.collective.result, None)
+            known.fixed.add(site.hidden)
+    return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward))
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint graph that are computed from the incoming gradients."""
+    backward: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if str(node.target).startswith("tangents"):
+                backward.add(node)
+        elif node.op != "output" and any(parent in backward for parent in node.all_input_nodes):
+            backward.add(node)
+    return backward
+
+
+# -- one site ---------------------------------------------------------------------------------------------------------
+
+
+def _site(norm: Norm, known: _Known) -> Site | None:
+    owed = known.eligible
+    hidden = hidden_of(norm, set(owed))
+    if hidden in known.fixed:
+        return None
+    left: list[tuple[Owed, str]] = []
+    while True:
+        waits = set(owed) - {alone.collective.result for alone, _ in left}
+        total = decompose(hidden, waits, known.fixed | (known.unfused - {hidden}))
+        if not total.owed:
+            return None
+        site = Site(norm, hidden, tuple(_owed(term, total, owed) for term in _one_term_each(total)))
+        stuck = _stuck(site, total, known.parting)
+        if not stuck or len(stuck) == len(site.owed):
+            break
+        left += stuck
+    add_after, residual_after = _add_after(norm, total)
+    addends = [term.leaf for term in total.replicated] + ([residual_after] if residual_after is not None else [])
+    own = any(_is_a_ranks_own(site, node, known.parting) for node in addends)
+    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left), own_addend=own)
+    problem = norm.problem or total.problem or site_problem(site, total, stuck)
+    return replace(site, problem=problem or _hazard(site, total, known.hazards))
+
+
+def _is_a_ranks_own(site: Site, node: fx.Node, parting: Parting) -> bool:
+    """Whether an addend may differ between the ranks that are summed over. Random masks on the residual stream are the
+    user's to keep equal: where they are not, ranks compute with different hidden states, fused or not."""
+    groups = dict.fromkeys(owed.collective.ranks for owed in site.owed)
+    return any(differs_between_ranks(node, ranks, parting, sums_only=True) for ranks in groups)
+
+
+def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
+    """The residual stream's node: the norm's source without the views and casts on top that keep its last dimension."""
+    node = norm.source
+    while node not in owed and is_call(node, ops.VIEWS | ops.CASTS) and isinstance(node.args[0], fx.Node):
+        below = node.args[0]
+        val = value(below)
+        if val is None or val.dtype not in ops.FLOATS or not same_size(last_dim(below), last_dim(node)):
+            break
+        if is_call(node, ops.REORDERINGS):  # may move rows about; the hidden states are taken above it
+            break
+        node = below
+    return node
+
+
+def _replaced_by_fusing(site: Site) -> set[fx.Node]:
+    results = {owed.collective.result for owed in site.owed}
+    nodes = region_between(site.add_after or site.norm.output, results) | results
+    return nodes | {owed.collective.node for owed in site.owed}
+
+
+def _one_term_each(total: Sum) -> list[Term]:
+    seen: dict[fx.Node, Term] = {}
+    for term in total.owed:
+        seen.setdefault(term.leaf, term)
+    return list(seen.values())
+
+
+def _owed(term: Term, total: Sum, owed: dict[fx.Node, Collective]) -> Owed:
+    collective = owed[term.leaf]
+    others = {other.leaf for other in total.owed} - {term.leaf}
+    inside = set(total.interior)
+    used_alone = any(user not in inside for user in term.leaf.users)
+    # A node between this sum and the total that something else reads is a use of this sum by itself, too.
+    below = _between(term.leaf, inside)
+    used_alone = used_alone or any(user not in inside for node in below - {total.root} for user in node.users)
+    return Owed(collective, used_alone, depends_on(collective.input, others))
+
+
+def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [leaf]
+    while pending:
+        for user in pending.pop().users:
+            if user in inside and user not in found:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
+    """The residual addition behind the norm, if the normed value goes there and nowhere else."""
+    if total.replicated or len(norm.output.users) != 1:
+        return None, None
+    (user,) = norm.output.users
+    if not is_call(user, ops.ADDS) or len(user.args) < 2 or user.kwargs.get("alpha", 1) != 1:
+        return None, None
+    left, right = user.args[:2]
+    residual = right if left is norm.output else left
+    if not isinstance(residual, fx.Node) or residual is norm.output:
+        return None, None
+    if not (same_shape(residual, user) and same_shape(norm.output, user) and same_shape(user, total.root)):
+        return None, None
+    val = value(residual)
+    if val is None or val.dtype not in ops.FLOATS or value(user).dtype not in ops.FLOATS:
+        return None, None
+    if depends_on(residual, {term.leaf for term in total.owed}):
+        return None, None
+    return user, residual
+
+
+# -- what stands in the way -------------------------------------------------------------------------------------------
+
+
+def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> str:
+    """Why the site cannot be fused whatever the plan: one sentence, or ''. `stuck`: as of `_stuck`."""
+    hidden, norm = site.hidden, site.norm
+    problem = _values_problem(site, total)
+    if problem:
+        return problem
+    if not same_size(last_dim(hidden), last_dim(norm.source)):
+        return "a view between the all-reduce and the norm changes the last dimension"
+    for node in total.interior:
+        dtypes = {value(child).dtype for child in tensor_inputs(node) if value(child) is not None}
+        if is_call(node, ops.ADDS | ops.SUBS) and len(dtypes) > 1:
+            mixed = " and ".join(sorted(map(str, dtypes)))
+            return f"an addition before the norm mixes {mixed}; cast one side explicitly"
+    if not all(math.isfinite(term.scale) for term in total.terms):
+        return "the numbers that the all-reduced sum is multiplied by have a product that is not finite"
+    if any(abs(term.scale) < sys.float_info.min for term in total.owed):
+        return "the all-reduced sum is multiplied by zero before the norm, or subtracted from itself"
+    leaves = {term.leaf for term in total.owed}
+    if len(leaves) < len(total.owed):
+        return "the all-reduced sum is added to a rearrangement of itself before the norm"
+    if stuck:
+        return stuck[0][1]
+    for term in total.replicated:
+        if depends_on(term.leaf, leaves):
+            return "a value that is added before the norm is itself computed from the all-reduced sum"
+    for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
+        if vector is None:
+            continue
+        if value(vector) is None or not same_size(last_dim(vector), last_dim(hidden)):
+            return f"the norm's {role} is not one value per hidden unit"
+        if depends_on(vector, leaves):
+            return f"the norm's {role} is computed from the all-reduced sum"
+    if isinstance(norm.eps, fx.Node) and depends_on(norm.eps, leaves):
+        return "the norm's eps is computed from the all-reduced sum"
+    return ""
+
+
+def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, str]]:
+    """The sums whose gates and selections may not move before the all-reduce, each with the reason."""
+    leaves = {term.leaf for term in total.owed}
+    by_leaf = {owed.collective.result: owed for owed in site.owed}
+    found = {}
+    for term in total.owed:
+        owed = by_leaf[term.leaf]
+        reason = _step_problem(term, owed, leaves, parting)
+        if reason:
+            found.setdefault(term.leaf, (owed, reason))
+    return list(found.values())
+
+
+def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> str:
+    for gate in (gate for step in term.gates for gate in step.others):
+        if depends_on(gate, leaves):
+            return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
+        reason = differs_between_ranks(gate, owed.collective.ranks, parting)
+        if reason:
+            return f"the all-reduced sum is multiplied by {reason}"
+    if owed.used_alone and not term.only_reshapes:
+        step = next(step for step in term.steps if not step.reshapes)
+        return (
+            f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
+            "only one of the two could be had from a fused operation"
+        )
+    return ""
+
+
+def _values_problem(site: Site, total: Sum) -> str:
+    """Whether every tensor that the fused operation reads or gives is a plain one, on one device, laid out in rows."""
+    norm, hidden = site.norm, site.hidden
+    out = site.add_after if site.add_after is not None else norm.output
+    named = [("the hidden states", hidden), ("the normed value", out), ("the norm's input", norm.source)]
+    named += [("the all-reduce's input", owed.collective.input) for owed in site.owed]
+    named += [("a value that is added before the norm", term.leaf) for term in total.replicated]
+    vectors = (("the norm's weight", norm.weight), ("the norm's bias", norm.bias))
+    named += [(what, node) for what, node in (*vectors, ("the residual", site.residual_after)) if node is not None]
+    device = value(hidden).device if value(hidden) is not None else None
+    for what, node in named:
+        problem = why_unusual(node, what)
+        if problem:
+            return problem
+        if value(node).device != device:
+            return f"{what} is on {value(node).device}, and the hidden states are on {device}"
+    if isinstance(norm.eps, fx.Node) and value(norm.eps) is None:
+        return "the norm's eps is computed in the graph and is no tensor"
+    if value(hidden).dim() == 0:
+        return "the hidden states are a single number and have no dimension to normalise"
+    for node in total.interior:
+        if any("val" not in parent.meta for parent in node.all_input_nodes):
+            return f"an input of {node.target} has no fake value (meta['val'])"
+    return _strides_problem(norm, hidden, out)
+
+
+def _strides_problem(norm: Norm, hidden: fx.Node, out: fx.Node) -> str:
+    """The fused operation gives compact rows, and the views between hidden states and norm are repeated on those."""
+    compact = row_major(hidden)
+    # Rows chosen out of a larger tensor may be handed out compact; another order of the dimensions may not.
+    if not compact and not (norm.source is hidden and is_call(hidden, ops.SELECTIONS)):
+        strides = tuple(value(hidden).stride())
+        return f"the hidden states do not lie in memory row after row: their strides are {strides}"
+    if not same_shape(out, norm.source) or not (same_strides(out, norm.source) if compact else row_major(out)):
+        return "the normed value has another shape or other strides than what is normalised"
+    return ""
+
+
+def _hazard(site: Site, total: Sum, hazards: Hazards) -> str:
+    """What stands between the all-reduce and the norm that reads may not be moved past."""
+    norm = site.norm
+    read = [owed.collective.input for owed in site.owed]
+    read += [*(term.leaf for term in total.replicated), *total.gates]
+    read += [node for node in (norm.weight, norm.bias, norm.eps, site.residual_after) if isinstance(node, fx.Node)]
+    paid = {owed.collective.result for owed in site.owed}
+    out = site.add_after if site.add_after is not None else norm.output
+    return hazards.problem(read, paid, {*total.interior, site.hidden}, out, max(out, norm.output))
+
+
+__all__ = ["Owed", "Recognition", "Site", "backward_nodes", "recognise"]

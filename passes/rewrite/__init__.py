@@ -1,0 +1,1 @@
+"""Edit a graph for a plan that was chosen: one file a rewrite."""

@@ -1,0 +1,178 @@
+"""Choose the layouts of the residual streams, and rebuild their stages: scatter_dense, share_attention_group,
+gather_full_tp, reduce_scatter_norm.
+
+Layouts change only in graphs without a backward pass. In a joint graph the backward of every norm and of every addition
+reads, and gives, the rows that forward had: own rows saved in forward would have to be gathered again there (as many
+bytes as the reduce-scatter saved), and the gradients of the norms' weights would become partial sums over the attention
+group, which no hook pays. Sums over the whole group are factored there too: no gradient reads a sum or its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.graph import region_between, same_size, value
+from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
+from ..recognise.sites import backward_nodes, recognise
+from ..recognise.streams import StreamStage, find_streams, moves_rows
+from ..verdict.accounting import origin
+from .chain import Chain, Moved
+from .factor import Factored, factor_sums, unfactor
+from .to_replicated import fuse_scattered, replicate
+from .to_scattered import scatter
+
+IN_TRAINING = (
+    "in a training graph the residual stream keeps its layout: the backward pass reads the rows that forward had, so "
+    "own rows would have to be gathered again there, for as many bytes as scattering saves"
+)
+
+KEPT = "the residual stream keeps its layout here: "
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides layouts; equal on all ranks. rows: the policy's maximum, or None."""
+
+    residual: str = "auto"
+    rows: int | None = None
+    rewrites: tuple[str, ...] = ()
+    inference: bool = True
+
+
+def relayout(
+    graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str], choice: Choice
+) -> Moved:
+    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use; of groups with
+    equal members, the one that comes first in the graph is used, since the graph's ranks are known to meet there."""
+    moved = Moved()
+    if not moves_rows(graph):
+        return moved
+    written = {c.ranks: c.group_name for c in reversed(find_collectives(graph, resolve)) if c.ranks and c.group_name}
+    names = names | written
+    factored = factor_sums(graph, resolve, rank, names) if "gather_full_tp" in choice.rewrites else []
+    for one in factored:
+        reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
+        moved.verdicts[one.name] = ("gather_full_tp", False, reason)
+    if choice.inference:
+        _read_sizes_off_inputs(graph)
+        for ranks, stream in find_streams(graph, resolve, rank).items():
+            gathers = {origin(c.node) for c in find_collectives(graph, resolve) if c.kind != "all_reduce"}
+            left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
+            if stream.stages:
+                _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved), factored, choice)
+            moved.kept |= left
+    else:
+        moved.kept |= {c.node.name: IN_TRAINING for c in _gathers_of_rows(graph, resolve)}
+    _keep_whole(graph, resolve, factored, choice, moved)
+    return moved
+
+
+def _read_sizes_off_inputs(graph: fx.Graph) -> None:
+    """So that nothing that is about to go is read for its sizes alone."""
+    sizes = [node for node in graph.nodes if node.target is ops.aten.sym_size.int]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and value(node) is not None]
+    known = [(node, dim) for node in inputs for dim in range(value(node).dim())]
+    for node in sizes:
+        size = node.meta.get("val")
+        place = next(((other, dim) for other, dim in known if same_size(value(other).shape[dim], size)), None)
+        node.args = node.args if place is None else place
+
+
+def _gathers_of_rows(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]:
+    """The forward gathers of rows; an output projection gathers columns, of a tensor that is not flattened."""
+    backward = backward_nodes(graph)
+    found = [c for c in find_collectives(graph, resolve) if c.kind == "all_gather" and c.node not in backward]
+    return [c for c in found if value(c.node) is not None and value(c.node).dim() == 2]
+
+
+def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None:
+    stages = chain.stages
+    seconds = {one.second: one for one in factored}
+    dp = [len(g.ranks) for stage in stages if not stage.scattered_form for g in stage.gathers]
+    dp += [seconds[stage.addend.collective.node].parts for stage in stages if stage.addend.collective.node in seconds]
+    sizes = _sizes(stages[0].hidden, len(chain.ranks), max(dp, default=1), choice)
+    inside = {node for stage in stages for node in stage.total.interior}
+    planned = [_stage(stage, inside, stage.addend.collective.node in seconds) for stage in stages]
+    for stage, layout in zip(stages, choose(planned, sizes, choice.residual), strict=True):
+        chain.arrive(stage)
+        own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
+        layout = _allowed(chain, stage, layout, choice.rewrites)
+        if layout != own:
+            (scatter if layout == SCATTERED else replicate)(chain, stage)
+        elif stage.scattered_form and "reduce_scatter_norm" in choice.rewrites:
+            fuse_scattered(chain, stage)
+    chain.hand_out_hidden()
+    chain.sweep()
+
+
+def _keep_whole(graph: fx.Graph, resolve: ResolveGroup, factored: list[Factored], choice: Choice, moved: Moved) -> None:
+    """Take factors back where the replica's rows stayed wanted and one all-reduce over the whole group is cheaper."""
+    left = set(graph.nodes)
+    sizes = {one: _sizes_of_factors(one, resolve, choice) for one in factored if one.second in left}
+    cheaper = [one for one, its in sizes.items() if paid_whole(its) == UNFACTORED]
+    if not cheaper:
+        return
+    # Where a norm reads two sums, the second half joins the other sum's all-reduce and costs nothing more.
+    joined = {o.collective.node for site in recognise(graph, resolve).sites if len(site.owed) > 1 for o in site.owed}
+    for one in cheaper:
+        if one.second not in joined:
+            unfactor(graph, one)
+            moved.verdicts.pop(one.name)
+            moved.kept[one.name] = _why_whole(choice)
+            if choice.rows is not None:
+                moved.demanded.add(one.name)
+
+
+def _why_whole(choice: Choice) -> str:
+    start = "one all-reduce over the whole group costs less than a reduce-scatter and a fused all-reduce at "
+    if choice.rows is not None:
+        return f"{start}{choice.rows} rows, which the policy states as max_rows: so the policy asks for it to stay"
+    return (
+        f"{start}{NOMINAL_ROWS} rows, which are assumed because the policy states no max_rows; state max_rows, or "
+        "residual='scattered', in the policy"
+    )
+
+
+def _sizes_of_factors(factored: Factored, resolve: ResolveGroup, choice: Choice) -> Sizes:
+    whole = resolve(factored.group_name)
+    return _sizes(factored.paid, len(whole) // factored.parts, factored.parts, choice)
+
+
+def _sizes(hidden: fx.Node, attn: int, dp: int, choice: Choice) -> Sizes:
+    """Of the hidden states' own sizes only the last is equal on all ranks whatever they compile."""
+    val = value(hidden)
+    width = val.shape[-1] if isinstance(val.shape[-1], int) else 4096
+    return Sizes(attn, dp, (choice.rows or NOMINAL_ROWS) * width * val.element_size())
+
+
+def _allowed(chain: Chain, stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
+    """The layout, or the one the stage is written in where it cannot change, or the rewrite for it is switched off."""
+    own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
+    if layout == own or (stage.scattered_form and not stage.clonable):
+        return own
+    if not chain.knows_sizes(stage):
+        reason = KEPT + "a symbolic size of its hidden states can be read off no value that stays in the graph"
+        chain.moved.kept[origin(stage.addend.collective.node)] = reason
+        return own
+    rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
+    return layout if rewrite in rewrites else own
+
+
+def _stage(stage: StreamStage, inside: set[fx.Node], factored: bool) -> Stage:
+    wants = set()
+    if stage.cuts:
+        wants.add("own_rows")
+    if stage.gathers:
+        wants.add("all_rows" if stage.scattered_form else "dp_rows")
+    elif not stage.cuts:
+        wants.add("own_rows" if stage.scattered_form else "all_rows")
+    owed = "owed_whole" if factored else "owed_attn"
+    kind = {"owed": owed, "scattered": "owed_attn", "gathered": "own_rows"}[stage.addend.kind]
+    chain = region_between(stage.norm.output, {stage.hidden})
+    outside = any(user not in inside and user not in chain for user in stage.hidden.users)
+    return Stage(kind, frozenset(wants), stage.previous is not None, outside and not stage.scattered_form)

@@ -1,0 +1,85 @@
+"""Stages written over a scattered residual stream: SCATTERED → TP_ATTN_FULL (share_attention_group), or fused in place.
+
+reduce-scatter, + own residual, norm, all-gather  →  all-reduce, + residual, norm
+reduce-scatter, + own residual, norm              →  one operation (reduce_scatter_norm)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.graph import fake_result, insert_call, inserting_behind, region_between, same_shape, value
+from ..plan.layouts import TP_ATTN_FULL
+from ..recognise.streams import StreamStage, divides
+from ..verdict.accounting import origin
+from .all_reduce_norm import sizes_of
+from .chain import Chain
+
+aten, c10d = ops.aten, ops.c10d
+
+
+def replicate(chain: Chain, stage: StreamStage) -> None:
+    """The same sums, unscattered: the all-reduce this writes is fused with its norm like any other afterwards."""
+    norm, addend, graph = stage.norm, stage.addend, chain.graph
+    with inserting_behind(graph, norm.output):
+        reduced = (addend.source, "sum", addend.collective.group_name)
+        node = insert_call(graph, c10d.all_reduce.default, reduced, like=addend.collective.node)
+        chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, "")
+        chain.moved.layouts[origin(addend.collective.node)] = TP_ATTN_FULL
+        replacements = {addend.leaf: insert_call(graph, ops.WAIT, (node,), like=addend.leaf)}
+        for term in stage.residuals:
+            replacements[term.leaf] = chain.full_of(term.leaf, stage)
+        hidden = _cloned(chain, stage.hidden, replacements, set(stage.total.interior))
+        chain.full[stage.hidden] = hidden
+        between = region_between(norm.output, {stage.hidden}) - {stage.hidden}
+        y = _cloned(chain, norm.output, {stage.hidden: hidden}, between)
+        for gather in stage.gathers:
+            gather.wait.replace_all_uses_with(chain.shaped(y, gather.wait), propagate_meta=False)
+            chain.replaced |= {gather.wait, gather.node}
+            reason = "the residual stream is kept replicated over the group, so nothing is left to gather"
+            chain.moved.verdicts[origin(gather.node)] = ("share_attention_group", False, reason)
+            chain.moved.layouts[origin(gather.node)] = TP_ATTN_FULL
+        if chain.alive(norm.output):
+            norm.output.replace_all_uses_with(chain.cut(y, norm.output), propagate_meta=False)
+    chain.replaced |= {addend.collective.node, addend.collective.wait}
+
+
+def _cloned(chain: Chain, out: fx.Node, replacements: dict[fx.Node, fx.Node], inside: set[fx.Node]) -> fx.Node:
+    """Copy the nodes `inside` that lead to `out`, reading `replacements`; views with sizes are not among them."""
+    known = dict(replacements)
+    for node in sorted(inside | {out}):
+        if any(parent in known for parent in node.all_input_nodes):
+            copied = chain.graph.node_copy(node, lambda n: known.get(n, n))
+            copied.meta["val"] = fake_result(copied)
+            known[node] = copied
+    return known[out]
+
+
+def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
+    """Reduce-scatter, addition and norm in one operation; the layout stays."""
+    norm, addend, graph = stage.norm, stage.addend, chain.graph
+    hidden = stage.hidden
+    if not divides(chain.parts, value(addend.source).shape[0]) or value(addend.source).dim() != 2:
+        return
+    if any(not same_shape(t.leaf, hidden) for t in stage.residuals) or not same_shape(norm.output, hidden):
+        return
+    if not stage.residuals and value(hidden).dim() != 2:
+        return
+    with inserting_behind(graph, norm.output):
+        vector, residual = chain.operands(stage, own=False)
+        sizes = None
+        if residual is not None and value(hidden).dim() != 2:
+            sizes = sizes_of(graph, residual)
+            residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
+        op = torch.ops.tpfuse.reduce_scatter_norm.default
+        results = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
+        if sizes is not None:
+            results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
+        y, chain.own[hidden] = results
+        norm.output.replace_all_uses_with(y, propagate_meta=False)
+    chain.replaced |= {addend.collective.node, addend.collective.wait}
+    node = addend.collective.node
+    rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"
+    chain.moved.verdicts[origin(node)] = (rewrite, True, "")

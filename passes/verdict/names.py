@@ -1,0 +1,166 @@
+"""Name a boundary: which block produced the sum, and which block reads the normed value. Reads only.
+
+Evidence in this order: a tpfuse role on a module's class, the classes and names in `nn_module_stack`, and, where a
+graph has neither, the operators around.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.collectives import is_collective
+
+aten = ops.aten
+
+#: Tried in this order on every module of the stack: attention inside a MoE model is attention.
+_NAMES = (
+    ("attention", re.compile(r"attn|attention", re.IGNORECASE)),
+    ("moe", re.compile(r"Mo[eE]$|MoeBlock|SparseMoe|[Ee]xperts?$|^(block_sparse_)?moe$|^shared_expert")),
+    ("dense_mlp", re.compile(r"mlp|feed_?forward|ffn|^ff$", re.IGNORECASE)),
+    ("embedding", re.compile(r"embed|^wte$|^wpe$", re.IGNORECASE)),
+)
+
+#: A norm is no block, whatever it is called ("post_feedforward_layernorm", "q_norm" inside an attention).
+_NORM = re.compile(r"norm", re.IGNORECASE)
+
+_ATTENTION_OPS = ("scaled_dot_product", "softmax", "flash_attn", "flex_attention")
+_MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.matmul.default}
+
+
+def boundary_kind(producer: fx.Node, consumer: fx.Node | None, normed: frozenset[fx.Node] = frozenset()) -> str:
+    """`producer`: the collective; `consumer`: the normed value (or the collective's result), or None.
+
+    `normed`: the outputs of the graph's norms, where blocks usually begin.
+    """
+    source = _role(producer)
+    if source is None and (not _stack(producer) or "all_reduce" in str(producer.target)):
+        source = _structural_role(producer, normed)
+    target = _consumer_role(consumer) if consumer is not None else None
+    if source is None:
+        return f"…→{target}" if target == "final_norm" else "unknown"
+    return f"{source}→{target}" if target is not None else "unknown"
+
+
+def module_name(node: fx.Node) -> str:
+    """Qualified name of the innermost module `node` was traced in, as `named_modules` would give it; '' if unknown."""
+    stack = _stack(node)
+    return clean_path(stack[-1][0]) if stack else ""
+
+
+def clean_path(path: str) -> str:
+    """`L['self'].model.layers[0].mlp` -> `model.layers.0.mlp`."""
+    path = re.sub(r"^.*\.cell_contents\.?|^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
+    path = re.sub(r"_modules\['(\w+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), path)
+    return re.sub(r"\.+", ".", path).strip(".").replace("_orig_mod.", "")
+
+
+def _stack(node: fx.Node) -> list[tuple[str, object]]:
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    entries = stack.values() if isinstance(stack, dict) else ()
+    return [(str(entry[0]), entry[1]) for entry in entries if isinstance(entry, tuple) and len(entry) == 2]
+
+
+def _role(node: fx.Node) -> str | None:
+    stack = _stack(node)
+    for _, cls in reversed(stack):
+        role = getattr(cls, "__tpfuse_role__", None)
+        if role is not None:
+            return role.kind
+    names = [(clean_path(path).rsplit(".", 1)[-1], _class_name(cls)) for path, cls in stack]
+    if names and any(_NORM.search(word) for word in names[-1]):
+        return None
+    for role, pattern in _NAMES:
+        for segment, cls in names:
+            if pattern.search(segment) or (pattern.search(cls) and not cls.endswith(("Layer", "Model", "ForCausalLM"))):
+                return role
+    return None
+
+
+def _class_name(cls: object) -> str:
+    return getattr(cls, "__name__", str(cls).rsplit(".", 1)[-1])
+
+
+def _consumer_role(start: fx.Node) -> str | None:
+    """The role of the first block that computes something from `start`; "final_norm" if it is the end of the model.
+    A gather of rows on the way to it is passed through.
+
+    A matrix product in no module whose name tells (a layer that holds its own projections) is judged by the operators
+    up to the next sum.
+    """
+    computes = False
+    for node in _walk(start, lambda n: n.users, limit=200, through=_gathers):
+        if node is start:
+            continue
+        if node.op == "output" or (is_collective(node) and (computes or not _gathers(node))):
+            break
+        role = _role(node)
+        if role in ("attention", "moe", "dense_mlp"):
+            return role
+        if node.target in _MATMULS and not computes:
+            computes = True
+            role = _structural_consumer_role(node)
+            if role is not None:
+                return role
+    if computes or any(user.op == "output" for user in start.users) or _stack(start):
+        return "final_norm"
+    return None
+
+
+def _structural_consumer_role(product: fx.Node) -> str | None:
+    """What the operators from a matrix product up to the next sum over ranks look like; None if no sum follows."""
+    forward = _walk(product, lambda n: () if is_collective(n) else n.users, limit=60)
+    names = [str(node.target) for node in forward]
+    if not any("all_reduce" in name or "reduce_scatter" in name for name in names):
+        return None
+    if any(word in name for name in names for word in _ATTENTION_OPS):
+        return "attention"
+    return "moe" if any("topk" in name for name in names) else "dense_mlp"
+
+
+def _structural_role(node: fx.Node, normed: frozenset[fx.Node]) -> str | None:
+    """What the operators before `node` look like, up to the previous norm or collective."""
+    matmul = False
+    for before in _walk(node, lambda n: () if n in normed else n.all_input_nodes, limit=60):
+        if before is node:
+            continue
+        if before.target is ops.WAIT:
+            continue
+        name = str(before.target)
+        if any(word in name for word in _ATTENTION_OPS):
+            return "attention"
+        if "topk" in name:
+            return "moe"
+        if before.target is aten.embedding.default:
+            return "embedding"
+        matmul = matmul or before.target in _MATMULS
+    return "dense_mlp" if matmul else None
+
+
+def _gathers(collective: fx.Node) -> bool:
+    return "all_gather" in str(collective.target)
+
+
+def _walk(
+    start: fx.Node,
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    limit: int,
+    through: Callable[[fx.Node], bool] = lambda collective: False,
+) -> list[fx.Node]:
+    """Breadth first from `start`, not past a collective's wait, unless `through` says so."""
+    seen, order = {start}, []
+    pending = deque([start])
+    while pending and len(order) < limit:
+        node = pending.popleft()
+        order.append(node)
+        if node is not start and node.target is ops.WAIT and not through(node.args[0]):
+            continue
+        for following in step(node):
+            if following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return order

@@ -1,0 +1,20 @@
+"""How a fused operation will run, for all that can be known without asking the group's other ranks. Reads only."""
+
+from __future__ import annotations
+
+from tpfuse.kernels.entry import why_not
+
+from ..facts.graph import value
+from ..plan.sites import Plan
+
+IN_ONE_KERNEL = "symmetric memory"
+NO_KERNEL = "functional: Its layout was changed, and only an all-reduce before a norm has a symmetric-memory kernel."
+
+
+def how_it_runs(plan: Plan) -> str:
+    """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten."""
+    collective = plan.paid[-1].collective
+    val = value(collective.result)
+    hidden = val.shape[-1] if isinstance(val.shape[-1], int) else None
+    refusal = why_not(collective.group_name, val.device, hidden, val.dtype)
+    return f"functional: {refusal}" if refusal else IN_ONE_KERNEL

@@ -1,0 +1,1 @@
+"""Cut a model as its policy says: roles, plans, weights, boundaries in eager mode, rows, checkpoints."""

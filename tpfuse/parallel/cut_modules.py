@@ -1,0 +1,347 @@
+"""From a role to the cuts of a module's parameters, or a refusal; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from tpfuse.errors import PlanError
+from tpfuse.parallel.cuts import Cut, Units, make_cut
+from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
+from tpfuse.parallel.hf_plan import Planned, join
+from tpfuse.parallel.mesh import Groups
+from tpfuse.parallel.roles import Parts, Role, role_of
+
+# What the parts of an MLP are called where no role names them (experts and shared experts of a routed block).
+COLWISE_NAMES = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "gate_up": 2, "w1": 1, "w3": 1, "w13": 2, "fc1": 1}
+ROWWISE_NAMES = ("down_proj", "down", "w2", "fc2")
+SCALES = ("weight_scale_inv", "weight_scale")
+
+
+@dataclass
+class ModuleCut:
+    """What is done to one module.
+
+    Args:
+        over: the group, None where the module stays whole.
+        cuts: by qualified parameter (or buffer) name.
+        rowwise_modules: submodules whose output is a partial sum.
+        sum_at_output: whether the sum is paid at the module's own output.
+        biases_after_sum: row-wise biases, which are added to the sum and so stay whole.
+        attributes: integers to rewrite, by the module that holds them.
+    """
+
+    name: str
+    over: str | None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    rowwise_modules: list[nn.Module] = field(default_factory=list)
+    sum_at_output: bool = False
+    biases_after_sum: list[str] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, dict[str, int]]] = field(default_factory=list)
+
+    def rewrite(self) -> None:
+        """Writes this rank's counts into the modules."""
+        for module, values in self.attributes:
+            for attribute, value in values.items():
+                setattr(module, attribute, value)
+
+
+def cut_module(
+    name: str, module: nn.Module, role: Role, over: str | None, groups: Groups, planned: Planned, nested: bool
+) -> ModuleCut:
+    """The cuts of one module with a role.
+
+    Args:
+        nested: whether it lies in a routed block, which pays its sum.
+
+    Raises:
+        PlanError: when a name of the role does not exist, or a weight cannot be cut.
+    """
+    out = ModuleCut(name, over)
+    if role.kind == "moe":
+        _check_block(name, module, role)
+    if over is None:
+        return out
+    if role.kind == "moe":
+        out.sum_at_output = True
+        for part in (role.experts, role.shared):
+            if part is not None:
+                _cut_experts(out, join(name, part), getattr(module, part), groups, planned, part == role.experts)
+        return out
+    heads = heads_of(name, module, role) if role.kind == "attention" else Heads(None, None, None)
+    named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}
+    targets = {leaf: _target(name, module, leaf) for leaf in (*role.colwise, *role.rowwise)}
+    transposed = _transposed(module, role, targets)
+    widest = max(_widest(targets[leaf], role.packed.get(leaf, 1), transposed) for leaf in role.colwise)
+    widths: set[int] = set()
+    for leaf in role.colwise:
+        parts = role.packed.get(leaf, 1)
+        widths |= _cut_colwise(out, join(name, leaf), targets[leaf], parts, heads, widest, groups, transposed)
+    for leaf in role.rowwise:
+        full_name = join(name, leaf)
+        widths |= _cut_rowwise(out, full_name, targets[leaf], heads, groups, transposed, nested)
+        if isinstance(targets[leaf], nn.Module):
+            out.rowwise_modules.append(targets[leaf])  # type: ignore[arg-type]
+        else:
+            out.sum_at_output = not nested
+    if out.rowwise_modules and out.sum_at_output:
+        raise PlanError(
+            f"{name}: row-wise {role.rowwise} mixes modules and bare parameters, so sums would be paid twice; allowed: "
+            "one or the other"
+        )
+    if any(isinstance(target, nn.Parameter) for target in targets.values()):
+        _cut_beside(out, name, module, role, groups)
+    out.attributes.append((module, named))
+    if not planned.trusted:
+        check_reshapes(name, module, named, widths)
+    return out
+
+
+def cut_edge(
+    name: str, kind: str, modules: Mapping[str, nn.Module], groups: Groups, planned: Planned
+) -> ModuleCut | None:
+    """The cut of an embedding or an output projection over the attention group; None where it stays whole.
+
+    A model's own plan cuts them as a saving, so a vocabulary that does not divide is left whole; in a user's plan it
+    is refused.
+
+    Raises:
+        PlanError: when the module is of another class, or does not divide.
+    """
+    module, group = modules[name], groups.attention
+    plain = type(module) is nn.Embedding if kind == "embedding" else type(module).forward is nn.Linear.forward
+    plain = plain and not getattr(module, "max_norm", None) and not getattr(module, "sparse", False)
+    plain = plain and "forward" not in vars(module)
+    vocabulary = _matrix_of(module).shape[0] if plain else 0
+    divides = plain and vocabulary % group.size == 0
+    if group.size == 1 or (planned.trusted and not divides):
+        return None
+    if not plain:
+        raise PlanError(
+            f"{name} is a {type(module).__name__}; allowed: an nn.Linear, or an nn.Embedding without max_norm and "
+            "sparse, with its class's forward and not one put on the instance (by a hook of accelerate, for example)"
+        )
+    out = ModuleCut(name, "attention")
+    _cut_parameters(out, name, module, 0, 1, None, groups)
+    if kind == "embedding":
+        out.attributes.append((module, {"num_embeddings": vocabulary // group.size}))
+    return out
+
+
+def _check_block(name: str, module: nn.Module, role: Role) -> None:
+    for argument, part in (("experts", role.experts), ("shared", role.shared)):
+        if part is not None and not isinstance(getattr(module, part, None), nn.Module):
+            raise PlanError(
+                f"{name} ({type(module).__name__}): {argument}={part!r} is no submodule of it; "
+                f"submodules: {', '.join(n for n, _ in module.named_children())}"
+            )
+
+
+def _cut_experts(out: ModuleCut, name: str, module: nn.Module, groups: Groups, planned: Planned, experts: bool) -> None:
+    """Cuts the MLPs in a routed block that carry no role; those that do are cut as modules by themselves."""
+    if name in planned.roles or role_of(module):
+        return
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for leaf, child in module.named_children():
+            _cut_experts(out, join(name, leaf), child, groups, planned, experts)
+        return
+    colwise = tuple(n for n in COLWISE_NAMES if _weight(getattr(module, n, None)) is not None)
+    rowwise = tuple(n for n in ROWWISE_NAMES if _weight(getattr(module, n, None)) is not None)
+    if not colwise or not rowwise:
+        raise PlanError(
+            f"{name} ({type(module).__name__}) is in a routed block, but holds none of the known weights "
+            f"({', '.join(COLWISE_NAMES)}; {', '.join(ROWWISE_NAMES)}); decorate its class with tpfuse.dense_mlp"
+        )
+    # Interleaved gate and up rows stay interleaved in any contiguous slice.
+    packed = {n: COLWISE_NAMES[n] for n in colwise if getattr(module, "is_concatenated", True)}
+    role = Role("dense_mlp", colwise, rowwise, packed={n: p for n, p in packed.items() if p > 1})
+    inner = cut_module(name, module, role, out.over, groups, planned, nested=True)
+    out.cuts.update(inner.cuts)
+    out.rowwise_modules.extend(inner.rowwise_modules)
+    out.attributes.extend(inner.attributes)
+
+
+def _target(name: str, module: nn.Module, leaf: str) -> nn.Module | nn.Parameter:
+    target = module
+    for part in leaf.split("."):
+        target = getattr(target, part, None)  # type: ignore[assignment]
+    if _weight(target) is None:
+        raise PlanError(
+            f"{name} ({type(module).__name__}): {leaf!r} is {'missing' if target is None else type(target).__name__}; "
+            "allowed: a submodule with a weight [out, in] (nn.Linear), or a parameter"
+        )
+    return target
+
+
+def _matrix_of(target: nn.Module | nn.Parameter) -> Tensor:
+    weight = target if isinstance(target, nn.Parameter) else target.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _weight(target: object) -> Tensor | None:
+    """The matrix of a linear-like module, or the parameter itself; None for anything else."""
+    if isinstance(target, nn.Parameter):
+        return target if target.ndim in (2, 3) else None
+    weight = getattr(target, "weight", None) if isinstance(target, nn.Module) else None
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    shape = (getattr(target, "out_features", None), getattr(target, "in_features", None))
+    return weight if shape == tuple(weight.shape) else None
+
+
+def _transposed(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> bool:
+    """Whether bare parameters are [..., in, out] and not [..., out, in]; the shapes say so, an attribute if not."""
+    if any(isinstance(t, nn.Module) for t in targets.values()):
+        return False
+    col, row = _matrix_of(targets[role.colwise[0]]).shape, _matrix_of(targets[role.rowwise[0]]).shape
+    straight, crossed = col[-1] == row[-2], col[-2] == row[-1]
+    return bool(getattr(module, "is_transposed", False)) if straight == crossed else crossed
+
+
+def _widest(target: nn.Module | nn.Parameter, parts: Parts, transposed: bool) -> int:
+    out = _matrix_of(target).shape[-1 if transposed else -2]
+    return out // parts if isinstance(parts, int) else max(parts)
+
+
+def _cut_colwise(
+    out: ModuleCut, name: str, target: nn.Module | nn.Parameter, parts: Parts, heads: Heads, widest: int,
+    groups: Groups, transposed: bool,
+) -> set[int]:  # fmt: skip
+    weight = _matrix_of(target)
+    full = weight.shape[-1 if transposed else -2]
+    sizes = (full // parts,) * parts if isinstance(parts, int) else parts
+    by_heads = heads.q or heads.dim
+    units = [heads.units(size, widest) for size in sizes]
+    if isinstance(target, nn.Parameter):
+        dim = weight.ndim - (1 if transposed else 2)
+        _add(out, name, target, dim, parts, units if by_heads else None, groups)
+    else:
+        _cut_parameters(out, name, target, 0, parts, units if by_heads else None, groups)
+    return {full, *sizes}
+
+
+def _cut_rowwise(
+    out: ModuleCut, name: str, target: nn.Module | nn.Parameter, heads: Heads, groups: Groups, transposed: bool,
+    nested: bool,
+) -> set[int]:  # fmt: skip
+    weight = _matrix_of(target)
+    full = weight.shape[-2 if transposed else -1]
+    units = [Units(heads.q)] if heads.q and full % heads.q == 0 else None
+    if isinstance(target, nn.Parameter):
+        _add(out, name, target, weight.ndim - (2 if transposed else 1), 1, units, groups)  # type: ignore[union-attr]
+        return {full}
+    _cut_parameters(out, name, target, 1, 1, units, groups)
+    if getattr(target, "bias", None) is not None:
+        if type(target).forward is not nn.Linear.forward:
+            raise PlanError(f"{name} is a {type(target).__name__} with a bias, cut row-wise; allowed: an nn.Linear")
+        if "forward" in vars(target):
+            raise PlanError(
+                f"{name} has a bias, is cut row-wise, and has a forward put on the instance (by a hook of accelerate, "
+                "for example), which would add the bias once for each rank; take it off before parallelize"
+            )
+        if not nested:
+            out.biases_after_sum.append(join(name, "bias"))
+    return {full}
+
+
+def _cut_parameters(
+    out: ModuleCut, name: str, module: nn.Module, dim: int, parts: Parts, units: list[Units] | None,
+    groups: Groups,
+) -> None:  # fmt: skip
+    """Cuts all parameters of one linear-like module along its output (dim 0) or input (dim 1) features.
+
+    Raises:
+        PlanError: for a weight or bias that is computed from other parameters, and for tensors beside the weight that
+            nobody knows how to cut.
+    """
+    _refuse_computed(name, module)
+    block = _block_size(module)
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    for leaf, tensor in tensors.items():
+        full_name = join(name, leaf)
+        if leaf == "weight":
+            _add(out, full_name, tensor, dim, parts, units, groups, block[dim])
+        elif leaf == "bias":
+            if dim == 0:
+                _add(out, full_name, tensor, 0, parts, units, groups)
+        elif leaf in SCALES and tensor.ndim == 2 and block != (1, 1):
+            _add_scales(out, full_name, tensor, dim, out.cuts[join(name, "weight")], block[dim])
+        elif tensor.numel() > 1:
+            raise PlanError(
+                f"{full_name} of shape {tuple(tensor.shape)}: do not know how to cut it beside its weight; known are "
+                f"weight, bias, {', '.join(SCALES)} in blocks, and scalars"
+            )
+    values = {("out_features", "in_features")[dim]: _local_width(out.cuts[join(name, "weight")])}
+    if isinstance(module, nn.Linear):
+        out.attributes.append((module, values))
+
+
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """Refuses a weight or bias that is no parameter or buffer, but computed from some (parametrizations)."""
+    if parametrize.is_parametrized(module):
+        leaf = next(iter(module.parametrizations))  # type: ignore[arg-type]
+        raise PlanError(
+            f"{join(name, leaf)} is parametrized (torch.nn.utils.parametrize) and cannot be cut; make it a plain "
+            f"parameter before parallelize: torch.nn.utils.parametrize.remove_parametrizations(module, {leaf!r})"
+        )
+    stored = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+    for leaf in ("weight", "bias"):
+        if isinstance(getattr(module, leaf, None), Tensor) and leaf not in stored:
+            raise PlanError(
+                f"{join(name, leaf)} is neither parameter nor buffer, but computed from {', '.join(stored)}; make it "
+                "a plain parameter before parallelize (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+            )
+
+
+def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups: Groups) -> None:
+    """Cuts the biases that stand beside bare parameters (fused experts), and refuses what it does not know."""
+    for leaf, tensor in module.named_parameters(recurse=False):
+        stem = leaf.removesuffix("_bias")
+        if leaf in (*role.colwise, *role.rowwise):
+            continue
+        if stem != leaf and stem in role.colwise:
+            _add(out, join(name, leaf), tensor, tensor.ndim - 1, role.packed.get(stem, 1), None, groups)
+        elif stem in role.rowwise:
+            raise PlanError(
+                f"{name}.{leaf}: a bias of fused row-wise weights would be added by every rank; not supported"
+            )
+        else:
+            raise PlanError(
+                f"{name}.{leaf} of shape {tuple(tensor.shape)} stands beside weights that are cut, and no role names "
+                f"it; named: {', '.join((*role.colwise, *role.rowwise))}"
+            )
+
+
+def _local_width(cut: Cut) -> int:
+    return sum(stop - start for start, stop in cut.ranges())
+
+
+def _add(
+    out: ModuleCut, name: str, tensor: Tensor, dim: int, parts: Parts, units: list[Units] | None,
+    groups: Groups, block: int = 1,
+) -> None:  # fmt: skip
+    assert out.over is not None
+    out.cuts[name] = make_cut(name, tensor.shape[dim], dim, out.over, groups, parts=parts, units=units, block=block)
+
+
+def _add_scales(out: ModuleCut, name: str, scales: Tensor, dim: int, weight: Cut, block: int) -> None:
+    if any(part % block for part in weight.parts):
+        raise PlanError(f"{name}: the parts {weight.parts} of its weight are not multiples of the block size {block}")
+    out.cuts[name] = Cut(
+        dim, weight.over, tuple(p // block for p in weight.parts), weight.counts, weight.size, weight.index
+    )
+
+
+def _block_size(module: nn.Module) -> tuple[int, int]:
+    """Elements of a quantization block along (out, in), from a `block_size` of module or weight; (1, 1) if none."""
+    block = getattr(module, "block_size", None) or getattr(getattr(module, "weight", None), "block_size", None)
+    if isinstance(block, int):
+        return block, block
+    if isinstance(block, (tuple, list)) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
+        return block[0], block[1]
+    return 1, 1

@@ -1,0 +1,264 @@
+"""What happens around a module that is cut: hooks that bring it the rows it needs and pay the sums it owes.
+
+    module              its group    before                      row-wise output    after
+    attention           attention    copy_to                     reduce_from
+    dense MLP, attn     attention    copy_to                     reduce_from
+    dense MLP, 1        attention    own rows of the group                          gather rows, undo padding
+    dense MLP, whole    whole        gather rows over dp, copy_to reduce_from       own rows of dp, undo padding
+    MoE block           whole        the same, and the sum is paid once, at the block's output
+
+All are frozen dataclasses that hold names and numbers only, so that modules can be copied and Dynamo can trace them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpfuse.errors import PlanError, PolicyError
+from tpfuse.parallel.collectives import copy_to, gather_columns, gather_rows, reduce_from, scatter_rows
+from tpfuse.parallel.mesh import Group
+from tpfuse.parallel.rows import announced_rows, trim_rows
+from tpfuse.parallel.rows_check import RowsCheck
+
+
+@dataclass(frozen=True)
+class CopyIn:
+    """Before a module that works on all rows it is given with cut weights: gradients of its inputs are partial."""
+
+    group: Group
+
+    def __call__(self, module: nn.Module | None, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def copy(value: Any) -> Any:
+            needs = isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
+            return copy_to(value, self.group.name) if needs else value
+
+        return tuple(copy(a) for a in args), {k: copy(v) for k, v in kwargs.items()}
+
+
+@dataclass(frozen=True)
+class ReduceOut:
+    """After a row-wise weight (or a routed block): pays the sum over the group."""
+
+    group: Group
+
+    def __call__(self, module: nn.Module | None, args: tuple, output: Any) -> Any:
+        x, rest = _first(type(module).__name__, output)
+        return rest(reduce_from(x, self.group.name))
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Around a module that holds its weights whole: each rank of the group works on its own share of the rows."""
+
+    name: str
+    group: Group
+
+    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        x, put = _hidden(self.name, args, kwargs)
+        own = scatter_rows(_flat(x), self.group.size, self.group.index, self.group.name)
+        args, kwargs = put(_like(own, x))
+        y, rest = _first(self.name, forward(*args, **kwargs))
+        full = gather_rows(_flat(y), self.group.size, self.group.index, self.group.name)
+        return rest(trim_rows(full, _rows(x)).view(*x.shape[:-1], y.shape[-1]))
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """Around a module that is cut over the whole group: it works on the rows of every dp replica."""
+
+    name: str
+    dp: Group
+    max_rows: int | None
+    check: RowsCheck = field(compare=False)
+    inner: CopyIn
+    owes: ReduceOut | None = None
+
+    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        x, put = _hidden(self.name, args, kwargs)
+        dp, flat, padded = self.dp, _flat(x), self._padded(x)
+        if padded is None and announced_rows() is None:
+            flat = self.check(flat, dp)
+        args, kwargs = put(_like(gather_rows(flat, dp.size, dp.index, dp.name, padded), x))
+        args, kwargs = self.inner(None, args, kwargs)
+        y, rest = _first(self.name, forward(*args, **kwargs))
+        if self.owes is not None:
+            y = self.owes(None, (), y)
+        own = scatter_rows(_flat(y), dp.size, dp.index, dp.name, even=True)
+        if padded is not None:
+            own = trim_rows(own, _rows(x))
+        return rest(own.view(*x.shape[:-1], y.shape[-1]))
+
+    def _padded(self, x: Tensor) -> int | None:
+        """To how many rows every replica pads; None when all hold the same."""
+        counts, rows = announced_rows(), _rows(x)
+        if counts is None:
+            if self.max_rows is not None and rows > self.max_rows:
+                raise PolicyError(
+                    f"{self.name} has {rows} rows; SharingPolicy.max_rows allows {self.max_rows}; raise it, or "
+                    "announce the rows of each replica with tpfuse.rows"
+                )
+            return self.max_rows
+        if len(counts) != self.dp.size:
+            raise PolicyError(f"tpfuse.rows({counts}): allowed: {self.dp.size} counts, one for each dp replica")
+        if rows != counts[self.dp.index]:
+            raise PolicyError(
+                f"{self.name} has {rows} rows, but tpfuse.rows({counts}) announced {counts[self.dp.index]} for dp "
+                f"replica {self.dp.index}"
+            )
+        return max(counts) if min(counts) != max(counts) else None
+
+
+@dataclass(frozen=True)
+class IdleAttention:
+    """Around the attention of a Hugging Face model, which cannot reshape zero rows (`view(0, length, -1, head_dim)`).
+
+    An idle replica runs it on one row of zeros and drops the result. It runs the very operations of the other replicas
+    and not a shortcut, because gradients are summed over replicas in the order in which backward reaches them.
+    """
+
+    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if 0 not in x.shape[:-1]:
+            return forward(*args, **kwargs)
+        args = tuple(_at_least_one(a) for a in args)
+        # An idle replica has nothing to remember.
+        kwargs = {k: None if k == "past_key_values" else _at_least_one(v) for k, v in kwargs.items()}
+        y, *rest = forward(*args, **kwargs)
+        return (y[tuple(slice(0, size) for size in x.shape[:-1])], *rest)
+
+
+def _at_least_one(value: Any) -> Any:
+    """Tensors without elements, padded to one along every empty dimension; also those in tuples."""
+    if isinstance(value, tuple):
+        return tuple(_at_least_one(v) for v in value)
+    if not isinstance(value, Tensor) or 0 not in value.shape:
+        return value
+    pads = [pad for size in reversed(value.shape) for pad in (0, int(size == 0))]
+    # True in a mask lets a row see itself; a row that sees nothing is NaN, in backward too.
+    return F.pad(value, pads, value=value.dtype == torch.bool)
+
+
+#: Where a class keeps its subclass with a boundary around `forward`.
+AROUND = "_tpfuse_around"
+
+
+def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention) -> None:
+    """Puts a boundary around the module's forward.
+
+    By a subclass of its class, as FSDP2 does, and not by hooks: what follows the module needs the shape of what came
+    before it, and between two hooks that could only be kept in mutable state. Modules of one class share the subclass,
+    so that layers which are compiled one by one share their code.
+
+    A `forward` of the instance's own, which would hide the subclass's (accelerate's hooks, Liger's patches), moves
+    inside the boundary. One that is put on afterwards must call the one it replaces, as accelerate's do.
+    """
+    base = type(module)
+    if AROUND not in vars(base):
+
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            inner = self._tpfuse_inner or functools.partial(base.forward, self)
+            return self._tpfuse_boundary(inner, args, kwargs)
+
+        members = {"forward": forward, "__module__": base.__module__}
+        setattr(base, AROUND, type(f"TP{base.__name__}", (base,), members))
+    module._tpfuse_inner = vars(module).pop("forward", None)
+    module._tpfuse_boundary = boundary  # type: ignore[assignment]
+    module.__class__ = vars(base)[AROUND]
+
+
+class RowwiseLinear(nn.Linear):
+    """A row-wise cut nn.Linear with a bias, which is added once, after the sum."""
+
+    tpfuse_group: Group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from(F.linear(x, self.weight), self.tpfuse_group.name) + self.bias
+
+
+class PartialLinear(nn.Linear):
+    """A row-wise cut nn.Linear with a bias inside a routed block, whose sum is paid later: each rank adds a share."""
+
+    tpfuse_group: Group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias / self.tpfuse_group.size)
+
+
+class VocabEmbedding(nn.Embedding):
+    """An embedding whose rows are cut; ids of other ranks give zeros, and the sum over the group fills them in."""
+
+    tpfuse_group: Group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        local = ids - self.tpfuse_group.index * self.weight.shape[0]
+        inside = (local >= 0) & (local < self.weight.shape[0])
+        local = torch.where(inside, local, 0)
+        if self.padding_idx is not None:
+            # The padding row gets no gradient; which rank holds it must not change the graph.
+            inside_grad = inside & (ids != self.padding_idx)
+            weight = F.embedding(local, self.weight)
+            x = torch.where(inside_grad.unsqueeze(-1), weight, weight.detach())
+        else:
+            x = F.embedding(local, self.weight)
+        return reduce_from(x.masked_fill(~inside.unsqueeze(-1), 0), self.tpfuse_group.name)
+
+
+@dataclass(frozen=True)
+class GatherColumns:
+    """After an output projection whose columns are cut."""
+
+    group: Group
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return gather_columns(output, self.group.size, self.group.index, self.group.name)
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(_rows(x), x.shape[-1])
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows with as many leading dimensions as x had; modules unpack them by number."""
+    return rows.view(*(1,) * max(0, x.ndim - 2), *rows.shape)
+
+
+def _hidden(name: str, args: tuple, kwargs: dict):
+    """The hidden states among a module's inputs, and a function that puts other ones in their place."""
+    tensors = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
+    tensors += [(k, v) for k, v in kwargs.items() if isinstance(v, Tensor)]
+    if len(tensors) != 1:
+        raise PlanError(
+            f"{name} is called with {len(tensors)} tensors; a module that works on other "
+            "rows than its caller's takes its hidden states and no other tensor"
+        )
+    key, x = tensors[0]
+
+    def put(value: Tensor) -> tuple[tuple, dict]:
+        if isinstance(key, int):
+            return (*args[:key], value, *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: value}
+
+    return x, put
+
+
+def _first(name: str, output: Any):
+    """The hidden states in a module's output (it, or the first of a tuple), and a function that replaces them."""
+    if isinstance(output, Tensor):
+        return output, lambda value: value
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0], lambda value: (value, *output[1:])
+    raise PlanError(f"{name} returned {type(output).__name__}; allowed: a tensor, or a tuple that starts with one")

@@ -1,0 +1,395 @@
+"""Cut a model's weights as a policy says, and put plain collectives at its boundaries."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tpfuse._torch_private import backward_hooks
+from tpfuse.errors import PlanError, PolicyError
+from tpfuse.parallel.collectives import all_reduce
+from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
+from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan
+from tpfuse.parallel.hooks import (
+    AllRows,
+    CopyIn,
+    GatherColumns,
+    IdleAttention,
+    OwnRows,
+    PartialLinear,
+    ReduceOut,
+    RowwiseLinear,
+    VocabEmbedding,
+    install,
+)
+from tpfuse.parallel.mesh import Group, Groups, check_mesh, create_whole_group, describe_groups
+from tpfuse.parallel.recorded_policy import Recorded, record_policy
+from tpfuse.parallel.roles import Kind, Role, policy_of, role_of
+from tpfuse.parallel.rows_check import RowsCheck
+from tpfuse.policy import SharingPolicy
+
+log = logging.getLogger(__name__)
+
+#: One module that is cut: its qualified name, its role, and how.
+Done = tuple[str, Role, ModuleCut]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module with a role in a parallelized model.
+
+    Args:
+        name: its qualified name.
+        kind: "attention", "dense_mlp" or "moe".
+        size: over how many ranks its weights are cut; 1 for a dense MLP that is held whole.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """What `parallelize` did to a model (its `_tpfuse`): policy, groups, sites, and the cut of every cut parameter."""
+
+    policy: SharingPolicy
+    groups: Groups
+    sites: tuple[Site, ...]
+    cuts: Mapping[str, Cut]
+    owed: Mapping[str, str]
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, policy: SharingPolicy | None = None, *, plan: Mapping[str, str] | None = None
+) -> nn.Module:
+    """Shards the model in place as the policy says; the result runs in eager mode and equals the unsharded model.
+
+    Roles come from the decorators (`tpfuse.attention`, ...), else from `plan`, else from a Hugging Face model's own
+    tp plan. Modules without a role stay replicated. All ranks of one attention group give the model the same input,
+    dp replicas give their own rows, and each gets the output for its rows. Each rank calls backward on its replica's
+    loss; parameters then hold the gradient of the sum of all replicas' losses, as in the unsharded model. Parameters
+    that require no gradient when this is called get no such sum.
+
+    Args:
+        model: with whole weights, the same on all ranks (or on the meta device, to be loaded afterwards).
+        mesh: 2-D (dp, attn_tp), or 1-D for dp 1. Every rank of the mesh calls this, in the same order.
+        policy: None reads the one attached by `tpfuse.share_tp_group`.
+        plan: Hugging Face style names by module-name pattern, e.g. {"layers.*.mlp.gate_proj": "colwise"}.
+
+    Returns:
+        `model`.
+
+    Raises:
+        PolicyError: when policy and mesh, or policy and model, disagree.
+        PlanError: when a weight cannot be cut as its role says. Nothing is changed and nothing is communicated before
+            all such errors are found.
+    """
+    _check_model(model)
+    planned = _plan_of(model, plan)
+    roles = _roles(model, planned)
+    policy = _policy(model, policy, roles)
+    check_mesh(mesh, policy)
+    _check_overrides(policy, roles)
+    if not roles and not planned.edges and policy.tp_size > 1:
+        raise PlanError(
+            f"{type(model).__name__} has no module with a role: decorate its classes (tpfuse.attention, ...), or give "
+            "plan={...}; it has no tp plan of its own"
+        )
+    groups = describe_groups(mesh, policy)
+    done, edges = _decide(model, planned, roles, policy, groups)
+    cuts = _one_cut_each(model, [cut for _, _, cut in done] + edges)
+
+    # Nothing was changed up to here, and nothing is refused from here on.
+    groups = create_whole_group(mesh, groups)
+    _apply(model, cuts)
+    sites = _put_boundaries(model, planned, done, edges, policy, groups)
+    model._tpfuse_policy = policy  # type: ignore[assignment]
+    model._tpfuse = Parallelized(policy, groups, sites, cuts, _owed(model, done, roles, groups))  # type: ignore[assignment]
+    sum_gradients(model)
+    log.info("parallelized %s: %d sites, %d cut parameters", type(model).__name__, len(sites), len(cuts))
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
+    if hasattr(model, "_tpfuse_policy"):
+        raise PolicyError(
+            f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}; to cut it otherwise, "
+            "start from a whole model"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
+
+
+def _decide(
+    model: nn.Module, planned: Planned, roles: Mapping[str, Role], policy: SharingPolicy, groups: Groups
+) -> tuple[list[Done], list[ModuleCut]]:
+    """What is done to each module with a role, and to embedding and output projection. Changes nothing.
+
+    Raises:
+        PlanError: for the first module that cannot be cut.
+    """
+    modules = dict(model.named_modules())
+    done: list[Done] = []
+    for name, role in roles.items():
+        nested = _routed_block_of(name, roles)
+        over = _over(name, role, policy, groups, nested)
+        if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
+            _refuse_spread(name, modules[name], role, policy)
+        done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
+    edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
+    return done, edges
+
+
+def _put_boundaries(
+    model: nn.Module, planned: Planned, done: list[Done], edges: list[ModuleCut], policy: SharingPolicy, groups: Groups
+) -> tuple[Site, ...]:
+    """Hooks and classes around the modules that were cut, and the record of them on the modules; returns the sites."""
+    modules, roles = dict(model.named_modules()), {name: role for name, role, _ in done}
+    check = RowsCheck()
+    classes: dict[type, type] = {}
+    sites = []
+    for name, role, cut in done:
+        cut.rewrite()
+        in_block = _routed_block_of(name, roles) is not None
+        _hook(name, modules[name], role, cut, groups, policy, check, in_block)
+        if planned.trusted and role.kind == "attention":
+            install(modules[name], IdleAttention())
+        if not in_block:
+            sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
+            modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
+            modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
+            record_policy(modules[name], Recorded(policy, groups.whole.ranks), classes)
+    for edge in edges:
+        _hook_edge(modules[edge.name], edge, groups.attention)
+    return tuple(sites)
+
+
+def _plan_of(model: nn.Module, plan: Mapping[str, str] | None) -> Planned:
+    if plan is not None:
+        return read_plan(model, plan, "parallelize(plan=...)", trusted=False)
+    if any(role_of(module) for module in model.modules()):
+        return Planned({}, {}, trusted=False)
+    return read_plan(model, model_plan(model), f"the tp plan of {type(model).__name__}", trusted=True)
+
+
+def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
+    """The role of every module that has one, by qualified name; the plan wins where both speak."""
+    roles: dict[str, Role] = {}
+    for name, module in model.named_modules():
+        role = planned.roles.get(name) or role_of(module)
+        if role is None:
+            continue
+        outer = next((o for o in ancestors(name) if o in roles and not roles[o].spread), None)
+        if outer is not None and not (roles[outer].kind == "moe" and role.kind == "dense_mlp"):
+            raise PlanError(
+                f"{name} ({role.kind}) lies inside {outer or 'the model'} ({roles[outer].kind}); allowed inside one "
+                "another: a dense_mlp in a moe block"
+            )
+        roles[name] = role
+    return roles
+
+
+def _routed_block_of(name: str, roles: Mapping[str, Role]) -> str | None:
+    return next((o for o in ancestors(name) if o in roles and roles[o].kind == "moe"), None)
+
+
+def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, Role]) -> SharingPolicy:
+    """The policy given, or the one the classes carry; the innermost class wins for what it contains."""
+    if policy is not None:
+        if not isinstance(policy, SharingPolicy):
+            raise PolicyError(f"parallelize(policy={policy!r}): allowed: a tpfuse.SharingPolicy, or None")
+        return policy
+    found = {name: own for name, module in model.named_modules() if (own := policy_of(module))}
+    if not found:
+        raise PolicyError(
+            f"parallelize(policy=None), and no class in {type(model).__name__} carries one; give policy=, or put "
+            "@tpfuse.share_tp_group(policy) on a class"
+        )
+    outer_name, outer = next(iter(found.items()))
+    overrides = dict(outer.overrides)
+    for name, own in found.items():
+        same = ("tp_size", "dp_size", "residual", "max_rows")
+        for field in same:
+            if getattr(own, field) != getattr(outer, field):
+                raise PolicyError(
+                    f"@tpfuse.share_tp_group policies disagree: {field}={getattr(own, field)} on "
+                    f"{name or 'the model'}, {getattr(outer, field)} on {outer_name or 'the model'}; only the dense "
+                    "sizes may differ"
+                )
+    for name, role in roles.items():
+        if role.kind == "dense_mlp" and _routed_block_of(name, roles) is None:
+            innermost = next((found[n] for n in (name, *ancestors(name)) if n in found), outer)
+            if innermost is not outer:
+                overrides[name] = innermost.dense_tp_size_of(name)
+    return dataclasses.replace(outer, overrides=overrides)
+
+
+def _check_overrides(policy: SharingPolicy, roles: Mapping[str, Role]) -> None:
+    dense = [n for n, r in roles.items() if r.kind == "dense_mlp" and _routed_block_of(n, roles) is None]
+    for pattern in policy.unmatched_overrides(dense):
+        raise PolicyError(
+            f"SharingPolicy.overrides[{pattern!r}] matches no dense MLP of the model; "
+            f"dense MLPs: {', '.join(dense) or 'none'}"
+        )
+
+
+def _refuse_spread(name: str, module: nn.Module, role: Role, policy: SharingPolicy) -> None:
+    raise PlanError(
+        f"{name} ({type(module).__name__}) holds {role.colwise + role.rowwise} beside other roles, so its MLP can only "
+        f"be cut over the attention group of {policy.attn_tp_size} ranks; {policy.dense_tp_size_of(name)} needs an MLP "
+        "that is a module of its own"
+    )
+
+
+def _over(name: str, role: Role, policy: SharingPolicy, groups: Groups, nested: str | None) -> str | None:
+    """The group a module's weights are cut over, None where they stay whole. Degenerate sizes fall together here."""
+    if role.kind == "attention":
+        over = "attention"
+    elif role.kind == "moe" or nested is not None:
+        over = "whole"
+    else:
+        size = policy.dense_tp_size_of(name)
+        over = "none" if size == 1 else "whole" if size == policy.tp_size else "attention"
+    if over == "none" or groups.of(over).size == 1:
+        return None
+    return "attention" if groups.of(over) == groups.attention else over
+
+
+def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, Cut]:
+    """The cut of each parameter by name; parameters that share one tensor must share one cut."""
+    cuts: dict[str, Cut] = {}
+    seen: dict[int, tuple[str, Cut]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for module_cut in module_cuts:
+        for name, cut in module_cut.cuts.items():
+            tensor = parameters[name] if name in parameters else model.get_buffer(name)
+            other, before = seen.setdefault(id(tensor), (name, cut))
+            if before != cut:
+                raise PlanError(
+                    f"{name} and {other} share one tensor, but are cut differently: {cut} and {before}; untie them, or "
+                    "cut both alike"
+                )
+            cuts[name] = cut
+    for name, tensor in parameters.items():
+        if name not in cuts and id(tensor) in seen:
+            other, cut = seen[id(tensor)]
+            raise PlanError(
+                f"{name} shares its tensor with {other}, which is cut ({cut}), but is not cut itself; untie them, or "
+                "cut both alike"
+            )
+    return cuts
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    done: set[int] = set()
+    for name, cut in cuts.items():
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), leaf)
+        if id(tensor) not in done:
+            done.add(id(tensor))
+            tensor.data = cut.take(tensor.data)  # in place: ties and optimizers keep seeing this Parameter
+
+
+def _hook(
+    name: str, module: nn.Module, role: Role, cut: ModuleCut, groups: Groups, policy: SharingPolicy, check: RowsCheck,
+    nested: bool,
+) -> None:  # fmt: skip
+    if cut.over is None:
+        if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
+            install(module, OwnRows(name, groups.attention))
+        return
+    group = groups.of(cut.over)
+    for child in cut.rowwise_modules:
+        _hook_rowwise(child, group, partial=nested)
+    if nested:
+        return
+    owes = ReduceOut(group) if cut.sum_at_output else None
+    if role.spread:
+        for leaf in role.colwise:
+            module.get_submodule(leaf).register_forward_pre_hook(CopyIn(group), with_kwargs=True)
+        return
+    if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
+        install(module, AllRows(name, groups.dp, policy.max_rows, check, CopyIn(group), owes))
+        return
+    module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
+    if owes:
+        module.register_forward_hook(owes)
+
+
+def _hook_rowwise(child: nn.Module, group: Group, partial: bool) -> None:
+    if getattr(child, "bias", None) is not None:
+        child.__class__ = PartialLinear if partial else RowwiseLinear
+        child.tpfuse_group = group  # type: ignore[assignment]
+    elif not partial:
+        child.register_forward_hook(ReduceOut(group))
+
+
+def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:
+    if isinstance(module, nn.Embedding):
+        module.__class__ = VocabEmbedding
+        module.tpfuse_group = group  # type: ignore[assignment]
+    else:
+        module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
+        module.register_forward_hook(GatherColumns(group))
+
+
+def _owed(model: nn.Module, done: list[Done], roles: Mapping[str, Role], groups: Groups) -> dict[str, str]:
+    """For each parameter the group over which its gradient is still partial: "dp", "attention", "whole" or "".
+
+    Each replica's loss sees that replica's rows, so outside of modules that gather rows over dp every gradient is
+    owed over dp. A parameter that is whole inside a cut module sees only this rank's heads, features or rows.
+    """
+    own = {p for _, _, cut in done for p in (*cut.cuts, *cut.biases_after_sum)}
+    sites = {n: (r, cut) for n, r, cut in done if not r.spread and _routed_block_of(n, roles) is None}
+    owed: dict[str, str] = {}
+    for parameter, _ in model.named_parameters():
+        owed[parameter] = "dp"
+        role, cut = next((sites[n] for n in ancestors(parameter) if n in sites), (None, None))
+        if role is None or cut is None:
+            continue
+        if parameter in own:
+            owed[parameter] = "" if cut.over is not None and groups.of(cut.over) != groups.attention else "dp"
+        elif cut.over is not None or role.kind == "dense_mlp":
+            owed[parameter] = "whole"
+    return owed
+
+
+@dataclass(frozen=True)
+class SumGradient:
+    """Hook on a parameter: sums its gradient over a group. A cut whose slices several ranks hold is summed by slice."""
+
+    group: Group
+    cut: Cut | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self.cut is None:
+            return all_reduce(grad, self.group.name)
+        return self.cut.take(all_reduce(self.cut.spread(grad), self.group.name))
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Registers the hooks that sum partial gradients, on parameters that have none yet."""
+    state: Parallelized = model._tpfuse  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():
+        hooks = backward_hooks(parameter)
+        if not parameter.requires_grad or any(isinstance(hook, SumGradient) for hook in hooks.values()):
+            continue
+        cut = state.cuts.get(name)
+        if cut is not None and not cut.disjoint:
+            parameter.register_hook(SumGradient(state.groups.whole, cut))
+        elif (owed := state.owed.get(name)) and state.groups.of(owed).size > 1:
+            parameter.register_hook(SumGradient(state.groups.of(owed)))

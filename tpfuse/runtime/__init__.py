@@ -1,0 +1,1 @@
+"""What stands around a compiled graph: guard, cache key, reports on disk, plan check, heartbeat."""
