@@ -89,7 +89,11 @@ def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     assert files_of(build_wheel(unpacked, tmp_path)) == files_of(wheel)
 
 
-FILES = "import tpfuse, tpfuse.passes.pipeline, tpfuse.kernels; print(tpfuse.__file__); print(tpfuse.passes.pipeline.__file__)"
+FILES = """
+import tpfuse, tpfuse.passes.pipeline, tpfuse.kernels
+print(tpfuse.__file__)
+print(tpfuse.passes.pipeline.__file__)
+"""
 BACKEND = """
 from torch._dynamo import list_backends, lookup_backend
 import tpfuse.backend
