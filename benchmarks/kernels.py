@@ -6,9 +6,9 @@
     python benchmarks/kernels.py --plot results.json [more.json] picture.png
 
 For each (world, hidden, rows): every way to run each of our kernels, what dispatch picks, and the baselines of
-providers.py, each checked against float64 before and after it is timed (see
-tpfuse.kernels.bench.measure). "floor" is what no implementation can beat: the longest of the smallest exchange that our kernels can make (latency), the bytes that must
-cross a link, and the bytes that must move through the GPU's own memory, at rates measured in the same run.
+providers.py, each checked against float64 before and after it is timed (see tpfuse.kernels.bench.measure). "floor" is
+what no implementation can beat: the longest of the smallest exchange that our kernels can make (latency), the bytes
+that must cross a link, and the bytes that must move through the GPU's own memory, at rates measured in the same run.
 
 Kernels are compiled first, by several processes side by side. What was measured is saved after every size.
 """
