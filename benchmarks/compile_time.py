@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import cpu_machine
+from records import write
 
 WORLD = 8
 HIDDEN, HEADS, INTERMEDIATE, TOKENS = 256, 8, 512, 16
@@ -197,9 +198,9 @@ def main() -> int:
         rows.append(medians([in_fresh_process(layers) for _ in range(arguments.repeats)]))
     verdict = conclude(rows)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"machine": cpu_machine(), "repeats": arguments.repeats, "rows": rows, "verdict": verdict}, indent=2)
-        + "\n"
+    write(
+        arguments.output,
+        {"machine": cpu_machine(), "repeats": arguments.repeats, "rows": rows, "verdict": verdict},
     )
     print(table(rows))
     small, linear = ("yes" if verdict[key] else "NO" for key in ("under_share", "linear"))

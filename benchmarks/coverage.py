@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from records import write
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -167,7 +169,7 @@ class Results:
             "cells": [asdict(cell) for cell in self.cells.values()],
             "numbers": [asdict(entry) for entry in self.numbers.values()],
         }
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        write(RESULTS, found)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import os
 import re
 import statistics
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
 from models import Run, Step, build
+from records import write
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
@@ -261,7 +261,7 @@ def main() -> None:
             if arguments.out and cuda:
                 described = machine("linked GPUs, one process each") | {"context": arguments.context}
                 each = [asdict(record) for record in records]
-                arguments.out.write_text(json.dumps({"machine": described, "records": each}, indent=1))
+                write(arguments.out, {"machine": described, "records": each})
     torch.compiler.reset()  # lets go of torch.compile's own CUDA graphs: NCCL waits for those that hold its kernels
     gc.collect()
     dist.destroy_process_group()

@@ -10,13 +10,14 @@ TPFUSE_DISPATCH_TABLE.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from records import documents
 
 from tpfuse.cli.tune import NOISE
 from tpfuse.kernels.bench.table import compacted, measured_entries
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=NOISE)
     parser.add_argument("--table", type=Path, help="write a table for TPFUSE_DISPATCH_TABLE here")
     arguments = parser.parse_args()
-    entries = entries_of([json.loads(path.read_text("utf-8")) for path in arguments.results], arguments.noise)
+    entries = entries_of([run for path in arguments.results for run in documents(path)], arguments.noise)
     print("\n".join(map(shown, entries)))
     if arguments.table:
         names = ", ".join(path.name for path in arguments.results)

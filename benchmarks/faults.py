@@ -9,7 +9,6 @@ count from the fault to the first error that a rank reports; `peer_timeout` is t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from records import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,7 +117,7 @@ def main() -> int:
     machine = {"device": "CPU", "cores": os.cpu_count(), "load": [round(value, 1) for value in os.getloadavg()],
                "system": f"{platform.system()} {platform.machine()}", "torch": torch.__version__,
                "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-    arguments.output.write_text(json.dumps({"machine": machine, "peer_timeout": LIMIT, "rows": rows}, indent=2) + "\n")
+    write(arguments.output, {"machine": machine, "peer_timeout": LIMIT, "rows": rows})
     print(table(rows))
     if arguments.table is not None:
         page = arguments.table.read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from records import write
+
 SIZE = ("world", "model", "norm", "hidden", "phase", "rows", "size", "provider")
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what to say of the whole")
     arguments = parser.parse_args()
     documents = [json.loads(path.read_text()) for path in arguments.slices]
-    arguments.out.write_text(json.dumps(joined(documents, arguments.note), indent=1))
+    write(arguments.out, joined(documents, arguments.note))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
 from providers import baselines
+from records import write
 
 from tpfuse.kernels.bench.linked import LinkedRanks
 from tpfuse.kernels.bench.measure import Provider, Record, draw_operands, measure, provider_of
@@ -144,7 +144,7 @@ class Results:
             described["table"] = f"{default_table().note} ({default_table().digest})"  # what "dispatched" ran by
             described |= {"note": self.note} if self.note else {}
             each = [dataclasses.asdict(record) for record in self.records]
-            self.path.write_text(json.dumps({"machine": described, "records": each}, indent=1))
+            write(self.path, {"machine": described, "records": each})
 
 
 def line(records: list[Record]) -> None:

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
+from records import write
 
 from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
 from tpfuse.kernels.rendezvous import injected, workspace_of
@@ -286,7 +287,7 @@ def save(records: list[Record], arguments: argparse.Namespace) -> None:
         model = {"sizes": asdict(Sizes(layers=arguments.layers)), "context": CONTEXT}
         described = machine("virtual ranks on one GPU") | model
         each = [asdict(record) for record in records]
-        arguments.out.write_text(json.dumps({"machine": described, "records": each}, indent=1))
+        write(arguments.out, {"machine": described, "records": each})
 
 
 def run_world(world: int, arguments: argparse.Namespace) -> None:
@@ -369,7 +370,7 @@ def main() -> None:
         part.unlink()
         merged = {"machine": data["machine"], "records": merged.get("records", []) + data["records"]}
         if arguments.out:
-            arguments.out.write_text(json.dumps(merged, indent=1))
+            write(arguments.out, merged)
 
 
 if __name__ == "__main__":

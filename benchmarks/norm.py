@@ -12,7 +12,6 @@ the median counts.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine
+from records import write
 
 from tpfuse.kernels import add_norm as module
 from tpfuse.kernels.add_norm import add_norm
@@ -184,7 +184,7 @@ def main() -> None:
                 print(norm, hidden, f"{megabytes:g} MB |", cells, flush=True)
                 if arguments.out:
                     described = machine("one GPU")
-                    arguments.out.write_text(json.dumps({"machine": described, "records": records}, indent=1))
+                    write(arguments.out, {"machine": described, "records": records})
 
 
 if __name__ == "__main__":

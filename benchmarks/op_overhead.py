@@ -10,7 +10,6 @@ waiting for the device. CUDA-graph replay pays none of this.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine
+from records import write
 
 from tests.ranks import run_processes
 
@@ -94,7 +94,7 @@ def main() -> None:
         print(*record.values())
     if arguments.out:
         setting = "2 NCCL processes, a GPU each" if linked else "2 gloo processes that share one GPU"
-        arguments.out.write_text(json.dumps({"machine": machine(setting), "records": records}, indent=1))
+        write(arguments.out, {"machine": machine(setting), "records": records})
 
 
 if __name__ == "__main__":

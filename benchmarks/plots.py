@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from records import documents
+
 
 def _pyplot() -> Any:
     import matplotlib
@@ -29,10 +31,10 @@ _KERNELS = {
 def kernels(results: Sequence[Path], picture: Path) -> None:
     """Microseconds over rows, one panel a (world, hidden). A size that several files have is the last one's."""
     plt = _pyplot()
-    documents = [json.loads(path.read_text()) for path in results]
-    data = documents[-1]
+    runs = [run for path in results for run in documents(path)]
+    data = runs[-1]
     sizes: dict[tuple[int, int, int], list[dict]] = {}
-    for document in documents:
+    for document in runs:
         own: dict[tuple[int, int, int], list[dict]] = {}
         for r in document["records"]:
             own.setdefault((r["world"], r["hidden"], r["rows"]), []).append(r)

@@ -12,9 +12,10 @@ whichever is longer. It answers which policy to try first; measure before you be
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from records import write
 
 from tpfuse.passes.plan.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
 from tpfuse.passes.transitions import needed_by, owed_by, transition
@@ -171,7 +172,7 @@ def main() -> None:
     print(markdown(rows))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([{**asdict(r), "total_us": r.total_us} for r in rows], indent=1) + "\n")
+        write(arguments.json, [{**asdict(r), "total_us": r.total_us} for r in rows])
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -13,7 +13,6 @@ rank hung, or an error was missing or out of place.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import cpu_machine, machine
+from records import write
 from soak_schedule import FAULTS, GONE, Answer, Setting, Stretch, schedule
 from soak_workers import Workers
 
@@ -170,7 +170,7 @@ def run(setting: Setting, iterations: int, every: int, faults: str, seed: int, p
     seconds = round(time.monotonic() - began, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": where, "settings": settings, "seconds": seconds, "result": result}
-    out.write_text(json.dumps(document, indent=2) + "\n")
+    write(out, document)
     for error in tally.unexpected:
         console.print(error)
     print(line)

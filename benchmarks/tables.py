@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from records import documents
+
 from tpfuse.kernels.add_norm import tuning
 from tpfuse.kernels.bench.table import name_of
 from tpfuse.kernels.compat import next_power_of_2
@@ -29,13 +31,19 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Run:
-    """A results file of kernels.py. `most_rows`: the kernels of calls with more rows have changed since."""
+    """One run of kernels.py: the results file, and which of its runs. `most_rows`: the kernels of calls with more rows
+    have changed since."""
 
-    name: str
+    file: str
+    index: int = 0
     most_rows: float = math.inf
 
+    @property
+    def name(self) -> str:
+        return f"{self.file}, run {self.index + 1}"
+
     def document(self) -> dict:
-        document = json.loads((RESULTS / self.name).read_text())
+        document = documents(RESULTS / self.file)[self.index]
         return document | {"records": [r for r in document["records"] if r["rows"] <= self.most_rows]}
 
 
@@ -57,14 +65,14 @@ class Card:
 
 ALONE = 128  # rows, on two linked GPUs of 132 multiprocessors: each has a program of its own
 CARDS = {
-    "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", ALONE),), (Run("kernels_h200.json"),),
+    "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", 0, ALONE),), (Run("kernels_h200.json"),),
                  "norm_h200.json", "layers_h200.json", "end_to_end_h200_x2.json", "norm_variants_h200.json",
                  (Run("peers_h200.json"),)),
-    "h100": Card(H100, (*(Run(f"kernels_linked_h100_{i}.json", ALONE) for i in range(1, 8)),
-                        *(Run(f"kernels_linked_h100_{i}.json") for i in range(8, 12))),
-                 (Run("kernels_h100_1.json"), Run("kernels_h100_2.json")), "norm_h100.json", "layers_h100.json",
+    "h100": Card(H100, (*(Run("kernels_linked_h100.json", i, ALONE) for i in range(7)),
+                        *(Run("kernels_linked_h100.json", i) for i in range(7, 11))),
+                 (Run("kernels_h100.json", 0), Run("kernels_h100.json", 1)), "norm_h100.json", "layers_h100.json",
                  "end_to_end_h100_x2.json", "norm_variants_fine_h100.json",
-                 before=(Run("kernels_linked_h100_7.json"),)),
+                 before=(Run("kernels_linked_h100.json", 6),)),
 }  # fmt: skip
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import typer
+from records import write as write_document
 from rich.console import Console
 from rich.table import Table
 
@@ -177,7 +178,7 @@ def outcomes(log: Path) -> dict[str, Any]:
 def write(output: Path, runs: dict[str, Any]) -> None:
     machine = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_document(output, {"machine": machine, "runs": runs})
 
 
 def table(runs: dict[str, Any]) -> Table:

@@ -113,7 +113,7 @@ def test_installed_wheel_is_found_by_torch_compile(wheel, tmp_path):
 
 def test_source_tree_imports_without_being_installed(tmp_path):
     where, passes = run_python(FILES, ROOT, tmp_path)[-2:]
-    assert Path(where).is_relative_to(ROOT) and Path(passes).resolve() == ROOT / "passes" / "fuse.py"
+    assert Path(where).is_relative_to(ROOT) and Path(passes).resolve() == ROOT / "passes" / "pipeline.py"
 
 
 def run_python(code: str, path: Path, cwd: Path) -> list[str]:

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(name):
+    """A script of benchmarks/ as a module; it imports its neighbours as when it is run."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -52,6 +55,19 @@ def test_slices_join_with_all_their_notes():
 def test_what_does_not_belong_together_is_not_joined(other, words):
     with pytest.raises(ValueError, match=words):
         script("join").joined([results(2), other])
+
+
+def test_runs_joined_into_one_file_come_apart_again(tmp_path):
+    records = script("records")
+
+    def run(date, *times):
+        sizes = [{"world": 2, "hidden": 64, "rows": rows, "provider": "a", "us": us} for rows, us in times]
+        return {"machine": {"date": date}, "records": sizes}
+
+    runs = [run("first", (1, 2.0), (8, None)), run("second", (8, 3.0))]
+    records.write(tmp_path / "runs.json", records.joined(runs))
+    assert records.documents(tmp_path / "runs.json") == runs
+    assert '"rows": 8' in (tmp_path / "runs.json").read_text().splitlines()[-3]  # one record a line
 
 
 def test_slices_of_several_norms_join():

@@ -7,7 +7,7 @@ virtual ranks), where it ends is derived: at 800 kB and 220 kB of one rank's ten
 two-shot outweighs its second trip over NVLink. The two-shot ends at 8 MiB, past which a plain all-reduce is limited by
 bandwidth alone. (Two ranks move as much either way.) "virtual NVIDIA H200" is for virtual ranks on one such GPU, which
 have no other all-reduce: measured up to 512 rows, with the kernels of then, and more rows run as 512 do. The H100's
-entries are those of the means over several runs (kernels_linked_h100_*.json up to 4096 rows, kernels_h100_*.json at
+entries are those of the means over several runs (kernels_linked_h100.json up to 4096 rows, kernels_h100.json at
 hidden 4096 and 8192 up to 128 rows); more rows run as the last measured size does, and those for 4 and 8 of them are
 the H200's.
 "*" is for every other device.
