@@ -16,6 +16,10 @@ from .compat import tl, triton
 RMS, LAYER, NONE = 0, 1, 2  # the kernels' NORM; NONE leaves h as it is
 SENTINEL = -2147450880  # 0x80008000
 _SENTINEL = tl.constexpr(SENTINEL)
+CHANNELS = 256  # most programs of one call
+MAX_SPLIT = 8  # most programs of one row
+INBOX_WORDS = CHANNELS * MAX_SPLIT  # of each of the two sets of inboxes
+_INBOX_WORDS = tl.constexpr(INBOX_WORDS)
 _AS_EVER = tl.constexpr("")  # no wish how the cache treats an access
 
 
@@ -111,7 +115,7 @@ def row_statistics(pieces, masks, H: tl.constexpr, eps, NORM: tl.constexpr, inbo
             if NORM == 1:
                 means = exchange(mean, inbox, pid, part, SPLIT)
                 mean = tl.sum(means, axis=0) / SPLIT
-                squares = tl.sum(exchange(squares, inbox + 2048, pid, part, SPLIT), axis=0)
+                squares = tl.sum(exchange(squares, inbox + _INBOX_WORDS, pid, part, SPLIT), axis=0)
                 squares += P * tl.sum((means - mean) * (means - mean), axis=0)
             else:
                 squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)

@@ -47,11 +47,17 @@ WORKSPACE_REGISTRY: dict[str, Member] = {}
 
 
 def why_not(
-    group_name: str, device: torch.device | str, hidden: int | None = None, dtype: torch.dtype | None = None
+    group_name: str,
+    device: torch.device | str,
+    hidden: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    found_out: bool = True,
 ) -> str:
     """One sentence saying why calls of this group cannot use the symmetric-memory kernels; empty when, for all that can
     be known without communicating, they can. Callable on one rank alone; once the group has made a call, the answer is
-    what its ranks found out."""
+    what its ranks found out. Without `found_out` a call changes nothing: what is kept on disk, or must be the same on
+    all ranks at all times, asks so."""
     device = torch.device(device)
     if not HAVE_TRITON:
         return "Triton is not installed, so all-reduce and norm run as separate operations."
@@ -65,7 +71,7 @@ def why_not(
     if group is None:
         return f"No process group is named {group_name!r} in this process."
     known = WORKSPACE_REGISTRY.get(group_name)
-    if known is not None and known.group() is group:
+    if found_out and known is not None and known.group() is group:
         return known.refusal
     return _static_refusal(group)
 

@@ -8,6 +8,7 @@ collectives and of symmetric memory, and the names of operators (`torch.ops.aten
 from __future__ import annotations
 
 import datetime
+import inspect
 import re
 import types
 import warnings
@@ -112,6 +113,24 @@ def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that the name is deprecated, and that other backends have no timeout
         _c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def group_timeout(group: dist.ProcessGroup) -> float | None:
+    """How many seconds an operation of `group` may wait now; None where its backends do not tell.
+
+    If `_get_backend` or `_timeout` goes: None, and a graph without a `peer_timeout` keeps another graph's.
+    """
+    for device in ("cuda", "cpu"):
+        try:
+            return group._get_backend(torch.device(device)).options._timeout.total_seconds()
+        except (RuntimeError, AttributeError):
+            continue
+    return None
+
+
+def torch_compile_parameters() -> set[str]:
+    """The names of torch.compile's own parameters, which it may hand on to a backend."""
+    return set(inspect.signature(torch.compile).parameters)
 
 
 def compiling(frame: types.FrameType | None) -> bool:

@@ -8,6 +8,7 @@ checkpoint cuts in two wait until the joint graph is split, and are fused in its
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ def tpfuse(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-    **_: Any,
+    **more: Any,
 ) -> Callable[..., Any]:
     """The backend function that the `torch_dynamo_backends` entry point names.
 
@@ -45,11 +46,19 @@ def tpfuse(
         gm: the graph Dynamo captured; example_inputs: its (fake) inputs.
         mode: torch.compile's mode, as for Inductor.
         options: see `tpfuse.options.Options`.
+        more: torch.compile's other parameters, which some versions hand on and this backend has no use for; anything
+            else gets a warning that names it.
 
     Raises:
         OptionError: an unknown option or a value that is not allowed.
         FusionError: `expect_fused` or `strict` was not met.
     """
+    for name in sorted(set(more) - private.torch_compile_parameters()):
+        warnings.warn(
+            f"the tpfuse backend was called with {name}={more[name]!r}, which it does not know and leaves unused; "
+            f"what it is to do differently belongs into options={{...}}",
+            stacklevel=2,
+        )
     try:
         return _compile(gm, example_inputs, parse_options(options, mode))
     except TPFuseError as error:

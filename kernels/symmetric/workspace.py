@@ -25,13 +25,10 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..device import SENTINEL
+from ..device import CHANNELS, INBOX_WORDS, MAX_SPLIT, SENTINEL
 from .timeout import new_watch
 
 SLOTS = 3
-CHANNELS = 256  # most programs of one call
-MAX_SPLIT = 8  # most programs of one row
-INBOX_WORDS = CHANNELS * MAX_SPLIT
 STATE_WORDS = CHANNELS + 2 * INBOX_WORDS
 DEFAULT_SLOT_BYTES = 16 << 20
 

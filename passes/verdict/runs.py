@@ -12,9 +12,10 @@ NO_KERNEL = "functional: Its layout was changed, and only an all-reduce before a
 
 
 def how_it_runs(plan: Plan) -> str:
-    """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten."""
+    """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten. What a group found
+    out in this process does not count, since the answer is kept with the compiled graph."""
     collective = plan.paid[-1].collective
     val = value(collective.result)
     hidden = val.shape[-1] if isinstance(val.shape[-1], int) else None
-    refusal = why_not(collective.group_name, val.device, hidden, val.dtype)
+    refusal = why_not(collective.group_name, val.device, hidden, val.dtype, found_out=False)
     return f"functional: {refusal}" if refusal else IN_ONE_KERNEL

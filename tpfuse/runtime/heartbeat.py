@@ -37,8 +37,10 @@ _COMMUNICATES = re.compile(
     r"_c10d_functional\.(?:all_reduce|reduce_scatter|all_gather|all_to_all|broadcast)"
     r"|tpfuse\.(?:all_reduce_norm|reduce_scatter_norm)"
 )
+#: What process groups say in a plain RuntimeError: gloo, the checks of TORCH_DISTRIBUTED_DEBUG=DETAIL, NCCL.
 _GROUP_ERRORS = re.compile(
-    r"gloo|Timed out waiting|Connection (?:closed|reset|refused)|mismatch between collectives|NCCL|ncclSystemError"
+    r"gloo/|Timed out waiting \d+\s?ms|Connection (?:closed|reset|refused)|mismatch between collectives"
+    r"|NCCL (?:error|communicator|operation)|nccl(?:System|Unhandled|Internal|Remote)\w*"
 )
 
 
@@ -52,8 +54,21 @@ class Beat(StrictJson):
 
 
 def from_the_group(error: BaseException) -> bool:
-    """Whether an error out of a compiled graph is its process group's, not the model's."""
-    return isinstance(error, dist.DistError) or _GROUP_ERRORS.search(str(error)) is not None
+    """Whether an error out of a compiled graph is its process group's, not the model's.
+
+    By its type; or by words that groups use, where the line of generated code that raised it communicates. (The code
+    may be no Python: then the words have to do.)
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    if _GROUP_ERRORS.search(str(error)) is None:
+        return False
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if not _own(trace.tb_frame) and _communicates(trace.tb_frame):
+            line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_globals)
+        trace = trace.tb_next
+    return line is None or _is_communicating(line)
 
 
 # -- where ------------------------------------------------------------------------------------------------------------
@@ -61,13 +76,23 @@ def from_the_group(error: BaseException) -> bool:
 
 def step_at(frame: types.FrameType, line: int, steps: Sequence[Step]) -> Step | None:
     """The step that generated code is in at `line`, if this frame is generated code that communicates."""
-    code = frame.f_code
-    source = linecache.getlines(code.co_filename, frame.f_globals)
-    lines = source[code.co_firstlineno - 1 : line]
-    if not any(_COMMUNICATES.search(text) for text in source[code.co_firstlineno - 1 :]):
+    if not _communicates(frame):
         return None
+    lines = _source(frame)[: line - frame.f_code.co_firstlineno + 1]
     index = sum(_COMMUNICATES.search(text) is not None for text in lines) - 1
     return steps[index] if 0 <= index < len(steps) else None
+
+
+def _source(frame: types.FrameType) -> list[str]:
+    return linecache.getlines(frame.f_code.co_filename, frame.f_globals)[frame.f_code.co_firstlineno - 1 :]
+
+
+def _communicates(frame: types.FrameType) -> bool:
+    return any(_COMMUNICATES.search(text) for text in _source(frame))
+
+
+def _is_communicating(text: str) -> bool:
+    return _COMMUNICATES.search(text) is not None or "_c10d_functional.wait_tensor" in text
 
 
 def step_of_error(error: BaseException, steps: Sequence[Step]) -> Step | None:
@@ -95,7 +120,7 @@ def _communicating_line(thread: int) -> tuple[int, int] | None:
     frame = sys._current_frames().get(thread)
     while frame is not None:
         text = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
-        if not _own(frame) and (_COMMUNICATES.search(text) or "_c10d_functional.wait_tensor" in text):
+        if not _own(frame) and _is_communicating(text):
             return id(frame), frame.f_lineno
         frame = frame.f_back
     return None
@@ -131,14 +156,17 @@ class Call:
 class Pulse(threading.Thread):
     """Tells the peers of one world what this rank is doing, and ends the process if a wait does not come back."""
 
-    def __init__(self, world: dist.ProcessGroup, timeout: float):
+    def __init__(self, world: dist.ProcessGroup):
         super().__init__(name="tpfuse-pulse", daemon=True)
-        self.world, self.rank, self.every = weakref.ref(world), dist.get_rank(), min(max(timeout / 8, 0.05), 2.0)
-        self.grace = max(timeout, 1.0)
+        self.world, self.rank, self.every = weakref.ref(world), dist.get_rank(), 2.0
         # A connection of its own where stores have one: the caller's may be busy waiting.
         self.store = dist.PrefixStore("tpfuse/pulse", _own_connection(default_store()))
         self.calls: dict[int, Call] = {}
         self.finished = 0
+
+    def keep_up_with(self, limit: float) -> None:
+        """Beat often enough for calls that may wait for `limit` seconds, and for those of before."""
+        self.every = min(self.every, max(limit / 8, 0.05))
 
     def began(self, steps: tuple[Step, ...], limit: float) -> None:
         self.calls[threading.get_ident()] = Call(steps, limit)
@@ -163,7 +191,7 @@ class Pulse(threading.Thread):
         now, line = time.monotonic(), _communicating_line(thread)
         if line is None or line != call.line:
             call.line, call.since = line, now
-        elif now - call.since > call.limit + self.grace:
+        elif now - call.since > call.limit + max(call.limit, 1.0):
             self.end_process(thread, call, now - call.since)
 
     def alive(self) -> bool:
@@ -232,12 +260,15 @@ PULSES: weakref.WeakKeyDictionary[dist.ProcessGroup, Pulse] = weakref.WeakKeyDic
 
 
 def pulse(timeout: float) -> Pulse | None:
-    """The current world's pulse, started if there is none yet; None where ranks cannot meet."""
+    """The current world's pulse, started if there is none yet, fast enough for `timeout`; None where ranks cannot
+    meet."""
     world = default_group()
     if world is None or dist.get_backend(world) == "fake":
         return None
     found = PULSES.get(world)
     if found is None:
-        found = PULSES.setdefault(world, Pulse(world, timeout))
+        found = PULSES.setdefault(world, Pulse(world))
+        found.keep_up_with(timeout)
         found.start()
+    found.keep_up_with(timeout)
     return found
