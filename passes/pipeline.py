@@ -21,9 +21,10 @@ from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .plan.sites import REWRITES, Decisions, plan
 from .recognise.hazards import Hazards
 from .recognise.norms import find_norms
-from .recognise.sites import recognise
+from .recognise.sites import Recognition, recognise
 from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
+from .rewrite.as_written import as_written
 from .rewrite.chain import Moved
 from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.normalise import drop_copies
@@ -46,7 +47,8 @@ class PassOptions:
     strict: raise FusionError for an internal error instead of keeping the old graph. policy: how the model was cut,
     where that is known; equal on all ranks. ranks: of the whole TP group, where they are known. batch_invariant: what
     every fused operation is told. split: the graph is the forward half of one that was split; the other half reads its
-    outputs.
+    outputs. as_written: where not empty, every rank goes on sending what the program wrote, for this reason: a boundary
+    is fused only where that changes nothing before its collective.
     """
 
     rewrites: tuple[str, ...] = REWRITES
@@ -55,6 +57,7 @@ class PassOptions:
     ranks: tuple[int, ...] | None = None
     batch_invariant: bool = False
     split: bool = False
+    as_written: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     use_positions(changed)
     drop_copies(changed)
     recognition = recognise(changed, resolve)
-    before = verdicts(recognition, plan(recognition, options.rewrites))
+    before = verdicts(recognition, _decide(recognition, options))
     names = [collective.node.name for collective in recognition.collectives]
     written = accounting.transfers(changed, resolve)
     mesh = _mesh(options.policy, options.ranks)
@@ -107,11 +110,11 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     accounting.mark(recognition.collectives)
     moved = _relayout(changed, resolve, options, inference=not recognition.backward)
     # Recognising again costs less than carrying every node over by hand, and the layouts may have changed.
-    decisions = plan(recognise(changed, resolve), options.rewrites)
+    decisions = _decide(recognise(changed, resolve), options)
     boundaries = _after(before, names, moved, decisions)
     for chosen in decisions.plans:
         apply(changed, chosen)
-    merged = _merge(changed, resolve, options) if recognition.backward else {}
+    merged = _merge(changed, resolve, options) if recognition.backward and not options.as_written else {}
     boundaries = _with_merges(boundaries, names, merged)
     if not decisions.plans and not moved.verdicts and "" not in merged.values():
         boundaries = accounting.account(boundaries, names, written, written, mesh, {})
@@ -125,8 +128,14 @@ def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple
     changed.lint()
     performed = accounting.transfers(changed, resolve)
     boundaries = accounting.account(boundaries, names, written, performed, mesh, moved.layouts)
-    steps = find_steps(changed, resolve)
+    steps = find_steps(changed, resolve, graph)
     return changed, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
+
+
+def _decide(recognition: Recognition, options: PassOptions) -> Decisions:
+    if options.as_written:
+        return as_written(recognition, options.rewrites, options.as_written)
+    return plan(recognition, options.rewrites)
 
 
 def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGroups | None:
@@ -138,7 +147,7 @@ def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGr
 
 def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
     rank = own_rank()
-    if rank is None or options.split or Hazards(graph).writes:
+    if rank is None or options.split or options.as_written or Hazards(graph).writes:
         return Moved()
     policy = options.policy
     residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)

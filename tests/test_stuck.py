@@ -153,9 +153,9 @@ def test_a_peer_that_compiles_for_longer_than_the_limit_is_said_to_compile(tmp_p
 
 def never_returns(rank: int, folder: str) -> None:
     """As with a group whose waits nothing ends."""
-    from tpfuse.runtime import guard
+    from tpfuse.runtime import limits
 
-    guard.set_group_timeout = lambda *_: None
+    limits.set_group_timeout = lambda *_: None
     with torch.no_grad():
         fn = compiled_stack(peer_timeout=LIMIT)
         if rank == 1:
@@ -202,22 +202,79 @@ def test_an_error_of_the_model_stays_what_it_is():
     assert not isinstance(found.value, tpfuse.TPFuseError)
 
 
-def test_the_limit_is_set_on_every_group_with_the_graphs_ranks(four_ranks, monkeypatch):
-    """A plan knows a group by its ranks; which of the groups with those ranks the graph uses is not said."""
+@pytest.fixture
+def limits(monkeypatch) -> dict[str, float]:
+    """The timeouts of groups as they are set, by the groups' names. A fake group has no pulse, and no timeout."""
+    from tpfuse.runtime import heartbeat as stuck
+    from tpfuse.runtime import limits as module
+
+    now = {}
+    monkeypatch.setattr(module, "set_group_timeout", lambda group, seconds: now.update({group.group_name: seconds}))
+    monkeypatch.setattr(module, "group_timeout", lambda group: 1800.0)
+    monkeypatch.setattr(stuck, "pulse", lambda _: SimpleNamespace(began=lambda *_: None, ended=lambda: None))
+    return now
+
+
+def a_call_with_limit(limit: float | None):
     from tpfuse.options import parse_options
     from tpfuse.report import Report
-    from tpfuse.runtime import guard
-    from tpfuse.runtime import heartbeat as stuck
+    from tpfuse.runtime.guard import guard
 
-    limits = {}
-    monkeypatch.setattr(guard, "set_group_timeout", lambda group, seconds: limits.update({group.group_name: seconds}))
-    # A fake group has no pulse.
-    monkeypatch.setattr(stuck, "pulse", lambda _: SimpleNamespace(began=lambda *_: None, ended=lambda: None))
+    options = parse_options({"peer_timeout": limit, "check_plans": False})
+    return guard(lambda: None, Report(steps=[Step("all_reduce", (0, 1))]), options)
+
+
+def test_the_limit_is_set_on_every_group_with_the_graphs_ranks(four_ranks, limits):
+    """A plan knows a group by its ranks; which of the groups with those ranks the graph uses is not said."""
     pairs = [dist.new_group([0, 1]) for _ in range(2)]
     dist.new_group([0, 2])
-    options = parse_options({"peer_timeout": 7.0, "check_plans": False})
-    guard.guard(lambda: None, Report(steps=[Step("all_reduce", (0, 1))]), options)()
+    a_call_with_limit(7.0)()
     assert limits == {group.group_name: 7.0 for group in pairs}
+
+
+def test_each_graphs_calls_keep_their_own_limit(four_ranks, limits):
+    name = dist.new_group([0, 1]).group_name
+    short, long, without = a_call_with_limit(2.0), a_call_with_limit(60.0), a_call_with_limit(None)
+    for call, seconds in ((short, 2.0), (long, 60.0), (without, 1800.0), (short, 2.0), (without, 1800.0)):
+        call()
+        assert limits[name] == seconds
+
+
+def test_a_pulse_beats_often_enough_for_the_shortest_limit(four_ranks):
+    from tpfuse.runtime.heartbeat import Pulse
+
+    pulse = Pulse(dist.group.WORLD)
+    beats = []
+    for limit in (60.0, 0.8, 60.0):
+        pulse.keep_up_with(limit)
+        beats.append(pulse.every)
+    assert beats == [2.0, 0.1, 0.1]
+
+
+def test_words_of_a_group_in_an_error_of_the_model_are_not_a_groups_error():
+    """A generated function raises on a line that does not communicate, and on one that does."""
+    import linecache
+
+    from tpfuse.runtime.heartbeat import from_the_group
+
+    source = "def call(fail):\n    fail(0)\n    torch.ops._c10d_functional.all_reduce(fail(1))\n"
+    linecache.cache["<generated>"] = (len(source), None, source.splitlines(True), "<generated>")
+    names: dict = {"torch": torch, "__name__": "generated"}
+    exec(compile(source, "<generated>", "exec"), names)
+    said = "[gloo/transport/tcp/pair.cc] Connection closed by peer"
+    found = []
+    for line in (0, 1):
+
+        def fail(at, line=line):
+            if at == line:
+                raise RuntimeError(said)
+
+        with pytest.raises(RuntimeError) as raised:
+            names["call"](fail)
+        found.append(from_the_group(raised.value))
+    assert found == [False, True]
+    assert not from_the_group(RuntimeError("the NCCL table has no such row"))
+    assert from_the_group(dist.DistBackendError("anything"))
 
 
 def test_a_beat_is_read_like_any_other_json():

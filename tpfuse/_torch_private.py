@@ -13,6 +13,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -282,6 +283,41 @@ def inductor_config() -> dict[str, Any]:
     return config.get_config_copy()
 
 
+def inductor_settings(patches: dict[str, Any]) -> str | None:
+    """Inductor's configuration under `patches`, as text that is the same in every process; None where a pass of the
+    user's in it has no key.
+
+    If `get_config_copy` goes: as for `inductor_config`.
+    """
+    settings = inductor_config() | patches
+    words = []
+    for name, setting in sorted(settings.items()):
+        for part in setting if isinstance(setting, (list, tuple)) else (setting,):
+            if isinstance(part, custom_graph_pass()):
+                part = part.uuid()
+                if part is None:
+                    return None
+            elif callable(part):
+                if "pass" in name:
+                    return None
+                part = getattr(part, "__qualname__", type(part).__name__)
+            words.append(f"{name}={part!r}")
+    return "\n".join(words)
+
+
+def compilation() -> tuple[int | None, int]:
+    """(the number of the piece of code that Dynamo compiles now, how many times it has compiled it before).
+
+    If `CompileContext` goes: (None, 0), and every compilation counts as one of new code.
+    """
+    from torch._guards import CompileContext
+
+    number = CompileContext.current_compile_id()
+    if number is None or number.frame_id is None:
+        return None, 0
+    return number.frame_id, number.frame_compile_id or 0
+
+
 def inductor_cache_dir() -> str:
     """Where Inductor keeps its caches.
 
@@ -300,6 +336,16 @@ def aot_autograd(**compilers: Any) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(**compilers)
+
+
+def without_cse() -> AbstractContextManager:
+    """Within it, the partitioner keeps nodes that compute the same.
+
+    If the setting goes: nothing needs to be done.
+    """
+    import torch._functorch.config as settings
+
+    return settings.patch(cse=False) if hasattr(settings, "cse") else nullcontext()
 
 
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:

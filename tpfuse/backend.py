@@ -28,8 +28,12 @@ from .passes.recognise.sites import backward_nodes
 from .passes.verdict.steps import find_steps
 from .report import Report, record
 from .runtime import report_store
+from .runtime.ballots import Place
 from .runtime.cache_key import cache_key
 from .runtime.guard import guard
+
+#: Why a graph is compiled a second time, at its first run.
+DIFFER = "the ranks of a group run graphs that differ here, so what they send stays as it was written"
 
 
 def tpfuse(
@@ -68,10 +72,28 @@ def tpfuse(
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     options = with_recorded_policy(options, gm)
     marks = take_marks(gm)
-    fusion = FusionPass(options)
-    name = report_store.key(gm, example_inputs, fusion.uuid())
     spare = copy_graph(gm)
-    compiled = _INNER[options.inner](gm, example_inputs, options, fusion)
+    compiled, report = _compiled(gm, example_inputs, options)
+
+    def written() -> tuple[Callable[..., Any], Report]:
+        """The same graph with everything sent as the program wrote it; called at the graph's first run."""
+        # A rank without a kernel at a boundary cannot take part in its peers'.
+        kernels = any(step.kernel for step in report.steps)
+        as_written = replace(options, as_written=DIFFER, rewrites=() if kernels else options.rewrites)
+        return _compiled(copy_graph(spare), example_inputs, as_written)
+
+    place = Place(*private.compilation())
+    return checking(guard(compiled, report, options, written, place), spare, marks)
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Callable[..., Any], Report]:
+    """What the inner compiler makes of the graph, and the report on it, which is recorded and meets the options."""
+    fusion, patches = assemble(options)
+    name = report_store.key(gm, example_inputs, fusion.uuid(), private.inductor_settings(patches))
+    spare = copy_graph(gm)
+    compiled = _INNER[options.inner](gm, example_inputs, fusion, patches)
     if fusion.reports and not fusion.waiting:
         report = report_store.merge(fusion.reports)
         report_store.save(name, report)
@@ -81,7 +103,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     check_groups(report, options.policy, options.ranks)
     record(report)
     check(report, options)
-    return guard(checking(compiled, spare, marks), report, options)
+    return compiled, report
 
 
 def check(report: Report, options: Options) -> None:
@@ -103,7 +125,10 @@ CustomGraphPass = private.custom_graph_pass()
 
 def pass_options(options: Options) -> PassOptions:
     """What of the backend's options concerns the pass."""
-    return PassOptions(options.rewrites, options.strict, options.policy, options.ranks, options.batch_invariant)
+    return PassOptions(
+        options.rewrites, options.strict, options.policy, options.ranks, options.batch_invariant,
+        as_written=options.as_written,
+    )  # fmt: skip
 
 
 class FusionPass(CustomGraphPass):
@@ -186,13 +211,18 @@ def _key(options: Options, before: Sequence[Callable[[fx.Graph], None]]) -> byte
 # -- who compiles the rewritten graph ---------------------------------------------------------------------------------
 
 
-def _with_inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
-) -> Callable[..., Any]:
+def assemble(options: Options) -> tuple[FusionPass, dict[str, Any]]:
+    """The pass behind the user's own at its stage, and Inductor's config patches with it in them."""
     patches = inductor_patches(options)
-    fusion.before = _users_passes(patches, "joint_custom_post_pass")
+    fusion = FusionPass(options, _users_passes(patches, "joint_custom_post_pass"))
     patches["joint_custom_post_pass"] = fusion
     patches["post_grad_custom_pre_pass"] = ForwardHalf(fusion, _users_passes(patches, "post_grad_custom_pre_pass"))
+    return fusion, patches
+
+
+def _with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], fusion: FusionPass, patches: dict[str, Any]
+) -> Callable[..., Any]:
     return private.compile_with_inductor(gm, example_inputs, patches)
 
 
@@ -202,7 +232,7 @@ def _users_passes(patches: Mapping[str, Any], stage: str) -> tuple[Callable[[fx.
 
 
 def _with_aot_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, fusion: FusionPass
+    gm: fx.GraphModule, example_inputs: Sequence[Any], fusion: FusionPass, patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 
@@ -222,7 +252,9 @@ def _with_aot_eager(
 
     def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         rewrite(joint)
-        return min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs)
+        # Two equal all-reduces on one rank need not be equal on its peers, so none of them may go.
+        with private.without_cse():
+            return min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **kwargs)
 
     return private.aot_autograd(
         fw_compiler=boxed,
@@ -239,9 +271,9 @@ _INNER = {"inductor": _with_inductor, "aot_eager": _with_aot_eager}
 
 def trace_report(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
     """The report on a graph, by tracing it and throwing the result away: nothing is compiled and nothing runs."""
-    fusion = FusionPass(options)
+    fusion, patches = assemble(options)
     take_marks(gm)
-    _with_aot_eager(gm, example_inputs, options, fusion)
+    _with_aot_eager(gm, example_inputs, fusion, patches)
     return report_store.merge(fusion.reports)
 
 

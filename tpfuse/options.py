@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import _torch_private as private
@@ -13,6 +13,8 @@ from .passes.plan.sites import REWRITES
 from .policy import SharingPolicy
 
 INNER = ("inductor", "aot_eager")
+#: Why nothing that is sent may change without the ranks' agreement.
+UNCHECKED = "with options['check_plans'] False the ranks agree on nothing, so what they send stays as it was written"
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ class Options:
     batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
         order of summation at every size, which costs speed where another kernel would be faster. It holds on GPUs whose
         memory the ranks share (`Boundary.runs` says so); elsewhere the process group's all-reduce decides.
-    check_plans: compare the plans of the ranks of a group at each graph's first run.
-    plan_timeout: seconds that a group's first graph waits for the plans of the other ranks; then it runs unchecked.
+    check_plans: at a graph's first run the ranks of a group agree on what they send, where tpfuse changed it. False:
+        they do not meet, and nothing that is sent is changed (no merged or moved steps, no changed layouts).
+    plan_timeout: seconds that a graph's first run waits for its peers to agree; then what it sends stays as written.
     peer_timeout: seconds that a call may wait for a rank of its groups; None leaves it to the groups' own timeouts.
     ranks: of the whole TP group, as `parallelize` recorded them beside the policy; no option that a user gives.
+    as_written: why what a rank sends must stay as the program wrote it, or ''; no option that a user gives.
     """
 
     policy: SharingPolicy | None = None
@@ -49,6 +53,7 @@ class Options:
     plan_timeout: float = 60.0
     peer_timeout: float | None = None
     ranks: tuple[int, ...] | None = None
+    as_written: str = ""
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -87,6 +92,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     if "rewrites" in options:
         options["rewrites"] = tuple(options["rewrites"])
     parsed = Options(**options)
+    if not parsed.check_plans:
+        parsed = replace(parsed, as_written=UNCHECKED)
     _check_values(parsed)
     return parsed
 

@@ -82,6 +82,9 @@ class Step(StrictJson):
 
     op: a functional collective's name, or that of a fused operator. group: the global ranks it runs over.
     dtype, hidden: of its input. module: qualified name of the module it stands in, to name it in messages.
+    sends: which of the original collectives' inputs it sends: "#2" is the input of the third one, as it was written;
+        with a digest in front, those behind it are added up or changed before they are sent.
+    kernel: whether it may run as one kernel in symmetric memory, which a peer's plain collective cannot take part in.
     """
 
     op: str
@@ -89,6 +92,8 @@ class Step(StrictJson):
     dtype: str = ""
     hidden: int | None = None
     module: str = ""
+    sends: str = ""
+    kernel: bool = False
 
 
 @dataclass(frozen=True)

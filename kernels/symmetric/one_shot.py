@@ -12,10 +12,22 @@ from functools import lru_cache
 
 from ..add_norm import NORMS
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
-from ..device import advance_epoch, as_words, finish_row, load_eps, load_row, load_words, other_ranks, peer, slot_of
+from ..device import (
+    CHANNELS,
+    MAX_SPLIT,
+    advance_epoch,
+    as_words,
+    finish_row,
+    load_eps,
+    load_row,
+    load_words,
+    other_ranks,
+    peer,
+    slot_of,
+)
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, receive_sum
-from .workspace import CHANNELS, MAX_SPLIT, Workspace
+from .workspace import Workspace
 
 _CHANNELS = tl.constexpr(CHANNELS)
 

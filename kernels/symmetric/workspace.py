@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..device import CHANNELS, INBOX_WORDS, MAX_SPLIT, SENTINEL
+from ..device import CHANNELS, INBOX_WORDS, SENTINEL
 from .timeout import new_watch
 
 SLOTS = 3

@@ -21,6 +21,7 @@ REWRITES = (
     "gather_full_tp",
     "reduce_scatter_norm",
 )
+NO_MERGE = "the rewrite merge_all_reduces is switched off"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tupl
 def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
     a, b = owed.collective, last.collective
     if not merge:
-        return "the rewrite merge_all_reduces is switched off"
+        return NO_MERGE
     if a.ranks != b.ranks:
         return f"the norm reads the sum of two all-reduces over different ranks, {list(a.ranks)} and {list(b.ranks)}"
     if a.reduce_op.lower() != b.reduce_op.lower():

@@ -19,3 +19,12 @@ def how_it_runs(plan: Plan) -> str:
     hidden = val.shape[-1] if isinstance(val.shape[-1], int) else None
     refusal = why_not(collective.group_name, val.device, hidden, val.dtype, found_out=False)
     return f"functional: {refusal}" if refusal else IN_ONE_KERNEL
+
+
+def runs_in_a_kernel(group_name: object, partial: object) -> bool:
+    """Whether a fused operation on `partial` may run as one kernel, for all that can be known without communicating."""
+    val = value(partial)
+    if val is None or not isinstance(group_name, str):
+        return False
+    hidden = val.shape[-1] if val.dim() and isinstance(val.shape[-1], int) else None
+    return not why_not(group_name, val.device, hidden, val.dtype, found_out=False)

@@ -7,27 +7,29 @@ from torch import fx
 from tpfuse._torch_private import operator_schema
 from tpfuse.report import Step
 
-from ..facts.collectives import ResolveGroup, is_collective
+from ..facts.collectives import ResolveGroup
 from ..facts.graph import argument, last_dim, value
 from ..recognise.streams import calls
 from .names import module_name
+from .runs import runs_in_a_kernel
+from .sent import FUSED, Sent, communicates, communicating
 
-#: The fused operators that communicate: one collective each.
-FUSED = ("all_reduce_norm", "reduce_scatter_norm")
 
-
-def find_steps(graph: fx.Graph, resolve: ResolveGroup) -> list[Step]:
-    """One step for every collective and every fused operation of `graph`, in graph order."""
+def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
+    """One step for every collective and every fused operation of `graph`, in graph order. `original`: what `graph` was
+    before it was rewritten, where it was."""
+    sent = Sent(communicating(original or graph))
     steps = []
     for node in graph.nodes:
-        fused = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
-        if fused is None and not is_collective(node):
+        if not communicates(node):
             continue
+        fused = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
         group = argument(node, "group_name")
         ranks = resolve(group) if isinstance(group, str) else None
         op = fused or operator_schema(node.target).name.split("::")[-1]
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
-        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node)))
+        kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
+        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel))
     return steps
 
 

@@ -35,7 +35,7 @@ def boundary(norm, residual: str = "second"):
 
 
 def assert_error_rule(run, world: int, dtype: torch.dtype, draw=inputs, seeds: int = 20, **trace_options):
-    """Over `seeds` seeds, on every rank: error against float64 at most 1.1 x that of the graph replaced plus one rounding."""
+    """Over `seeds` seeds, on all ranks: error against float64 at most 1.1 x that of the old graph plus one rounding."""
     partials, *rest = draw(0, dtype)
     before = trace(run, partials[0], *rest, **trace_options)
     after, report = fused(before)

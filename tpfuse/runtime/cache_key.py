@@ -46,6 +46,7 @@ def _canonical(options: Options) -> dict[str, Any]:
         "inner": options.inner,
         "rewrites": list(options.rewrites),
         "batch_invariant": options.batch_invariant,
+        "as_written": options.as_written,
     }
 
 

@@ -5,52 +5,91 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
 
-from .._torch_private import default_group, groups_of, set_group_timeout
+from .._torch_private import default_group
 from ..errors import PlanMismatchError
 from ..options import Options
 from ..report import Report
 from . import heartbeat as stuck
-from .plan_check import Ledger, ledger, records
+from .ballots import Ledger, Place, ledger
+from .limits import LIMITS, apply_limit, groups_with_ranks
+from .plan_check import records
 
 
-def guard(compiled: Callable[..., Any], report: Report, options: Options) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled graph, with the report on it."""
+
+    call: Callable[..., Any]
+    report: Report
+
+    @cached_property
+    def steps(self) -> tuple:
+        return tuple(self.report.steps)
+
+
+def guard(
+    compiled: Callable[..., Any],
+    report: Report,
+    options: Options,
+    written: Callable[[], tuple[Callable[..., Any], Report]] | None = None,
+    place: Place | None = None,
+) -> Callable[..., Any]:
     """`compiled`, guarded as the options say; unchanged where it communicates with nobody.
 
-    After the first run in a world a call costs one comparison more than before, and with `peer_timeout` two notes of
-    the time besides.
+    `written` compiles the same graph with everything sent as the program wrote it, and is called where the ranks of a
+    group do not agree on more. `place`: which compilation this is.
+
+    After the first run in a world a call costs one comparison more than before, one more where any graph has a
+    `peer_timeout`, and with a `peer_timeout` of its own two notes of the time besides.
 
     The result raises:
-        PlanMismatchError: at the first run, when the ranks of a group have different plans for this graph.
+        PlanMismatchError: at the first run, when the ranks run different versions, or when peers already run what this
+            graph cannot take part in; and where a collective fails because the ranks' programs differ.
         PeerTimeoutError: when a collective of this graph fails because a peer is late, elsewhere or gone.
     """
     plans = records(report)
     if not plans:
         return compiled
-    steps, limit = tuple(report.steps), options.peer_timeout
+    limit = options.peer_timeout
+    variants = [Compiled(compiled, report)]  # as planned, and as written once that was asked for
+    chosen = variants[0]
     checked: Callable[[], dist.ProcessGroup | None] = lambda: None  # noqa: E731
     pulse: stuck.Pulse | None = None
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+    def meet(world: dist.ProcessGroup) -> None:
+        """Before the first run in a world."""
+        nonlocal checked, chosen, pulse, groups
+        pulse = stuck.pulse(limit) if limit is not None else None
+        groups = groups_with_ranks(plans)
+        book = ledger() if options.check_plans else None
+        agreed = book is None or book.agree(plans, options.plan_timeout, place)
+        if not agreed and written is not None and not all(record.as_written for record in plans.values()):
+            if len(variants) == 1:
+                variants.append(Compiled(*written()))
+            chosen = variants[1]
+        else:
+            chosen = variants[0]
+        checked = weakref.ref(world)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checked, pulse
         world = default_group()
         if world is not None and checked() is not world:
-            if limit is not None and (pulse := stuck.pulse(limit)) is not None:
-                # Plans name groups by their ranks, and graphs by one of the groups with those ranks.
-                for group in (group for ranks in plans for group in groups_of(ranks)):
-                    set_group_timeout(group, limit)
-            book = ledger() if options.check_plans else None
-            if book is not None:
-                book.agree(plans, options.plan_timeout)
-            checked = weakref.ref(world)
+            meet(world)
         if pulse is not None:
-            pulse.began(steps, limit)
+            apply_limit(groups, limit)
+            pulse.began(chosen.steps, limit)
+        elif LIMITS:
+            apply_limit(groups, None)
         began = time.monotonic() if pulse is not None else None
         try:
-            return compiled(*args, **kwargs)
+            return chosen.call(*args, **kwargs)
         except RuntimeError as error:
             if not stuck.from_the_group(error):
                 raise
@@ -62,13 +101,14 @@ def guard(compiled: Callable[..., Any], report: Report, options: Options) -> Cal
     def _explained(error: RuntimeError, began: float | None) -> Exception:
         book: Ledger | None = ledger() if options.check_plans else None
         try:
-            words = book.heard(plans) if book is not None else ""
+            words = (book.heard(plans) or book.apart(plans)) if book is not None else ""
         except RuntimeError:  # the store went with the rank that held it
             words = ""
-        if words:
-            return PlanMismatchError(words)
         seconds = f"after {time.monotonic() - began:.1f} s, " if began is not None else ""
         cause = f"{seconds}{str(error).splitlines()[0]}"
+        if words:
+            return PlanMismatchError(f"{words} ({cause})")
+        steps = chosen.steps
         if "mismatch between collectives" in cause:  # TORCH_DISTRIBUTED_DEBUG=DETAIL compares every call
             step = stuck.name_step(stuck.step_of_error(error, steps), steps)
             rank = dist.get_rank()

@@ -1,48 +1,35 @@
-"""Ranks of one group must run the same plan: each graph's plan is published at its first run and compared.
+"""What a compiled graph sends over each of its groups, and how the plans of two ranks are told apart. Pure functions.
 
-    record = (shape of the original graph; what the rewritten graph communicates over one group; versions)
-
-A rank appends its records to the process group's store, one list for each group, and reads the lists of its peers.
-
-- Rows are no part of a record, so graphs specialised on different row counts agree.
-- Ranks recompile at different times (rows 5, 7, 1, 0 on one rank are one graph on another), so records are matched by
-  the shape of the graph before tpfuse changed it and, within one shape, by the order in which *different* plans
-  appeared. A plan that a peer has not published yet is not waited for, except the group's very first one.
-- The first plans of all ranks must be alike even where the graphs are not: they hold the group's first collectives. One
-  may be the beginning of another (a graph break on one rank only).
-- Nothing collective is run, nothing happens while compiling, and nothing after a graph's first run.
+What must be equal on all ranks of a group is what is *sent*: which partial tensors, added up or changed in which way,
+in which order. What a rank hands out besides (the sum itself, hidden states, statistics) is its own affair. A plan is
+`as_written` over a group where every operation sends just what the program said, in its order: it fits every peer that
+does the same, whatever else their graphs do. Any other plan changes what is sent, and needs peers with the same plan
+(`ballots`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import threading
-import time
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 
-from .._torch_private import default_group, default_store
-from ..errors import PlanMismatchError
 from ..report import Boundary, Report, Step
 from ..strict_json import StrictJson
 
-log = logging.getLogger(__name__)
 Ranks = tuple[int, ...]
-FIRST = "first"
 
 
 @dataclass(frozen=True)
 class Record(StrictJson):
     """One graph's plan for one group: the group's verdicts and steps in graph order, and who made them.
 
-    graph: a digest of the collectives before the rewrite, equal on ranks that compile the same program.
+    graph: a digest of the group's collectives as the program wrote them. ballot: which graph this is, by a name that
+    all ranks of the group give it (`ballots`). as_written: whether what is sent is unchanged; changed: over how many of
+    the graph's groups it is not.
     """
 
     graph: str
@@ -50,36 +37,49 @@ class Record(StrictJson):
     torch: str
     boundaries: list[Boundary] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    as_written: bool = True
+    changed: int = 0
+    ballot: str = ""
 
     @cached_property
-    def digest(self) -> str:
-        """Of all that must be equal on a group's ranks: op, dtype, hidden, rewrite, fell back or not, versions."""
-        verdicts = [(b.collective, b.dtype, b.hidden, b.rewrite, b.fused) for b in self.boundaries]
-        return _digest([self.tpfuse, self.torch, verdicts, self.performed])
+    def sent(self) -> str:
+        """A digest of what is sent: equal where two ranks' plans go together."""
+        if self.as_written:
+            return f"{self.graph} as written"
+        steps = [(_on_the_wire(step), step.sends, step.kernel) for step in self.steps]
+        return _digest([self.graph, self.changed, steps])
 
-    @cached_property
-    def performed(self) -> list[tuple]:
-        return [(step.op, step.dtype, step.hidden) for step in self.steps]
+
+def _on_the_wire(step: Step) -> str:
+    """What the ranks perform together; without a kernel of its own, a fused operation is its collective."""
+    return step.op if step.kernel else step.op.removesuffix("_norm").removesuffix("_tensor")
 
 
 def records(report: Report) -> dict[Ranks, Record]:
     """The plan of one compiled graph, group by group."""
     from .. import __version__
 
-    # Groups enter by size: their members differ between the ranks of, say, two data-parallel replicas.
-    shape = _digest([(b.collective, len(b.group), b.module, b.dtype, b.hidden) for b in report.boundaries])
+    found = {}
     groups = {boundary.group for boundary in report.boundaries} | {step.group for step in report.steps}
-    return {
-        group: Record(
-            shape,
+    for group in sorted(groups):
+        if len(group) < 2:
+            continue
+        written = [(f"#{i}", b) for i, b in enumerate(report.boundaries) if b.group == group]
+        steps = [step for step in report.steps if step.group == group]
+        # Steps without a word on what they send stand in reports that nothing was rewritten in.
+        unchanged = [step.sends for step in steps] == [name for name, _ in written] or not any(
+            step.sends for step in steps
+        )
+        found[group] = Record(
+            _digest([(b.collective, b.dtype, b.hidden) for _, b in written]),
             __version__,
             torch.__version__,
-            [_what_counts(boundary) for boundary in report.boundaries if boundary.group == group],
-            [step for step in report.steps if step.group == group],
+            [_what_counts(b) for _, b in written],
+            steps,
+            unchanged and not any(step.kernel for step in steps),
         )
-        for group in sorted(groups)
-        if len(group) > 1
-    }
+    changed = sum(not record.as_written for record in found.values())
+    return {group: replace(record, changed=changed) for group, record in found.items()}
 
 
 def _what_counts(b: Boundary) -> Boundary:
@@ -94,54 +94,20 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-# -- comparing: pure functions of what was published ------------------------------------------------------------------
+# -- words ------------------------------------------------------------------------------------------------------------
 
 
-def distinct(published: Sequence[Record]) -> dict[tuple[str, int], Record]:
-    """The records by (shape of the graph, which of the different plans for it)."""
-    found: dict[tuple[str, int], Record] = {}
-    digests: dict[str, list[str]] = {}
-    for record in published:
-        known = digests.setdefault(record.graph, [])
-        if record.digest not in known:
-            found[record.graph, len(known)] = record
-            known.append(record.digest)
-    return found
-
-
-def disagreement(group: Ranks, published: Mapping[int, Sequence[Record]], own: int) -> tuple[str, str] | None:
-    """Whether the latest record of rank `own` disagrees with its peers' records.
-
-    published: rank -> its records, in order. Returns (a name for what is disagreed on, a sentence about it), or None.
-    """
-    firsts = {rank: records[0] for rank, records in published.items() if records}
-    if len(published[own]) == 1 and _clash(list(firsts.values())):
-        return FIRST, describe(group, firsts)
-    plans = {rank: distinct(records) for rank, records in published.items()}
-    place = list(plans[own])[-1]
-    there = {rank: found[place] for rank, found in plans.items() if place in found}
-    if len({record.digest for record in there.values()}) > 1:
-        return f"{place[0]}/{place[1]}", describe(group, there)
-    return None
-
-
-def _clash(firsts: list[Record]) -> bool:
-    """Whether first plans differ before the end of the shorter one."""
-    for record in firsts[1:]:
-        if record.graph == firsts[0].graph:
-            if record.digest != firsts[0].digest:
-                return True
-        elif any(a != b for a, b in zip(firsts[0].performed, record.performed, strict=False)):
-            return True
-    return False
+def versions_differ(group: Ranks, plans: Mapping[int, Record]) -> str:
+    """A sentence on ranks that run different versions, or ''."""
+    versions = {rank: f"tpfuse {plan.tpfuse} and torch {plan.torch}" for rank, plan in plans.items()}
+    if len(set(versions.values())) < 2:
+        return ""
+    return f"the ranks of group {list(group)} run different versions: {_who(versions)}. Install the same on all ranks"
 
 
 def describe(group: Ranks, plans: Mapping[int, Record]) -> str:
-    """Which boundary, and which ranks decided what about it."""
+    """Which boundary the plans first differ at, and which ranks decided what about it."""
     ranks = sorted(plans)
-    versions = {rank: f"tpfuse {plans[rank].tpfuse} and torch {plans[rank].torch}" for rank in ranks}
-    if len(set(versions.values())) > 1:
-        return f"the ranks of group {list(group)} run different versions: {_who(versions)}"
     for index in range(max(len(plans[rank].boundaries) for rank in ranks)):
         verdicts = {rank: _verdict(plans[rank].boundaries, index) for rank in ranks}
         if len({verdict[:3] for verdict in verdicts.values()}) > 1:
@@ -152,14 +118,11 @@ def describe(group: Ranks, plans: Mapping[int, Record]) -> str:
         steps = {rank: _step(plans[rank].steps, index) for rank in ranks}
         if len(set(steps.values())) > 1:
             return _sentence(group, f"step {index}", steps)
-    return f"the ranks of group {list(group)} compiled different plans"
+    return f"the ranks of group {list(group)} have different plans"
 
 
 def _sentence(group: Ranks, where: str, decided: Mapping[int, str]) -> str:
-    return (
-        f"the ranks of group {list(group)} compiled different plans, first of all for {where}: {_who(decided)}. Give "
-        "all ranks the same model, options and versions; options={'check_plans': False} turns this check off"
-    )
+    return f"the ranks of group {list(group)} have different plans, first of all for {where}: {_who(decided)}"
 
 
 def _verdict(boundaries: Sequence[Boundary], index: int) -> tuple[str, str, str, str]:
@@ -176,7 +139,8 @@ def _step(steps: Sequence[Step], index: int) -> str:
     if index >= len(steps):
         return "no such step"
     step = steps[index]
-    return f"{step.op} of {step.dtype or '?'} x {step.hidden or '?'}" + (f" at {step.module}" if step.module else "")
+    what = f"{step.op} of {step.dtype or '?'} x {step.hidden or '?'}" + (f" at {step.module}" if step.module else "")
+    return f"{what}, which sends {step.sends}" if step.sends else what
 
 
 def _who(said: Mapping[int, str]) -> str:
@@ -187,98 +151,3 @@ def _who(said: Mapping[int, str]) -> str:
         f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {saying}"
         for saying, ranks in by_saying.items()
     )
-
-
-# -- publishing -------------------------------------------------------------------------------------------------------
-
-
-class Ledger:
-    """What this rank and its peers have published in one world (one life of the default process group)."""
-
-    def __init__(self, store: dist.Store, rank: int):
-        self.store, self.rank = dist.PrefixStore("tpfuse/plans", store), rank
-        self.published: dict[Ranks, dict[int, list[Record]]] = {}
-        self.lock = threading.Lock()
-
-    def agree(self, plans: Mapping[Ranks, Record], timeout: float) -> None:
-        """Publish a graph's plans, and compare them with those of the peers.
-
-        Raises:
-            PlanMismatchError: the same on every rank that finds the disagreement, or hears of it.
-        """
-        with self.lock:
-            # All groups first: a peer may be waiting for any of them.
-            fresh = [group for group, record in plans.items() if self.rank in group and self._publish(group, record)]
-            for group in fresh:
-                if len(self.published[group][self.rank]) == 1:
-                    self._wait(group, timeout)
-            for group in fresh:
-                self._compare(group)
-        if words := self.heard(plans):
-            raise PlanMismatchError(words)
-
-    def heard(self, plans: Mapping[Ranks, Record]) -> str:
-        """What a rank that found a disagreement about these plans has left in the store, or ''."""
-        for group, record in plans.items():
-            places = [FIRST] + [f"{record.graph}/{index}" for index in range(4)]
-            for place in places:
-                if self.store.check([key := f"{_name(group)}/differ/{place}"]):
-                    return self.store.get(key).decode()
-        return ""
-
-    def _publish(self, group: Ranks, record: Record) -> bool:
-        own = self.published.setdefault(group, {rank: [] for rank in group})[self.rank]
-        if any(record.graph == r.graph and record.digest == r.digest for r in own):
-            return False
-        self.store.set(f"{_name(group)}/{self.rank}/{len(own)}", record.to_json())
-        own.append(record)
-        return True
-
-    def _wait(self, group: Ranks, timeout: float) -> None:
-        deadline, pause = time.monotonic() + timeout, 0.001
-        while missing := [rank for rank in group if not self._read(group, rank)]:
-            if time.monotonic() > deadline:
-                log.warning(
-                    "ranks %s of group %s ran no compiled graph within %g s (plan_timeout); rank %d goes on without "
-                    "having compared plans", missing, list(group), timeout, self.rank,
-                )  # fmt: skip
-                return
-            # Polled, since a store that waits answers no other thread.
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-
-    def _read(self, group: Ranks, rank: int) -> list[Record]:
-        known = self.published[group][rank]
-        if rank != self.rank:
-            while self.store.check([key := f"{_name(group)}/{rank}/{len(known)}"]):
-                known.append(Record.from_json(self.store.get(key)))
-        return known
-
-    def _compare(self, group: Ranks) -> None:
-        for rank in group:
-            self._read(group, rank)
-        found = disagreement(group, self.published[group], self.rank)
-        if found is not None:
-            place, sentence = found
-            # The first rank to find it chooses the words, so that all ranks raise the same.
-            words = self.store.compare_set(f"{_name(group)}/differ/{place}", "", sentence)
-            raise PlanMismatchError(words.decode())
-
-
-def _name(group: Ranks) -> str:
-    return "-".join(map(str, group))
-
-
-#: REGISTRY: the ledger of each world this process is part of. An entry goes when its default process group does.
-LEDGERS: weakref.WeakKeyDictionary[dist.ProcessGroup, Ledger] = weakref.WeakKeyDictionary()
-
-
-def ledger() -> Ledger | None:
-    """The ledger of the current world; None without a process group whose ranks can meet."""
-    world = default_group()
-    if world is None or dist.get_backend(world) == "fake":
-        return None
-    found = LEDGERS.get(world)
-    if found is None:
-        found = LEDGERS.setdefault(world, Ledger(default_store(), dist.get_rank()))
-    return found

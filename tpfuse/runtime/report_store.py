@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from torch import fx
 
 from .._torch_private import inductor_cache_dir
 from ..errors import OptionError
+from ..passes.verdict.sent import shifted
 from ..report import Report
 
 
-def key(gm: fx.GraphModule, example_inputs: Sequence[Any], pass_key: bytes | None) -> str | None:
-    """Names the report on this graph with these inputs under this pass; None where the caches are bypassed.
+def key(gm: fx.GraphModule, example_inputs: Sequence[Any], pass_key: bytes | None, settings: str | None) -> str | None:
+    """Names the report on this graph with these inputs under this pass and these settings of Inductor; None where the
+    caches are bypassed.
 
-    To be computed before compiling, which takes the graph over.
+    To be computed before compiling, which takes the graph over, and of the pass as it will run, with the user's own in
+    front of it.
     """
-    if pass_key is None:
+    if pass_key is None or settings is None:
         return None
     facts = [
+        settings,
         pass_key.hex(),
         gm.print_readable(print_output=False, include_stride=True, include_device=True),
         repr([_describe(value) for value in example_inputs]),
@@ -88,5 +93,9 @@ def merge(reports: Sequence[Report]) -> Report:
         norms=sum(report.norms for report in reports),
         collectives_after=sum(report.collectives_after for report in reports),
         notes=[note for report in reports for note in report.notes],
-        steps=[step for report in reports for step in report.steps],
+        steps=[
+            replace(step, sends=shifted(step.sends, sum(len(before.boundaries) for before in reports[:i])))
+            for i, report in enumerate(reports)
+            for step in report.steps
+        ],
     )

@@ -1,0 +1,54 @@
+"""Fuse only what leaves everything that is sent as the program wrote it, in its order. Reads only.
+
+Such a graph fits every peer that sends what its program wrote, fused or not: what the ranks of a group have that cannot
+agree on more (`tpfuse.runtime.ballots`).
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..facts.collectives import is_collective
+from ..plan.sites import NO_MERGE, Decisions, Plan
+from ..plan.sites import plan as plan_sites
+from ..recognise.sites import Recognition
+from ..recognise.streams import calls
+from ..recognise.sums import decompose
+
+
+def as_written(recognition: Recognition, rewrites: tuple[str, ...], why: str) -> Decisions:
+    """The plans that change nothing of what is sent; the others are refused, with `why` in the reason."""
+    decisions = plan_sites(recognition, tuple(name for name in rewrites if name != "merge_all_reduces"))
+    kept: list[Plan] = []
+    merged = f"it would be added to another all-reduce before it is sent, but {why}"
+    refusals = [(owed, merged if reason == NO_MERGE else reason) for owed, reason in decisions.refusals]
+    for plan in decisions.plans:
+        problem = _changes(plan)
+        if problem:
+            refusals += [(owed, f"{problem}, but {why}") for owed in plan.paid]
+        else:
+            kept.append(plan)
+    return Decisions(tuple(kept), tuple(refusals))
+
+
+def _changes(plan: Plan) -> str:
+    """What fusing would change of what is sent, or ''."""
+    (owed,) = plan.paid
+    total = decompose(plan.site.hidden, {owed.collective.result}, set())
+    if owed.collective.reduce_op.lower() != "sum" or len(total.owed) > 1 or not total.owed[0].only_reshapes:
+        return "it would be sent with what is done to it afterwards applied before"
+    norm, residual = plan.site.norm, plan.site.residual_after if plan.post else None
+    operands = [node for node in (norm.weight, norm.bias, norm.eps, residual) if isinstance(node, fx.Node)]
+    if _overtaken(owed.collective.node, max([plan.site.hidden, *operands])):
+        return "it would be sent after a collective that follows it"
+    return ""
+
+
+def _overtaken(node: fx.Node, last: fx.Node) -> bool:
+    """Whether another collective stands between `node` and `last`, behind which the fused operation would stand."""
+    current = node.next
+    while current.op != "root" and current < last:
+        if is_collective(current) or calls(current, "tpfuse::all_reduce_norm"):
+            return True
+        current = current.next
+    return False

@@ -1,0 +1,128 @@
+"""What a rewritten graph's operations send: an original collective's input as it was, or something made of several.
+
+Ranks compare these words (`tpfuse.runtime.ballots`), so they must be equal on ranks whose graphs do the same before
+they communicate, whatever else the graphs hold: no names of nodes, no sizes. Reads only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.collectives import is_collective
+from ..facts.graph import argument, is_call, value
+from ..recognise.streams import calls
+from .accounting import origin
+
+#: The fused operators that communicate: one collective each.
+FUSED = ("all_reduce_norm", "reduce_scatter_norm")
+_SIZED = ops.VIEWS | {ops.aten.expand.default, ops.aten.full.default}
+_INDEX = re.compile(r"#(\d+)")
+
+
+def communicates(node: fx.Node) -> bool:
+    return is_collective(node) or any(calls(node, f"tpfuse::{name}") for name in FUSED)
+
+
+def communicating(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that communicate, in graph order: "#0", "#1" and so on."""
+    return [node for node in graph.nodes if communicates(node)]
+
+
+def shifted(sends: str, by: int) -> str:
+    """The same words for a graph whose collectives come behind `by` others."""
+    return _INDEX.sub(lambda found: f"#{int(found[1]) + by}", sends)
+
+
+class Sent:
+    """Words for what is sent, once the collectives `originals` were rewritten."""
+
+    def __init__(self, originals: Sequence[fx.Node]):
+        self.index = {node.name: i for i, node in enumerate(originals)}
+        self.targets = {node.name: node.target for node in originals}
+        self.inputs: dict[str, list[int]] = {}
+        self.input_of: dict[int, str] = {}
+        for i, node in enumerate(originals):
+            source = _input(node)
+            if isinstance(source, fx.Node):
+                self.inputs.setdefault(source.name, []).append(i)
+                self.input_of[i] = source.name
+
+    def by(self, node: fx.Node) -> str:
+        """What `node`, a collective or a fused operation, sends."""
+        if node.name in self.index and self.targets[node.name] is node.target:
+            return f"#{self.index[node.name]}"
+        source = _input(node)
+        if not isinstance(source, fx.Node):
+            return "?"
+        plain = source
+        while is_call(plain, ops.VIEWS - ops.REORDERINGS) and isinstance(plain.args[0], fx.Node):
+            if plain.name in self.inputs:
+                break
+            plain = plain.args[0]
+        index = self.index.get(origin(node))
+        if index is not None and self.input_of.get(index) == plain.name and _same_collective(self.targets, node):
+            return f"#{index}"
+        return self._expression(node, source)
+
+    def _expression(self, node: fx.Node, source: fx.Node) -> str:
+        """A digest of how `source` is computed, back to finished collectives and the graph's inputs."""
+        needed, pending = set(), [source]
+        while pending:
+            current = pending.pop()
+            if current not in needed:
+                needed.add(current)
+                if not self._ends(current):
+                    pending += current.all_input_nodes
+        known: dict[fx.Node, str] = {}
+        for current in source.graph.nodes:
+            if current in needed:
+                known[current] = self._word(current, known)
+        found = sorted({i for current in needed for i in self.inputs.get(current.name, [])})
+        how = _digest([str(argument(node, "reduce_op")), known[source]])
+        return f"{how}:{','.join(f'#{i}' for i in found)}"
+
+    def _ends(self, node: fx.Node) -> bool:
+        return node.name in self.inputs or communicates(node) or node.op != "call_function"
+
+    def _word(self, node: fx.Node, known: dict[fx.Node, str]) -> str:
+        if node.name in self.inputs:
+            return f"sent {self.inputs[node.name]}"
+        if communicates(node):
+            return "received"
+        val = value(node)
+        if node.op != "call_function":
+            return f"{node.op} {val.dtype if val is not None else ''}"
+        constants = not is_call(node, _SIZED)
+
+        def word(arg: object) -> str:
+            if isinstance(arg, fx.Node):
+                return known.get(arg, "?")
+            if isinstance(arg, (list, tuple)):
+                # Sizes say nothing of what is computed, and differ with the rows.
+                return f"[{','.join(word(a) for a in arg if not isinstance(a, int))}]"
+            if isinstance(arg, (bool, int, float, str)) or arg is None:
+                return repr(arg) if constants else ""
+            return type(arg).__name__
+
+        arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
+        return _digest([str(node.target), *arguments])
+
+
+def _input(node: fx.Node) -> object:
+    source = argument(node, "input") if is_collective(node) else node.args[0] if node.args else None
+    return source if source is not None else next(iter(node.all_input_nodes), None)
+
+
+def _same_collective(targets: dict[str, object], node: fx.Node) -> bool:
+    """Whether a fused operation performs its original's collective: a fused sum instead of an average does not."""
+    kind = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
+    return kind is not None and kind.removesuffix("_norm") in str(targets[origin(node)])
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
