@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -280,3 +282,14 @@ def test_debug_dumps_work_under_torch_logs():
         env={**__import__("os").environ, "TORCH_LOGS": "+tpfuse"},
     )
     assert done.returncode == 0 and "collectives fused" in done.stderr, done.stderr
+
+
+def test_keywords_that_are_torch_compiles_own_are_taken_and_others_are_named():
+    from tpfuse.backend import tpfuse as backend
+
+    gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend(copy.deepcopy(gm), [torch.ones(2)], options={"inner": "aot_eager"}, dynamic=None, fullgraph=True)
+    with pytest.warns(UserWarning, match="polcy=3"):
+        backend(gm, [torch.ones(2)], options={"inner": "aot_eager"}, polcy=3)

@@ -221,6 +221,74 @@ def test_an_edited_pass_is_used_by_the_next_process_and_the_report_outlives_the_
     assert (edited["h"], edited["hit"]) == (10.0, 0), "the new source was not used"
 
 
+USERS_PASS = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as funcol
+    from torch._dynamo.utils import counters
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    import tpfuse
+    from tpfuse.backend import tpfuse as backend
+
+    class Doubles(CustomGraphPass):
+        def __call__(self, graph):
+            # Between the sum and the norm, it does what no fused operation can.
+            for node in list(graph.nodes):
+                if node.target is torch.ops._c10d_functional.wait_tensor.default:
+                    with graph.inserting_after(node):
+                        sine = graph.call_function(torch.ops.aten.sin.default, (node,))
+                    sine.meta.update(node.meta)
+                    node.replace_all_uses_with(sine, delete_user_cb=lambda user: user is not sine)
+
+        def uuid(self):
+            return "sine"
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    inductor = {sys.argv[1]: Doubles()} if len(sys.argv) > 1 else {}
+    fn = lambda x, r: torch.nn.functional.rms_norm(r + funcol.all_reduce(x, "sum", dist.group.WORLD), (8,))
+    try:
+        with torch.no_grad():
+            torch.compile(fn, backend=backend, options={"inductor": inductor, "expect_fused": 1})(
+                torch.ones(1, 8), torch.zeros(1, 8)
+            )
+    except tpfuse.FusionError:
+        print("refused", end=" ")
+    print(len(tpfuse.reports()[-1].fused), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.parametrize("stage", ["joint_custom_post_pass", "joint_custom_pre_pass"])
+def test_a_report_is_that_of_the_graph_with_the_users_own_pass(stage, tmp_path):
+    """Three processes on one cache: with a pass of the user's that keeps the boundary from fusing, without, with."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    said = []
+    for arguments in ([stage], [], [stage], []):
+        command = [sys.executable, "-c", textwrap.dedent(USERS_PASS), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    refused, fused, again, warm = said
+    assert refused[:2] == again[:2] == ["refused", "0"], said
+    assert fused[0] == warm[0] == "1", said
+
+
+def test_the_key_stays_when_a_group_found_out_that_it_cannot_use_the_kernels(monkeypatch):
+    import weakref
+
+    from tpfuse.backend import FusionPass
+    from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, Member
+    from tpfuse.options import Options
+
+    with fake_world(2):
+        before = FusionPass(Options()).uuid()
+        group = dist.group.WORLD
+        refusal = Member(weakref.ref(group), None, "The group spans several hosts.")
+        monkeypatch.setitem(WORKSPACE_REGISTRY, group.group_name, refusal)
+        assert FusionPass(Options()).uuid() == before
+
+
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 

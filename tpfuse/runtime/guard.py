@@ -17,7 +17,7 @@ from ..options import Options
 from ..report import Report
 from . import heartbeat as stuck
 from .ballots import Ledger, Place, ledger
-from .limits import LIMITS, apply_limit, groups_with_ranks
+from .limits import LIMITS, Group, apply_limit, groups_with_ranks
 from .plan_check import records
 
 
@@ -61,7 +61,7 @@ def guard(
     chosen = variants[0]
     checked: Callable[[], dist.ProcessGroup | None] = lambda: None  # noqa: E731
     pulse: stuck.Pulse | None = None
-    groups: tuple[dist.ProcessGroup, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     def meet(world: dist.ProcessGroup) -> None:
         """Before the first run in a world."""

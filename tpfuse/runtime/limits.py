@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 from .._torch_private import group_timeout, groups_of, set_group_timeout
 
+#: A compiled graph may outlive its groups, and does not keep them.
+Group = weakref.ref[dist.ProcessGroup]
+
 
 @dataclass
 class Limit:
@@ -29,9 +32,12 @@ class Limit:
 LIMITS: weakref.WeakKeyDictionary[dist.ProcessGroup, Limit] = weakref.WeakKeyDictionary()
 
 
-def apply_limit(groups: Iterable[dist.ProcessGroup], seconds: float | None) -> None:
+def apply_limit(groups: Iterable[Group], seconds: float | None) -> None:
     """Let operations of `groups` wait for `seconds` from now on; None: as long as before any graph set a limit."""
-    for group in groups:
+    for reference in groups:
+        group = reference()
+        if group is None:
+            continue
         known = LIMITS.get(group)
         if known is None:
             if seconds is None:
@@ -43,7 +49,7 @@ def apply_limit(groups: Iterable[dist.ProcessGroup], seconds: float | None) -> N
             known.now = wanted
 
 
-def groups_with_ranks(members: Iterable[tuple[int, ...]]) -> tuple[dist.ProcessGroup, ...]:
+def groups_with_ranks(members: Iterable[tuple[int, ...]]) -> tuple[Group, ...]:
     """Every process group of this rank with one of these lists of members: a plan knows a group by its ranks, a graph
     by one of the groups with those ranks."""
-    return tuple(group for ranks in members for group in groups_of(ranks))
+    return tuple(weakref.ref(group) for ranks in members for group in groups_of(ranks))
