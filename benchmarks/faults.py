@@ -46,10 +46,10 @@ def all_faults() -> list[Fault]:
     long = 4 * stuck.LIMIT
     detail = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     return [
-        Fault("a rank falls back, in the first graph", agreement.broken_on_rank_one,
-              "test_one_rank_that_falls_back_is_an_error_on_every_rank[first]", ("first",)),
-        Fault("a rank falls back, in a later graph", agreement.broken_on_rank_one,
-              "test_one_rank_that_falls_back_is_an_error_on_every_rank[later]", ("later",)),
+        Fault("the pass fails on a rank, in the first graph", agreement.broken_on_rank_one,
+              "test_one_rank_on_which_the_pass_fails_goes_with_its_peers[first]", ("first",)),
+        Fault("the pass fails on a rank, in a later graph", agreement.broken_on_rank_one,
+              "test_one_rank_on_which_the_pass_fails_goes_with_its_peers[later]", ("later",)),
         Fault("a rank is killed", stuck.die, "test_a_peer_that_dies[killed]", ("killed",), (1,)),
         Fault("a rank is stopped", stuck.die, "test_a_peer_that_dies[stopped]", ("stopped",), (1,)),
         Fault("a rank skips a call", stuck.skip, "test_a_peer_that_skips_a_call"),

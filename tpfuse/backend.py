@@ -25,7 +25,7 @@ from .passes.facts.checkpoint import ASTRIDE
 from .passes.facts.groups import resolve_group
 from .passes.pipeline import PassOptions, fuse
 from .passes.recognise.sites import backward_nodes
-from .passes.verdict.steps import find_steps
+from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record
 from .runtime import report_store
 from .runtime.ballots import Place
@@ -80,10 +80,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         # A rank without a kernel at a boundary cannot take part in its peers'.
         kernels = any(step.kernel for step in report.steps)
         as_written = replace(options, as_written=DIFFER, rewrites=() if kernels else options.rewrites)
-        return _compiled(copy_graph(spare), example_inputs, as_written)
+        again, its_report = _compiled(copy_graph(spare), example_inputs, as_written)
+        return checking(again, spare, marks), its_report
 
     place = Place(*private.compilation())
-    return checking(guard(compiled, report, options, written, place), spare, marks)
+    return guard(checking(compiled, spare, marks), report, options, written, place)
 
 
 def _compiled(
@@ -174,7 +175,9 @@ class FusionPass(CustomGraphPass):
                 boundaries[index] = late[name]
         inner = len(outcome.report.boundaries) - len(outcome.names)
         fewer = before - (outcome.report.collectives_after - inner)
-        self.reports[-1] = replace(report, boundaries=boundaries, collectives_after=report.collectives_after - fewer)
+        steps = with_late_steps(report.steps, outcome.report.steps)
+        after = report.collectives_after - fewer
+        self.reports[-1] = replace(report, boundaries=boundaries, collectives_after=after, steps=steps)
 
     def uuid(self) -> bytes | None:
         """None, which bypasses the caches, where a user's pass has no key of its own."""

@@ -83,7 +83,7 @@ class Sent:
             if current in needed:
                 known[current] = self._word(current, known)
         found = sorted({i for current in needed for i in self.inputs.get(current.name, [])})
-        how = _digest([str(argument(node, "reduce_op")), known[source]])
+        how = digest([str(argument(node, "reduce_op")), known[source]])
         return f"{how}:{','.join(f'#{i}' for i in found)}"
 
     def _ends(self, node: fx.Node) -> bool:
@@ -110,7 +110,7 @@ class Sent:
             return type(arg).__name__
 
         arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
-        return _digest([str(node.target), *arguments])
+        return digest([str(node.target), *arguments])
 
 
 def _input(node: fx.Node) -> object:
@@ -124,5 +124,6 @@ def _same_collective(targets: dict[str, object], node: fx.Node) -> bool:
     return kind is not None and kind.removesuffix("_norm") in str(targets[origin(node)])
 
 
-def _digest(words: Sequence[str]) -> str:
+def digest(words: Sequence[str]) -> str:
+    """A short word for a list of words, equal in every process."""
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]

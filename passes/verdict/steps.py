@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from tpfuse._torch_private import operator_schema
@@ -12,7 +14,7 @@ from ..facts.graph import argument, last_dim, value
 from ..recognise.streams import calls
 from .names import module_name
 from .runs import runs_in_a_kernel
-from .sent import FUSED, Sent, communicates, communicating
+from .sent import FUSED, Sent, communicates, communicating, digest
 
 
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
@@ -31,6 +33,20 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
         steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel))
     return steps
+
+
+def with_late_steps(steps: list[Step], late: list[Step]) -> list[Step]:
+    """The steps of a joint graph whose forward half was rewritten again, into `late`: where that changed what is sent,
+    the first step of each group says so, with a digest of all of it."""
+    if all(step.sends == f"#{i}" for i, step in enumerate(late)) and not any(step.kernel for step in late):
+        return steps
+    how = digest([f"{step.op} {step.sends} {step.kernel}" for step in late])
+    kernel = any(step.kernel for step in late)
+    firsts = {step.group: i for i, step in reversed(list(enumerate(steps)))}
+    return [
+        replace(step, sends=f"{how}:{step.sends}", kernel=kernel or step.kernel) if firsts[step.group] == i else step
+        for i, step in enumerate(steps)
+    ]
 
 
 def dtype_and_hidden(node: object) -> tuple[str, int | None]:
