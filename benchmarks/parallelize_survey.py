@@ -1,0 +1,291 @@
+"""Cuts a tiny model of every Hugging Face causal LM that has a tp plan, and compares it with the uncut model.
+
+    python benchmarks/parallelize_survey.py [--families Llama,GptOss] [--policy whole] [--out FILE]
+
+Four gloo ranks on the CPU, dp 2, three policies. Compared: logits, the gradient of every parameter, greedy tokens.
+One JSON line for each family and policy: outcome "right", "refused" (by a TPFuseError on every rank), "wrong" (other
+numbers than the uncut model's), "dies" (any other error, an error on some ranks only, or no answer in time) or
+"unbuilt" (transformers itself cannot build or run the tiny model); the share of the weights on a rank; what was cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import tpfuse
+
+RANKS, DP, TOLERANCE = 4, 2, 1e-4
+POLICIES = {"whole": None, "attention": RANKS // DP, "own rows": 1}
+RESULTS = Path(__file__).parent / "results" / "parallelize_survey.jsonl"
+TINY = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=8, max_position_embeddings=64, pad_token_id=0, num_experts_per_tok=2,
+    num_experts=4, num_local_experts=4, n_routed_experts=4, moe_intermediate_size=64, tie_word_embeddings=False,
+    attn_implementation="eager", use_cache=False,
+)  # fmt: skip
+FULL = dict(layer_types=["full_attention"] * 2)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+#: What a tiny model of a family needs beside TINY.
+FIELDS = {
+    "GptOssConfig": FULL,
+    "Lfm2Config": dict(layer_types=["conv", "full_attention"]),
+    "Lfm2MoeConfig": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "FalconH1Config": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
+    "BambaConfig": dict(MAMBA, attn_layer_indices=[1]),
+    "DeepseekV2Config": LATENT,
+    "DeepseekV3Config": LATENT,
+}
+
+#: Their plans name lm_head alone, in the model's class and not in its configuration.
+LM_HEAD_ONLY = {
+    "BambaConfig", "DiffLlamaConfig", "FalconH1Config", "GptOssConfig", "HunYuanDenseV1Config", "Lfm2Config",
+}  # fmt: skip
+
+
+def families() -> list[str]:
+    """The configuration classes of the installed transformers that have a causal LM and a tp plan, its own or its model's."""
+    from transformers import CONFIG_MAPPING
+
+    names = {CONFIG_MAPPING[t].__name__ for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if _planned(t, CONFIG_MAPPING)}
+    return sorted(names | LM_HEAD_ONLY)
+
+
+def _planned(model_type, mapping) -> bool:
+    try:
+        return bool(getattr(mapping[model_type], "base_model_tp_plan", None))
+    except (KeyError, ImportError, AttributeError):
+        return False
+
+
+def build(family: str) -> torch.nn.Module:
+    """The tiny model, the same on every rank."""
+    config = getattr(transformers, family)(**{**TINY, **FIELDS.get(family, {})})
+    config._experts_implementation = "eager"
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.15)
+    return model.float().eval()
+
+
+def loss_of(logits: torch.Tensor, first_row: int) -> torch.Tensor:
+    """A weighted sum of the logits, whose weights depend on the row of the whole batch alone."""
+    at = first_row * logits[0].numel() + torch.arange(logits.numel(), dtype=torch.float64)
+    return (logits * at.cos().view_as(logits).to(logits.dtype)).sum()
+
+
+def tokens(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, do_sample=False,
+                          use_cache=True)  # fmt: skip
+
+
+def difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    """|a - b| / |b|; infinite for other shapes, for what is not finite, and for a gradient that is missing."""
+    if a is None or b is None:
+        other = b if a is None else a
+        return 0.0 if other is None or not other.any() else float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    if a.shape != b.shape or not a.isfinite().all():
+        return float("inf")
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+def survey_one(family: str, policy_name: str, mesh, rank: int) -> dict:
+    """One record of one rank."""
+    record = dict(family=family, policy=policy_name, outcome="unbuilt", share=None, cut="", reason="")
+    policy = tpfuse.SharingPolicy(RANKS, DP, POLICIES[policy_name])
+    ids = torch.randint(3, 64, (2 * DP, 5), generator=torch.Generator().manual_seed(1))
+    try:
+        whole = build(family)
+        cut_model = copy.deepcopy(whole)
+        want = whole(ids, use_cache=False).logits
+        loss_of(want, 0).backward()
+        with torch.no_grad():
+            want_tokens = tokens(whole, ids)
+        size = sum(p.numel() for p in whole.parameters())
+    except Exception as error:
+        return {**record, "reason": _short(error)}
+    try:
+        tpfuse.parallelize(cut_model, mesh, policy)
+    except tpfuse.TPFuseError as error:
+        return {**record, "outcome": "refused", "reason": _short(error)}
+    except Exception as error:
+        return {**record, "outcome": "dies", "reason": "parallelize: " + _short(error)}
+    record["share"] = round(sum(p.numel() for p in cut_model.parameters()) / size, 4)
+    kinds: dict[str, int] = {}
+    for site in cut_model._tpfuse.sites:
+        if site.size > 1:
+            kinds[f"{site.kind}/{site.size}"] = kinds.get(f"{site.kind}/{site.size}", 0) + 1
+    record["cut"] = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "no attention and no MLP"
+    mine = slice(2 * (rank // (RANKS // DP)), 2 * (rank // (RANKS // DP)) + 2)
+    try:
+        got = cut_model(ids[mine], use_cache=False).logits
+        loss_of(got, mine.start).backward()
+        with torch.no_grad():
+            got_tokens = tokens(cut_model, ids[mine])
+    except Exception as error:
+        return {**record, "outcome": "dies", "reason": _short(error)}
+    wrong = []
+    if (error := difference(got, want[mine])) > TOLERANCE:
+        wrong.append(f"logits off by {error:.2g}")
+    of = dict(whole.named_parameters())
+    worst = (0.0, "")
+    for name, parameter in cut_model.named_parameters():
+        full, cut = of[name].grad, cut_model._tpfuse.cuts.get(name)
+        expected = full if full is None or cut is None else cut.take(full)
+        grad = parameter.grad
+        worst = max(worst, (difference(grad.to_local() if hasattr(grad, "to_local") else grad, expected), name))
+    if worst[0] > 10 * TOLERANCE:
+        wrong.append(f"gradient of {worst[1]} off by {worst[0]:.2g}")
+    if not torch.equal(got_tokens, want_tokens[mine]):
+        wrong.append("other greedy tokens")
+    return {**record, "outcome": "wrong" if wrong else "right", "reason": "; ".join(wrong)}
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _rank(rank: int, folder: str, work, answers) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    transformers.logging.set_verbosity_error()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    mesh = init_device_mesh("cpu", (DP, RANKS // DP), mesh_dim_names=("dp", "attn_tp"))
+    while (job := work.get()) is not None:
+        try:
+            answers.put((rank, survey_one(*job, mesh, rank)))
+        except Exception as error:
+            answers.put((rank, dict(family=job[0], policy=job[1], outcome="dies", share=None, cut="",
+                                    reason=_short(error))))  # fmt: skip
+    os._exit(0)
+
+
+class Ranks:
+    """Four forked ranks that survey one family after another; killed and forked anew after a death."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("fork")
+        self.folder = tempfile.TemporaryDirectory()
+        self.work = [context.Queue() for _ in range(RANKS)]
+        self.answers = context.Queue()
+        self.processes = [
+            context.Process(target=_rank, args=(r, self.folder.name, self.work[r], self.answers), daemon=True)
+            for r in range(RANKS)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def survey(self, family: str, policy: str, timeout: float) -> dict:
+        for queue in self.work:
+            queue.put((family, policy))
+        found: dict[int, dict] = {}
+        end = time.monotonic() + timeout
+        while len(found) < RANKS and time.monotonic() < end:
+            try:
+                rank, record = self.answers.get(timeout=0.5)
+            except Exception:
+                if not all(p.is_alive() for p in self.processes):
+                    break
+                continue
+            found[rank] = record
+        return together(family, policy, found)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def together(family: str, policy: str, found: dict[int, dict]) -> dict:
+    """One record from those of the ranks: the worst outcome; ranks that disagree whether to refuse, die."""
+    if len(found) < RANKS:
+        have = "; ".join(sorted({r["reason"] for r in found.values() if r["reason"]}))
+        reason = f"no answer from {RANKS - len(found)} of {RANKS} ranks" + (f"; {have}" if have else "")
+        return dict(family=family, policy=policy, outcome="dies", share=None, cut="", reason=reason)
+    outcomes = {record["outcome"] for record in found.values()}
+    for outcome in ("dies", "wrong", "unbuilt", "refused", "right"):
+        record = next((found[r] for r in sorted(found) if found[r]["outcome"] == outcome), None)
+        if record is not None:
+            if outcome in ("refused", "unbuilt") and len(outcomes) > 1:
+                return {**record, "outcome": "dies", "reason": "on some ranks only: " + record["reason"]}
+            return record
+    raise AssertionError(found)
+
+
+def survey(names: list[str], policies: list[str], timeout: float = 60.0):
+    """The records, one after another."""
+    ranks = Ranks()
+    try:
+        for name in names:
+            for policy in policies:
+                record = ranks.survey(name, policy, timeout)
+                if record["outcome"] == "dies":
+                    ranks.stop()
+                    ranks = Ranks()
+                yield record
+    finally:
+        ranks.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", help="comma-separated, with or without 'Config'; all when left out")
+    parser.add_argument("--policy", choices=list(POLICIES), action="append")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one family and policy")
+    parser.add_argument("--out", type=Path, help=f"JSON lines; {RESULTS.name} when all is surveyed")
+    args = parser.parse_args()
+    names = families()
+    if args.families:
+        chosen = {n if n.endswith("Config") else n + "Config" for n in args.families.split(",")}
+        if unknown := chosen - set(names):
+            parser.error(f"{', '.join(sorted(unknown))}: not among the families with a plan: {', '.join(names)}")
+        names = sorted(chosen)
+    out = args.out or (None if args.families or args.policy else RESULTS)
+    # Written as it goes, beside the file it replaces: a run that is stopped leaves the old results.
+    partial = out.with_name(out.name + ".partial") if out else None
+    counts: dict[str, int] = {}
+    with open(partial or os.devnull, "w") as file:
+        for record in survey(names, args.policy or list(POLICIES), args.timeout):
+            counts[record["outcome"]] = counts.get(record["outcome"], 0) + 1
+            file.write(json.dumps({**record, "transformers": transformers.__version__}, sort_keys=True) + "\n")
+            file.flush()
+            print(f"{record['outcome']:8} {record['family']:28} {record['policy']:10} {record['share'] or '':<7} "
+                  f"{record['cut']:40} {record['reason'][:200]}", flush=True)  # fmt: skip
+    if partial:
+        partial.replace(out)
+    print(counts)
+    sys.exit(int(bool(counts.get("wrong") or counts.get("dies"))))
+
+
+if __name__ == "__main__":
+    main()
