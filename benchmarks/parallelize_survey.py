@@ -61,7 +61,7 @@ LM_HEAD_ONLY = {
 
 
 def families() -> list[str]:
-    """The configuration classes of the installed transformers that have a causal LM and a tp plan, its own or its model's."""
+    """The configuration classes of the installed transformers whose causal LM has a tp plan, theirs or its own."""
     from transformers import CONFIG_MAPPING
 
     names = {CONFIG_MAPPING[t].__name__ for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if _planned(t, CONFIG_MAPPING)}
