@@ -407,6 +407,13 @@ def under_dispatch_mode() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def without_modes() -> AbstractContextManager:
+    """Operators run as they are inside it, under no dispatch mode (a fake-tensor mode, say)."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 def own_tensors(module: nn.Module) -> list[dict[str, Any]]:
     """The module's own tables of parameters and buffers, to be changed in place.
 

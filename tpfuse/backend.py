@@ -132,6 +132,12 @@ def pass_options(options: Options) -> PassOptions:
     )  # fmt: skip
 
 
+def pass_options_of_a_half(options: Options) -> PassOptions:
+    """The same for the forward half of a split graph, whose steps no peer is told of: it moves nothing."""
+    why = options.as_written or "an activation checkpoint splits this graph before the boundary is fused"
+    return replace(pass_options(options), split=True, as_written=why)
+
+
 class FusionPass(CustomGraphPass):
     """The pass as Inductor calls it. `before` is the user's own pass at the same stage, run first."""
 
@@ -162,7 +168,7 @@ class FusionPass(CustomGraphPass):
             return
         names, self.waiting = self.waiting, ()
         before = len(find_steps(graph, resolve_group))
-        outcome = fuse(graph, resolve_group, replace(pass_options(self.options), split=True))
+        outcome = fuse(graph, resolve_group, pass_options_of_a_half(self.options))
         if outcome.graph is not graph:
             owner.graph = outcome.graph
         self.seconds += outcome.seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..facts.checkpoint import ASTRIDE
+from ..facts.graph import value
 from ..recognise.sites import Owed, Recognition, Site
 
 #: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
@@ -90,6 +91,11 @@ def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
     a, b = owed.collective, last.collective
     if not merge:
         return NO_MERGE
+    if any(str(value(c.input).dtype) == "torch.float16" for c in (a, b) if value(c.input) is not None):
+        return (
+            "the norm reads the sum of two all-reduces in float16, and adding them up before they are summed over the"
+            " ranks could overflow where each sum does not; in bfloat16 they become one"
+        )
     if a.ranks != b.ranks:
         return f"the norm reads the sum of two all-reduces over different ranks, {list(a.ranks)} and {list(b.ranks)}"
     if a.reduce_op.lower() != b.reduce_op.lower():

@@ -28,6 +28,7 @@ from ..facts.graph import (
 from .divergence import Parting, differs_between_ranks, find_partings
 from .hazards import Hazards
 from .norms import Norm, find_norms
+from .range import overflow
 from .sums import Sum, Term, decompose
 
 
@@ -300,6 +301,9 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
         reason = differs_between_ranks(gate, owed.collective.ranks, parting)
         if reason:
             return f"the all-reduced sum is multiplied by {reason}"
+    reason = overflow(term)
+    if reason:
+        return reason
     if owed.used_alone and not term.only_reshapes:
         step = next(step for step in term.steps if not step.reshapes)
         return (

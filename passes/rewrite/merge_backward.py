@@ -171,6 +171,10 @@ def _all_reduced(graph: fx.Graph, merge: Merge) -> fx.Node:
     """One all-reduce of all parts, in the root's shape and dtype."""
     dtypes = [value(merge.root).dtype, *(value(part.collective.result).dtype for part in merge.parts)]
     widest = reduce(torch.promote_types, dtypes)
+    if widest is torch.float16:
+        # Parts that are finite once summed over the ranks may overflow when they are added up before. Two float16
+        # all-reduces send as many bytes as one in float32.
+        widest = torch.float32
     last = max((part.collective for part in merge.parts), key=lambda collective: collective.node)
     partial = None
     for part in merge.parts:
@@ -188,7 +192,10 @@ def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node
         scale *= next(factor for child, factor, _ in linear_inputs(node) if child is at)
         at = node
     steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS)]
-    node = _cast(graph, replay(graph, steps, part.collective.input), dtype)
+    if value(part.collective.input).dtype is torch.float16:
+        node = replay(graph, steps, _cast(graph, part.collective.input, dtype))
+    else:
+        node = _cast(graph, replay(graph, steps, part.collective.input), dtype)
     return node if scale == 1.0 else insert_call(graph, aten.mul.Tensor, (node, scale), like=part.collective.node)
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import uuid
 from collections.abc import Sequence
 
+import torch
 from torch import fx
+
+from tpfuse._torch_private import without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
@@ -20,8 +24,19 @@ from .accounting import origin
 
 #: The fused operators that communicate: one collective each.
 FUSED = ("all_reduce_norm", "reduce_scatter_norm")
-_SIZED = ops.VIEWS | {ops.aten.expand.default, ops.aten.full.default}
+#: Their lists are sizes, which say nothing of what is computed and differ with the rows.
+_SIZED = {
+    ops.aten.view.default,
+    ops.aten.reshape.default,
+    ops.aten._unsafe_view.default,
+    ops.aten.expand.default,
+    ops.aten.full.default,
+    ops.aten.empty.memory_format,
+    ops.aten.zeros.default,
+    ops.aten.ones.default,
+}
 _INDEX = re.compile(r"#(\d+)")
+_LARGEST_CONSTANT = 65_536
 
 
 def communicates(node: fx.Node) -> bool:
@@ -41,7 +56,8 @@ def shifted(sends: str, by: int) -> str:
 class Sent:
     """Words for what is sent, once the collectives `originals` were rewritten."""
 
-    def __init__(self, originals: Sequence[fx.Node]):
+    def __init__(self, originals: Sequence[fx.Node], owner: torch.nn.Module | None = None):
+        self.owner = owner
         self.index = {node.name: i for i, node in enumerate(originals)}
         self.targets = {node.name: node.target for node in originals}
         self.inputs: dict[str, list[int]] = {}
@@ -69,15 +85,29 @@ class Sent:
             return f"#{index}"
         return self._expression(node, source)
 
-    def _expression(self, node: fx.Node, source: fx.Node) -> str:
-        """A digest of how `source` is computed, back to finished collectives and the graph's inputs."""
-        needed, pending = set(), [source]
+    def relied_on(self, node: fx.Node) -> tuple[int, ...]:
+        """Which of the compiled graph's inputs `node` takes for equal on all ranks, because something made of them
+        stands before its sum: those whose values the ranks compare before the first run."""
+        if self.by(node).startswith("#"):
+            return ()
+        inputs = [current for current in self._needed(_input(node)) if current.op == "placeholder"]
+        return tuple(sorted({input_index(current) for current in inputs}))
+
+    def _needed(self, source: object) -> set[fx.Node]:
+        """What `source` is computed from, back to finished collectives and the graph's inputs."""
+        needed: set[fx.Node] = set()
+        pending = [source] if isinstance(source, fx.Node) else []
         while pending:
             current = pending.pop()
             if current not in needed:
                 needed.add(current)
                 if not self._ends(current):
                     pending += current.all_input_nodes
+        return needed
+
+    def _expression(self, node: fx.Node, source: fx.Node) -> str:
+        """A digest of how `source` is computed, back to finished collectives and the graph's inputs."""
+        needed = self._needed(source)
         known: dict[fx.Node, str] = {}
         for current in source.graph.nodes:
             if current in needed:
@@ -95,22 +125,40 @@ class Sent:
         if communicates(node):
             return "received"
         val = value(node)
+        if node.op == "get_attr":
+            return constant_digest(self.owner, str(node.target))
         if node.op != "call_function":
             return f"{node.op} {val.dtype if val is not None else ''}"
-        constants = not is_call(node, _SIZED)
+        sized = is_call(node, _SIZED)
 
         def word(arg: object) -> str:
             if isinstance(arg, fx.Node):
                 return known.get(arg, "?")
             if isinstance(arg, (list, tuple)):
-                # Sizes say nothing of what is computed, and differ with the rows.
-                return f"[{','.join(word(a) for a in arg if not isinstance(a, int))}]"
+                return f"[{','.join(word(a) for a in arg if not (sized and isinstance(a, int)))}]"
             if isinstance(arg, (bool, int, float, str)) or arg is None:
-                return repr(arg) if constants else ""
+                return repr(arg)
             return type(arg).__name__
 
         arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
         return digest([str(node.target), *arguments])
+
+
+def input_index(node: fx.Node) -> int:
+    """Which of the compiled graph's inputs the placeholder `node` is; -1 where that is not known."""
+    index = getattr(node.meta.get("desc"), "idx", None)
+    return index if isinstance(index, int) and type(node.meta["desc"]).__name__ == "PlainAOTInput" else -1
+
+
+def constant_digest(owner: torch.nn.Module | None, name: str) -> str:
+    """A word for the values of a constant tensor; one that no other rank has, where they cannot be read."""
+    found: object = owner
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if type(found) not in (torch.Tensor, torch.nn.Parameter) or found.numel() > _LARGEST_CONSTANT:
+        return f"constant {uuid.uuid4()}"
+    with without_modes():
+        return f"constant {found.dtype} {_digest([repr(found.detach().cpu().tolist())])}"
 
 
 def _input(node: fx.Node) -> object:

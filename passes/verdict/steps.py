@@ -20,7 +20,8 @@ from .sent import FUSED, Sent, communicates, communicating, digest
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
     """One step for every collective and every fused operation of `graph`, in graph order. `original`: what `graph` was
     before it was rewritten, where it was."""
-    sent = Sent(communicating(original or graph))
+    written = original or graph
+    sent = Sent(communicating(written), written.owning_module)
     steps = []
     for node in graph.nodes:
         if not communicates(node):
@@ -31,7 +32,8 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         op = fused or operator_schema(node.target).name.split("::")[-1]
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
-        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel))
+        relies = sent.relied_on(node)
+        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies))
     return steps
 
 

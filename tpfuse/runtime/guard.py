@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from . import heartbeat as stuck
 from .ballots import Ledger, Place, ledger
 from .limits import LIMITS, Group, apply_limit, groups_with_ranks
 from .plan_check import records
+from .same_values import with_values
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def guard(
     pulse: stuck.Pulse | None = None
     groups: tuple[Group, ...] = ()
 
-    def meet(world: dist.ProcessGroup) -> None:
+    def meet(world: dist.ProcessGroup, args: Sequence[Any]) -> None:
         """Before the first run in a world."""
         nonlocal checked, chosen, pulse, groups
         pulse = stuck.pulse(limit) if limit is not None else None
         groups = groups_with_ranks(plans)
         book = ledger() if options.check_plans else None
-        agreed = book is None or book.agree(plans, options.plan_timeout, place)
+        agreed = book is None or book.agree(with_values(plans, args), options.plan_timeout, place)
         if not agreed and written is not None and not all(record.as_written for record in plans.values()):
             if len(variants) == 1:
                 variants.append(Compiled(*written()))
@@ -81,7 +82,7 @@ def guard(
     def run(*args: Any, **kwargs: Any) -> Any:
         world = default_group()
         if world is not None and checked() is not world:
-            meet(world)
+            meet(world, args)
         if pulse is not None:
             apply_limit(groups, limit)
             pulse.began(chosen.steps, limit)

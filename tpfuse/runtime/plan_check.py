@@ -29,7 +29,7 @@ class Record(StrictJson):
 
     graph: a digest of the group's collectives as the program wrote them. ballot: which graph this is, by a name that
     all ranks of the group give it (`ballots`). as_written: whether what is sent is unchanged; changed: over how many of
-    the graph's groups it is not.
+    the graph's groups it is not. values: a digest of the inputs that the plan takes for equal on all ranks.
     """
 
     graph: str
@@ -40,6 +40,7 @@ class Record(StrictJson):
     as_written: bool = True
     changed: int = 0
     ballot: str = ""
+    values: str = ""
 
     @cached_property
     def sent(self) -> str:
@@ -47,7 +48,7 @@ class Record(StrictJson):
         if self.as_written:
             return f"{self.graph} as written"
         steps = [(_on_the_wire(step), step.sends, step.kernel) for step in self.steps]
-        return _digest([self.graph, self.changed, steps])
+        return _digest([self.graph, self.changed, steps, self.values])
 
 
 def _on_the_wire(step: Step) -> str:
