@@ -85,7 +85,7 @@ class Step(StrictJson):
     sends: which of the original collectives' inputs it sends: "#2" is the input of the third one, as it was written;
         with a digest in front, those behind it are added up or changed before they are sent.
     kernel: whether it may run as one kernel in symmetric memory, which a peer's plain collective cannot take part in.
-    relies: which inputs of the compiled graph are taken for equal on all ranks, because something made of them was moved
+    relies: which inputs of the compiled graph are taken for equal on all ranks: something made of them was moved
         in front of the sum; -1 is one that cannot be told. The ranks compare their values before the first run.
     """
 

@@ -1,4 +1,4 @@
-"""Whether the inputs that a plan takes for equal on all ranks are: a digest of their values, once, before the first run.
+"""Whether the inputs that a plan takes for equal on all ranks are: a digest of their values at the first run.
 
 A gate in front of a sum must be the same on all ranks. The graph shows what it is made of; what the inputs hold it does
 not show. So the ranks compare digests of those inputs together with their plans: where they differ, all of them
