@@ -158,7 +158,7 @@ def constant_digest(owner: torch.nn.Module | None, name: str) -> str:
     if type(found) not in (torch.Tensor, torch.nn.Parameter) or found.numel() > _LARGEST_CONSTANT:
         return f"constant {uuid.uuid4()}"
     with without_modes():
-        return f"constant {found.dtype} {_digest([repr(found.detach().cpu().tolist())])}"
+        return f"constant {found.dtype} {digest([repr(found.detach().cpu().tolist())])}"
 
 
 def _input(node: fx.Node) -> object:
