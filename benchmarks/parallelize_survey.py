@@ -42,7 +42,9 @@ TINY = dict(
 )  # fmt: skip
 FULL = dict(layer_types=["full_attention"] * 2)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
-LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+LATENT = dict(
+    num_key_value_heads=8, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+)  # fmt: skip
 #: What a tiny model of a family needs beside TINY.
 FIELDS = {
     "GptOssConfig": FULL,

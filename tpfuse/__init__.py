@@ -10,13 +10,16 @@ from .errors import (
     PlanMismatchError,
     PolicyError,
     TPFuseError,
+    VerifyError,
 )
 from .explain import explain, fuse_graph
 from .kernels.entry import init_workspace
+from .parallel.cut_report import CutReport, cut_report
 from .parallel.parallelize import parallelize
 from .parallel.roles import attention, dense_mlp, moe, share_tp_group
 from .parallel.rows import rows
 from .parallel.state_dict import full_state_dict, load_full_state_dict
+from .parallel.verify import verify
 from .policy import SharingPolicy
 from .report import Boundary, Report, reports
 
@@ -24,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Boundary",
+    "CutReport",
     "FusionError",
     "OpError",
     "OptionError",
@@ -34,7 +38,9 @@ __all__ = [
     "Report",
     "SharingPolicy",
     "TPFuseError",
+    "VerifyError",
     "attention",
+    "cut_report",
     "dense_mlp",
     "explain",
     "full_state_dict",
@@ -47,4 +53,5 @@ __all__ = [
     "reports",
     "rows",
     "share_tp_group",
+    "verify",
 ]

@@ -20,6 +20,10 @@ class PlanError(TPFuseError, ValueError):
     """A sharding plan or a role names a module or a cut that the model does not allow."""
 
 
+class VerifyError(TPFuseError):
+    """A module of a parallelized model gives another output or gradient than the uncut one; names module and tensor."""
+
+
 class OpError(TPFuseError, ValueError):
     """A functional op was called with tensors, a group or an eps that it cannot take."""
 

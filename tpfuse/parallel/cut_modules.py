@@ -44,9 +44,10 @@ class ModuleCut:
     attributes: list[tuple[nn.Module, dict[str, int]]] = field(default_factory=list)
 
     def rewrite(self) -> None:
-        """Writes this rank's counts into the modules."""
+        """Writes this rank's counts into the modules, which keep those of the uncut model (`_tpfuse_whole`)."""
         for module, values in self.attributes:
             for attribute, value in values.items():
+                vars(module).setdefault("_tpfuse_whole", {}).setdefault(attribute, getattr(module, attribute))
                 setattr(module, attribute, value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from tpfuse._torch_private import backward_hooks
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
+from tpfuse.parallel.cut_report import log_summary
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan
 from tpfuse.parallel.hooks import (
@@ -36,8 +36,6 @@ from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Kind, Role, policy_of, role_of
 from tpfuse.parallel.rows_check import RowsCheck
 from tpfuse.policy import SharingPolicy
-
-log = logging.getLogger(__name__)
 
 #: One module that is cut: its qualified name, its role, and how.
 Done = tuple[str, Role, ModuleCut]
@@ -70,8 +68,9 @@ class Parallelized:
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, policy: SharingPolicy | None = None, *, plan: Mapping[str, str] | None = None
-) -> nn.Module:
+    model: nn.Module, mesh: DeviceMesh, policy: SharingPolicy | None = None, *,
+    plan: Mapping[str, str] | None = None, verify: bool = False,
+) -> nn.Module:  # fmt: skip
     """Shards the model in place as the policy says; the result runs in eager mode and equals the unsharded model.
 
     Roles come from the decorators (`tpfuse.attention`, ...), else from `plan`, else from a Hugging Face model's own
@@ -85,6 +84,7 @@ def parallelize(
         mesh: 2-D (dp, attn_tp), or 1-D for dp 1. Every rank of the mesh calls this, in the same order.
         policy: None reads the one attached by `tpfuse.share_tp_group`.
         plan: Hugging Face style names by module-name pattern, e.g. {"layers.*.mlp.gate_proj": "colwise"}.
+        verify: whether to prove the cut at once, with `tpfuse.verify(model)` (a Hugging Face model with real weights).
 
     Returns:
         `model`.
@@ -93,6 +93,7 @@ def parallelize(
         PolicyError: when policy and mesh, or policy and model, disagree.
         PlanError: when a weight cannot be cut as its role says. Nothing is changed and nothing is communicated before
             all such errors are found.
+        VerifyError: with `verify`, when a module differs from the uncut one. The model stays cut.
     """
     _check_model(model)
     planned = _plan_of(model, plan)
@@ -116,7 +117,11 @@ def parallelize(
     model._tpfuse_policy = policy  # type: ignore[assignment]
     model._tpfuse = Parallelized(policy, groups, sites, cuts, _owed(model, done, roles, groups))  # type: ignore[assignment]
     sum_gradients(model)
-    log.info("parallelized %s: %d sites, %d cut parameters", type(model).__name__, len(sites), len(cuts))
+    log_summary(model)
+    if verify:
+        from tpfuse.parallel.verify import verify as check
+
+        check(model)
     return model
 
 

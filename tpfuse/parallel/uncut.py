@@ -1,0 +1,69 @@
+"""The uncut twin of a module that `parallelize` cut: whole weights, no hooks, the classes and numbers it had before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from tpfuse.parallel.collectives import all_gather
+from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.hooks import AROUND, PartialLinear, RowwiseLinear, VocabEmbedding
+from tpfuse.parallel.mesh import Groups
+from tpfuse.parallel.recorded_policy import RECORD
+
+
+@torch.no_grad()
+def uncut(name: str, module: nn.Module, cuts: Mapping[str, Cut], groups: Groups) -> nn.Module:
+    """A copy of `module` as it was before the cut. All ranks call it; one gather for each cut tensor.
+
+    Args:
+        name: its qualified name in the model, "" for the model itself.
+        cuts: the cuts of the model's parameters, by qualified name.
+    """
+    memo: dict[int, Tensor] = {}
+    for leaf, tensor in _tensors(module):
+        cut = cuts.get(f"{name}.{leaf}" if name else leaf)
+        if cut is not None and cut.size > 1 and id(tensor) not in memo:
+            full = gather_whole(tensor, cut, groups)
+            memo[id(tensor)] = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        _plain(part)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
+
+
+def gather_whole(tensor: Tensor, cut: Cut, groups: Groups) -> Tensor:
+    """The full tensor, from every rank's slice."""
+    flat = tensor.detach().contiguous().reshape(1, -1)
+    shards = all_gather(flat, cut.size, groups.of(cut.over).name).view(cut.size, *tensor.shape)
+    return cut.merge(list(shards.unbind(0)))
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _plain(module: nn.Module) -> None:
+    """Takes boundaries, hooks, local counts and records off one module."""
+    cls = type(module)
+    while RECORD in vars(cls) or any(vars(base).get(AROUND) is cls for base in cls.__bases__):
+        cls = cls.__bases__[0]
+    if cls in (RowwiseLinear, PartialLinear, VocabEmbedding):
+        cls = cls.__bases__[0]
+    module.__class__ = cls
+    inner = vars(module).pop("_tpfuse_inner", None)
+    if inner is not None:
+        module.forward = inner
+    for attribute, value in vars(module).pop("_tpfuse_whole", {}).items():
+        setattr(module, attribute, value)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if type(hook).__module__.startswith("tpfuse.")]:
+            del hooks[key]
+    for attribute in [a for a in vars(module) if a.startswith("_tpfuse") or a == "tpfuse_group"]:
+        delattr(module, attribute)
