@@ -11,9 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
-from tpfuse import PolicyError, SharingPolicy
+from tpfuse import PolicyError, SharingPolicy, parallelize
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.parallel import parallelize
 from tpfuse.parallel.recorded_policy import check_groups
 from tpfuse.report import Boundary, Report
 
