@@ -16,6 +16,7 @@ from .compat import tl, triton
 RMS, LAYER, NONE = 0, 1, 2  # the kernels' NORM; NONE leaves h as it is
 SENTINEL = -2147450880  # 0x80008000
 _SENTINEL = tl.constexpr(SENTINEL)
+_NAN = tl.constexpr(0x7FC07FC0)  # in every dtype
 CHANNELS = 256  # most programs of one call
 MAX_SPLIT = 8  # most programs of one row
 INBOX_WORDS = CHANNELS * MAX_SPLIT  # of each of the two sets of inboxes
@@ -210,9 +211,16 @@ def other_ranks(peers_ptr, rank, WORLD: tl.constexpr):
 
 
 @triton.jit
-def load_words(ptr, at, width):
-    """Words of the own x as they travel: no word is a sentinel."""
+def is_dead(mark):
+    """Whether the rank gave up a wait in an earlier call; `mark`: its dead mark."""
+    return mark != _SENTINEL
+
+
+@triton.jit
+def load_words(ptr, at, width, mark):
+    """Words of the own x as they travel: no word is a sentinel; NaN if the rank is dead."""
     words = tl.load(ptr + at, mask=at < width, other=0)
+    words = tl.where(is_dead(mark), _NAN, words)
     return tl.where(words == _SENTINEL, 0, words)
 
 

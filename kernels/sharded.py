@@ -25,9 +25,9 @@ from .device import (
 from .symmetric.one_shot import constants, default_warps
 from .symmetric.operands import Launch, Operands, launch_options, prepare
 from .symmetric.receive import clear, clear_one, receive, receive_sum
-from .symmetric.workspace import CHANNELS, Workspace
+from .symmetric.workspace import CHANNELS, DEAD, Workspace
 
-_CHANNELS = tl.constexpr(CHANNELS)
+_CHANNELS, _DEAD = tl.constexpr(CHANNELS), tl.constexpr(DEAD)
 
 
 @triton.jit(do_not_specialize=["rows", "rank", "programs", "first", "slot_words"],
@@ -40,6 +40,7 @@ def _sharded_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
+    mark = tl.load(state_ptr + _DEAD)
     slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
@@ -57,7 +58,7 @@ def _sharded_kernel(
         place = (rank + 1) * chunk + i
         row = place % (WORLD * chunk)
         if row < rows:
-            words = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
+            words = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS, mark)
             owner = row // chunk
             out = peer(peers_ptr, owner) + slot + rank * share + (row - owner * chunk) * ROW_WORDS
             tl.store(out + at, words, mask=at < ROW_WORDS)
@@ -74,7 +75,7 @@ def _sharded_kernel(
         residual, pre_bias, weight, bias = load_row(
             residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
         )
-        own = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS)
+        own = load_words(x_words + row * ROW_WORDS, at, ROW_WORDS, mark)
         here = mine + slot + local * ROW_WORDS
         s = receive_sum(own, here, W, ROW_WORDS, share, rank, x_ptr, epoch, watch_ptr, WORLD, SPIN)
         n = finish_row(

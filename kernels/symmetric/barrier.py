@@ -18,6 +18,7 @@ from ..device import (
     as_words,
     count_of,
     finish_row,
+    is_dead,
     load_addends,
     load_eps,
     load_scales,
@@ -27,10 +28,11 @@ from ..device import (
 )
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
-from .timeout import POLLS, out_of_patience, report
-from .workspace import CHANNELS, Workspace
+from .timeout import POISON, POLLS, out_of_patience, report
+from .workspace import CHANNELS, DEAD, Workspace
 
-_CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
+_CHANNELS, _DEAD, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(DEAD), tl.constexpr(POLLS)
+_NAN = tl.constexpr(POISON)
 
 
 @triton.jit
@@ -102,6 +104,7 @@ def _barrier_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
+    mark = tl.load(state_ptr + _DEAD)
     stage = tl.multiple_of(stages + ((epoch >> 2) & 1) * stage_words, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
@@ -114,6 +117,7 @@ def _barrier_kernel(
         later = row + programs
         width = tl.where(later < rows, ROW_WORDS, 0)
         following = tl.load(as_words(x_ptr) + later * ROW_WORDS + at, mask=at < width, other=0)
+        words = tl.where(is_dead(mark), _NAN, words)
         tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         words = following
         row = later

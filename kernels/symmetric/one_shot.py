@@ -27,9 +27,9 @@ from ..device import (
 )
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, receive_sum
-from .workspace import Workspace
+from .workspace import DEAD, Workspace
 
-_CHANNELS = tl.constexpr(CHANNELS)
+_CHANNELS, _DEAD = tl.constexpr(CHANNELS), tl.constexpr(DEAD)
 
 
 @triton.jit
@@ -85,12 +85,13 @@ def _one_shot_kernel(
     row = pid // SPLIT
     step = programs // SPLIT
     epoch = tl.load(state_ptr + pid)
+    mark = tl.load(state_ptr + _DEAD)
     slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     at = tl.arange(0, W)
     x_part = as_words(x_ptr) + part * PW
     out = slot + rank * rows * ROW_WORDS + part * PW
     bases = other_ranks(peers_ptr, rank, WORLD)
-    own = load_words(x_part + row * ROW_WORDS, at, PW)
+    own = load_words(x_part + row * ROW_WORDS, at, PW, mark)
     _push(own, bases, out + row * ROW_WORDS, at, PW, WORLD)
     mine = peer(peers_ptr, rank) + slot
     eps = load_eps(eps_ptr, eps)
@@ -101,7 +102,7 @@ def _one_shot_kernel(
         while row < rows:
             later = row + step
             width = tl.where(later < rows, PW, 0)
-            following = load_words(x_part + later * ROW_WORDS, at, width)
+            following = load_words(x_part + later * ROW_WORDS, at, width, mark)
             _push(following, bases, out + later * ROW_WORDS, at, width, WORLD)
             _take(
                 own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ..compat import tl, triton
 from ..device import SENTINEL, unpack
-from .timeout import GONE, LATE, POISON, POLLS, out_of_patience, report
+from .timeout import GONE, LATE, MARK, POISON, POLLS, out_of_patience, report
 
 _SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
 
@@ -52,6 +52,7 @@ def _spin_ptx(sources: int) -> str:
     # Signed: a clock that was read too low, or a beginning too high, must not look like a wait of fifty days.
     lines += ["setp.lt.s32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
     lines += ["mov.b32 gone, 1;", f"st.volatile.global.b32 [${watch} + {4 * GONE}], gone;"]
+    lines += [f"ld.volatile.global.b64 t, [${watch} + {4 * MARK}];", "st.volatile.global.b32 [t], gone;"]
     lines += [f"shr.u32 now, ${epoch}, 2;", "add.u32 now, now, 1;"]
     for s in range(sources):
         words = range(4 * s, 4 * s + 4)

@@ -5,10 +5,13 @@ host memory; shared memory under the interpreter).
 
     word 0       how long one wait may last, in units of 2^20 ns (about a millisecond)    written by the host
     word 1       not 0: a wait was given up, so all others end at their next look here    written by either
+    words 2, 3   the address of the rank's dead mark (see `workspace`)                    written by the host
     word 8 + q   not 0: data of rank q did not come; 1 + the number of the call           written by the device
 
-A kernel that gives up puts NaN in place of what did not come, says so here, and ends. What peers sent too late stays in
-the slots: the workspace is then of no more use, and `raise_if_late` says so.
+A kernel that gives up puts NaN in place of what did not come, says so here, sets the rank's dead mark, and ends. From
+its next call on the rank sends NaN only. What peers sent too late stays in the slots, and a later call may take it for
+fresh; the rank's own NaN keeps that from being a number, on every rank. The workspace is of no more use, and
+`raise_if_late` says so.
 
 A kernel looks at clock and watch once in POLLS polls (of about 0.7 us). It must be so seldom because looks go to the
 host, where those of all waiting warps queue up, about a microsecond each: a look makes this rank late in its turn. With
@@ -30,13 +33,14 @@ from ...errors import OptionError, PeerTimeoutError
 from ..compat import INTERPRETED, tl, triton
 
 WATCH_WORDS = 16
-GONE, LATE = 1, 8  # words
+GONE, MARK, LATE = 1, 2, 8  # words
 TIMEOUT_VARIABLE = "TPFUSE_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 600.0  # seconds, as torch.distributed's own: a peer may be compiling a new shape
 POISON = 0x7FC07FC0  # NaN in every dtype: two of them in the 16-bit formats
 POLLS = 32 if INTERPRETED else 16384
 
-_TIMED, _POLLS, _GONE, _LATE = (tl.constexpr(value) for value in (not INTERPRETED, POLLS, GONE, LATE))
+_TIMED, _POLLS = tl.constexpr(not INTERPRETED), tl.constexpr(POLLS)
+_GONE, _MARK, _LATE = (tl.constexpr(word) for word in (GONE, MARK, LATE))
 
 
 # -- host -------------------------------------------------------------------------------------------------------------
@@ -121,8 +125,11 @@ def out_of_patience(polls, began, watch_ptr):
 
 @triton.jit
 def report(missing, source, epoch, watch_ptr):
-    """Note that the words marked `missing`, which rank `source` had to send, did not come. Both of one shape."""
+    """Note that the words marked `missing`, which rank `source` had to send, did not come; set the rank's dead mark.
+    Both of one shape."""
     stamp = ((epoch >> 2) & 0x3FFFFFFF) + 1
     zero = tl.zeros(missing.shape, tl.int32)
     tl.store(watch_ptr + _LATE + source, zero + stamp, mask=missing)
     tl.store(watch_ptr + _GONE + zero, zero + 1, mask=missing)
+    address = tl.load((watch_ptr + _MARK).to(tl.pointer_type(tl.int64), bitcast=True))
+    tl.store(address.to(tl.pointer_type(tl.int32)) + zero, zero + 1, mask=missing)

@@ -11,22 +11,36 @@ Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one
 from __future__ import annotations
 
 from ..compat import next_power_of_2, tl, triton
-from ..device import SENTINEL, advance_epoch, as_words, finish_row, load_eps, load_row, pack, peer, slot_of, unpack
+from ..device import (
+    SENTINEL,
+    advance_epoch,
+    as_words,
+    finish_row,
+    is_dead,
+    load_eps,
+    load_row,
+    pack,
+    peer,
+    slot_of,
+    unpack,
+)
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear_one, receive, receive_block
-from .workspace import CHANNELS, Workspace
+from .timeout import POISON
+from .workspace import CHANNELS, DEAD, Workspace
 
 _SENTINEL = tl.constexpr(SENTINEL)
-_CHANNELS = tl.constexpr(CHANNELS)
+_CHANNELS, _DEAD = tl.constexpr(CHANNELS), tl.constexpr(DEAD)
+_NAN = tl.constexpr(POISON)
 
 
 @triton.jit
-def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr):
-    """Chunk q of one row to the q-th of `targets` [WORLD, 1], the own chunk to oneself."""
+def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.constexpr, mark):
+    """Chunk q of one row to the q-th of `targets` [WORLD, 1], the own chunk to oneself; NaN if the rank is dead."""
     at = tl.arange(0, C)[None, :]
     words = tl.load(x_row + tl.arange(0, WORLD)[:, None] * CHUNK + at, mask=at < CHUNK, other=0)
-    tl.store(targets + at, tl.where(words == _SENTINEL, 0, words), mask=at < CHUNK)
+    tl.store(targets + at, tl.where(is_dead(mark), _NAN, tl.where(words == _SENTINEL, 0, words)), mask=at < CHUNK)
 
 
 @triton.jit
@@ -43,7 +57,7 @@ def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, C: tl.constexpr
 @triton.jit
 def _finish(
     there, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
-    eps, weight_offset, alpha, like_ptr, pid, epoch, watch_ptr,
+    eps, weight_offset, alpha, like_ptr, pid, epoch, watch_ptr, mark,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +71,8 @@ def _finish(
         residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
     )
     s = unpack(receive(there, W, ROW_WORDS, 0, CHUNK, epoch, watch_ptr, SPIN), like_ptr)
+    # Sums of other ranks that came late would pass for fresh ones: no column of a dead rank's row is a number.
+    s = tl.where(is_dead(mark), float("nan"), s)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
@@ -87,6 +103,7 @@ def _two_shot_kernel(
     CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
     epoch = tl.load(state_ptr + pid)
+    mark = tl.load(state_ptr + _DEAD)
     slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     totals = slot + rows * ROW_WORDS  # the second part of the slot: whole rows of sums
     x_words = as_words(x_ptr)
@@ -96,12 +113,12 @@ def _two_shot_kernel(
     stride = rows * CHUNK  # between the pieces of different ranks
     eps = load_eps(eps_ptr, eps)
     row = pid
-    _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD)
+    _scatter(x_words + row * ROW_WORDS, bases + slot + rank * stride + row * CHUNK, C, CHUNK, WORLD, mark)
     # Each row is scattered two rows, and added up one row, before it is finished (docs/kernels.md).
     if MANY:
         sent = row + programs
         if sent < rows:
-            _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+            _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD, mark)
     there = bases + totals + row * ROW_WORDS + rank * CHUNK
     _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
     if MANY:
@@ -109,14 +126,14 @@ def _two_shot_kernel(
             added = row + programs
             sent = added + programs
             if sent < rows:
-                _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD)
+                _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD, mark)
             if added < rows:
                 there = bases + totals + added * ROW_WORDS + rank * CHUNK
                 _reduce(mine + slot + added * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
             _finish(
                 mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
                 residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-                epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+                epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
             )  # fmt: skip
             _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
             row = added
@@ -124,7 +141,7 @@ def _two_shot_kernel(
         _finish(
             mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
             residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-            epoch, watch_ptr, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+            epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
         )  # fmt: skip
         _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)

@@ -7,7 +7,8 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
     2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel); 1 before that
 
 `state` is the owner's alone: CHANNELS epochs (always equal to each other; the slot in the low two bits, the count of
-calls above), then two sets of inboxes through which the programs of one row talk to each other. At rest every word of
+calls above), then two sets of inboxes through which the programs of one row talk to each other, then the dead mark: not
+SENTINEL once a kernel of this rank gave up a wait; the rank sends only NaN from its next call on. At rest every word of
 slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and tells the host of those that did not come
 (see `watch`).
 
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from ...errors import OpError
 from ..device import CHANNELS, INBOX_WORDS, SENTINEL
-from .timeout import new_watch
+from .timeout import MARK, new_watch
 
 SLOTS = 3
-STATE_WORDS = CHANNELS + 2 * INBOX_WORDS
+DEAD = CHANNELS + 2 * INBOX_WORDS  # the word of `state` that is the dead mark
+STATE_WORDS = DEAD + 4  # whole 16 bytes
 DEFAULT_SLOT_BYTES = 16 << 20
 
 
@@ -91,6 +93,7 @@ def from_buffers(
     peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
     stage = stage_words_of(slot_words, world)
     watch = new_watch(buffer.device) if watch is None else watch
+    watch[MARK : MARK + 2] = torch.tensor([state.data_ptr() + 4 * DEAD]).view(torch.int32)
     return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, watch, owner)
 
 
