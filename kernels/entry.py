@@ -15,11 +15,11 @@ from .._torch_private import process_group
 from ..errors import OpError
 from ..parallel.mesh import group_name_of
 from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
-from .rendezvous import check_peers, why_not, workspace_of
+from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .symmetric.dispatch import choose
 from .symmetric.operands import Operands
 from .symmetric.pieces import run
-from .symmetric.timeout import new_watch, raise_if_late, set_timeout
+from .symmetric.timeout import new_watch
 
 __all__ = ["all_reduce_add_norm", "check_peers", "init_workspace", "why_not"]
 
@@ -63,7 +63,9 @@ def all_reduce_add_norm(
     ws = workspace_of(group_name, x.device)
     if ws is None:
         return None
-    raise_if_late(ws, group_name)
+    check_peers(group_name)  # of older, smaller workspaces too
+    if torch.cuda.is_current_stream_capturing():
+        note_capture(ws)
     device = ws.device_name or torch.cuda.get_device_name(x.device)
     return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
 
@@ -80,8 +82,9 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *
         max_rows: the most rows (tokens) of one call, at least 1.
         hidden: elements a row, at least 1.
         dtype: torch.bfloat16, torch.float16 or torch.float32.
-        timeout: seconds that a kernel of this group waits for a peer before it gives up (see `PeerTimeoutError`); None:
-            what TPFUSE_PEER_TIMEOUT says, or else 600.
+        timeout: seconds that a kernel of this group waits for a peer before it gives up (see `PeerTimeoutError`), from
+            now on and in captured graphs too. None: what an earlier call said, or what TPFUSE_PEER_TIMEOUT said when
+            the workspace was made, or else 600.
 
     Returns:
         Whether calls of this size will run in symmetric memory. Where they cannot (`why_not` has the sentence) they
@@ -90,6 +93,7 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *
     Raises:
         OpError: an argument that is not allowed, a group that is not known on this rank, or a call inside capture.
         OptionError: a timeout that is not a positive number.
+        PeerTimeoutError: a kernel of this group gave up waiting for a peer: the group must be made anew.
     """
     for name, given in (("max_rows", max_rows), ("hidden", hidden)):
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
@@ -107,6 +111,6 @@ def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *
         raise OpError("init_workspace: called inside CUDA-graph capture; allowed: before it, since it allocates")
     need = members.size() * max_rows * hidden * dtype.itemsize
     ws = workspace_of(group_name, torch.device("cuda", torch.cuda.current_device()), need)
-    if ws is not None:
-        set_timeout(ws.watch, timeout)
+    check_peers(group_name)
+    limit_waits(group_name, timeout)
     return ws is not None and ws.slot_words * 4 >= need

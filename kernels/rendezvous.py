@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,30 +20,50 @@ import torch
 import torch.distributed as dist
 
 from .._torch_private import process_group
+from ..errors import PeerTimeoutError
 from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
-from .symmetric.dispatch import default_table
-from .symmetric.timeout import raise_if_late
+from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
+from .symmetric.timeout import gave_up, raise_if_late, set_timeout
 from .symmetric.workspace import DEFAULT_SLOT_BYTES, STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
 
 log = logging.getLogger(__name__)
-OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 WORLDS = (2, 4, 8)
 
 
 @dataclass
 class Member:
-    """What the registry holds of one group: its workspace or why there is none, and workspaces that were outgrown but
-    may still be addressed by captured graphs."""
+    """What the registry holds of one group: its workspace or why there is none, workspaces that were outgrown but may
+    still be addressed by captured graphs, and the limit that `init_workspace` was given for its waits."""
 
     group: Any
     workspace: Workspace | None
     refusal: str
     outgrown: list[Workspace] = field(default_factory=list)
+    timeout: float | None = None
+
+    @property
+    def workspaces(self) -> tuple[Workspace, ...]:
+        """All of them, the one in use first."""
+        return (self.workspace, *self.outgrown) if self.workspace is not None else ()
+
+    def serves(self, slot_bytes: int) -> bool:
+        """Whether there is nothing to set up for calls of this size."""
+        return self.workspace is None or self.workspace.slot_words * 4 >= slot_bytes
+
+    def set_timeout(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self.timeout = seconds
+            for ws in self.workspaces:
+                set_timeout(ws.watch, seconds)
 
 
-# The only mutable state of this package: group name -> Member. An entry goes when its process group does.
+# The mutable state of this package. Group name -> Member; an entry goes when its process group does.
 WORKSPACE_REGISTRY: dict[str, Member] = {}
+# Workspaces whose addresses are in CUDA graphs. Nobody tells when such a graph goes, so they are kept for good.
+CAPTURED: list[Workspace] = []
+# One at a time sets up a group. Not one lock for all groups: ranks may meet two groups in different orders.
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def why_not(
@@ -89,79 +109,69 @@ def _static_refusal(group: Any) -> str:
     return f"The group communicates through {backend}; the symmetric-memory kernels need nccl."
 
 
-def _facts(device: torch.device, slot_bytes: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "device": properties.name,
-        "uuid": str(getattr(properties, "uuid", device.index)),
-        "multiprocessors": properties.multi_processor_count,
-        "capability": torch.cuda.get_device_capability(device),
-        "torch": torch.__version__,
-        "table": default_table().digest,
-        "slot_bytes": slot_bytes,
-        "overlap": os.environ.get(OVERLAP_VARIABLE) == "1",
-    }
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def judge(facts: list[dict[str, Any]]) -> str:
-    """The refusal that follows from all ranks' facts, or nothing. Pure, so every rank comes to the same end."""
-
-    def differing(key: str) -> list[Any]:
-        return sorted({str(fact[key]) for fact in facts})
-
-    if len(differing("host")) > 1 or len(differing("boot")) > 1:
-        return f"The group spans several hosts ({', '.join(differing('host'))}); the kernels need peer access."
-    for key in ("device", "torch", "table", "slot_bytes"):
-        if len(differing(key)) > 1:
-            return f"The group's ranks differ in {key} ({', '.join(differing(key))})."
-    if tuple(facts[0]["capability"]) < (8, 0):
-        return f"{facts[0]['device']} is older than what the kernels are written for (compute capability 8.0)."
-    if len(differing("uuid")) < len(facts) and not all(fact["overlap"] for fact in facts):
-        return f"Several ranks of the group share one GPU (allowed for tests with {OVERLAP_VARIABLE}=1)."
-    return ""
-
-
 def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> Workspace | None:
     """The group's workspace, made at the first call (collective); None where `why_not` has a reason. With `slot_bytes`
-    the workspace has at least such slots: a smaller one is replaced, by all ranks together."""
+    the workspace has at least such slots: a smaller one is replaced, by all ranks together.
+
+    Raises PeerTimeoutError where it would have to grow and any rank of the group gave up waiting for a peer, and where
+    the ranks cannot meet. Two threads at a group's first call meet once.
+    """
     group = process_group(group_name)
     if group is None:
         return None
+    known = _known(group_name, group)
+    if known is None or not known.serves(slot_bytes):
+        if _static_refusal(group):
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
+            return known.workspace if known is not None else None
+        with _LOCKS.setdefault(group, threading.Lock()):
+            known = _known(group_name, group)
+            if known is None or not known.serves(slot_bytes):
+                known = _set_up(known, group, group_name, device, slot_bytes)
+    return known.workspace
+
+
+def _known(group_name: str, group: Any) -> Member | None:
+    """What is held of this very group: another one may have had the name before."""
     known = WORKSPACE_REGISTRY.get(group_name)
-    if known is not None and known.group() is not group:
-        known = None
-    if known is not None and (known.workspace is None or known.workspace.slot_words * 4 >= slot_bytes):
-        return known.workspace
-    if _static_refusal(group):
-        return None
-    if torch.cuda.is_current_stream_capturing():
-        log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
-        return known.workspace if known is not None else None
+    return known if known is not None and known.group() is group else None
+
+
+def _set_up(known: Member | None, group: Any, group_name: str, device: torch.device, slot_bytes: int) -> Member:
+    slots = max(slot_bytes, DEFAULT_SLOT_BYTES)
     # On a thread of its own: where CUDA graphs warm up, what this thread allocates comes from the graph's private pool,
     # and the two small tensors of addresses that a rendezvous keeps would be taken for results that nobody returns.
     with ThreadPoolExecutor(1) as aside:
-        slots = max(slot_bytes, DEFAULT_SLOT_BYTES)
         workspace, refusal = aside.submit(_meet, group, group_name, device, slots).result()
     if refusal:
         log.info("group %s: %s", group_name, refusal)
     if known is None:
+        if (former := WORKSPACE_REGISTRY.pop(group_name, None)) is not None:
+            _retire(former)
         weakref.finalize(group, _forget, group_name, weakref.ref(group)).atexit = False
-        WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal)
+        known = WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal)
     elif workspace is not None:
         # Captured graphs may address the old one. (Where there is no memory for a larger one, it stays in use.)
         known.outgrown.append(known.workspace)
         known.workspace = workspace
-    return WORKSPACE_REGISTRY[group_name].workspace
+        known.set_timeout(known.timeout)
+    return known
+
+
+def note_capture(ws: Workspace) -> None:
+    """A CUDA graph now holds addresses of this workspace's memory."""
+    if not any(kept is ws for kept in CAPTURED):
+        CAPTURED.append(ws)
+
+
+def limit_waits(group_name: str, timeout: float | None) -> None:
+    """Let kernels of this group wait for `timeout` seconds from now on, those of captured graphs and of workspaces that
+    were outgrown too; None leaves all as it is."""
+    known = WORKSPACE_REGISTRY.get(group_name)
+    if known is not None and timeout is not None:
+        known.set_timeout(timeout)
 
 
 @contextmanager
@@ -183,60 +193,91 @@ def check_peers(group_name: str | None = None, boundary: str = "") -> None:
     """Raise PeerTimeoutError if a kernel of this group (of any group: None) gave up waiting for a peer.
 
     For the host's side of a replayed CUDA graph, which no Python watches: call it after a step, or from a thread. It
-    reads pinned memory, costs about a microsecond, and waits neither for the device nor for other ranks. `boundary`:
-    where in the model the caller is, for the message.
+    reads pinned memory, costs about a microsecond, and waits neither for the device nor for other ranks. Groups that
+    were destroyed are not asked. `boundary`: where in the model the caller is, for the message.
     """
-    for name, member in list(WORKSPACE_REGISTRY.items()):
-        if group_name in (None, name):
-            for ws in (member.workspace, *member.outgrown):
-                if ws is not None:
-                    raise_if_late(ws, name, boundary)
+    for name in WORKSPACE_REGISTRY.copy() if group_name is None else (group_name,):
+        known = WORKSPACE_REGISTRY.get(name)
+        for ws in known.workspaces if known is not None else ():
+            if gave_up(ws.watch) and (group := process_group(name)) is not None and known.group() is group:
+                raise_if_late(ws, name, boundary, _ranks(group, ws))
+
+
+def _ranks(group: Any, ws: Workspace) -> list[int]:
+    ranks = dist.get_process_group_ranks(group)
+    return ranks if len(ranks) == ws.world else list(range(ws.world))  # injected: virtual ranks
 
 
 def _forget(group_name: str, group: Any) -> None:
     """The group is gone; a younger one may have taken its name."""
     known = WORKSPACE_REGISTRY.get(group_name)
     if known is not None and known.group == group:
-        del WORKSPACE_REGISTRY[group_name]
+        _retire(WORKSPACE_REGISTRY.pop(group_name))
 
 
-def _gather(group: Any, value: Any) -> list[Any]:
-    out: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(out, value, group=group)
-    return out
+def _retire(member: Member) -> None:
+    """Of a group that is gone: memory that captured graphs address stays, for as long as the process lives."""
+    kept = sum(any(ws is used for used in CAPTURED) for ws in member.workspaces)
+    if kept:
+        log.info("%d workspaces of a destroyed group are kept, because CUDA graphs hold their addresses", kept)
 
 
 def _meet(group: Any, group_name: str, device: torch.device, slot_bytes: int) -> tuple[Workspace | None, str]:
-    """Collective: exchange facts, allocate, rendezvous, bring to rest, and only then return, on all ranks alike."""
+    """Collective: exchange facts, allocate, rendezvous, bring to rest, and only then return, on all ranks alike. A rank
+    that fails on the way says so at the next exchange, in which all its peers take part."""
     torch.cuda.set_device(device)  # each thread has its own
-    facts = _gather(group, _facts(device, slot_bytes))
+    exchange = Exchange(group, group_name, device)
+    known = _known(group_name, group)
+    late = known is not None and any(gave_up(ws.watch) for ws in known.workspaces)
+    facts = exchange(tried(facts_of, device, slot_bytes, late))
     refusal = judge(facts)
+    if gone := [rank for rank, fact in enumerate(facts) if fact.get("late")]:
+        check_peers(group_name)
+        ranks = dist.get_process_group_ranks(group)
+        raise PeerTimeoutError(
+            f"group {group_name!r}, rank {dist.get_rank()}: kernels of ranks {[ranks[rank] for rank in gone]} gave up "
+            "waiting for a peer, so the group's symmetric memory does not grow; create the group anew.",
+            rank=dist.get_rank(), group=ranks,
+        )  # fmt: skip
     if refusal:
         return None, refusal
+    made: dict[str, Any] = {}
+    for step in (_allocate, _map):
+        words = exchange(tried(step, made, facts, group_name, device, slot_bytes))
+        problems = [f"rank {rank}: {word['error']}" for rank, word in enumerate(words) if "error" in word]
+        if problems:
+            return None, f"Symmetric memory could not be set up ({problems[0]})."
+    return made["workspace"], ""
+
+
+def _allocate(made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int) -> dict:
+    """The memory, by each rank for itself. Whoever has none says so before its peers wait for it in `_map`."""
     import torch.distributed._symmetric_memory as symmetric
 
-    workspace, problem = None, ""
-    try:
-        world = len(facts)
-        slot_words = slot_bytes // 16 * 4
-        shared = -(-buffer_words(slot_words, world) // 4) * 4
-        # One allocation for everything: memory from here never belongs to a CUDA graph's private pool.
-        whole = symmetric.empty(shared + STATE_WORDS + 2 * world, dtype=torch.int32, device=device)
-        buffer, state = whole[:shared], whole[shared : shared + STATE_WORDS]
-        peers = whole[shared + STATE_WORDS :].view(torch.int64)
-        initialise(buffer, state, slot_words)
-        handle = symmetric.rendezvous(whole, group_name)
-        blocks = min(fact["multiprocessors"] for fact in facts)
-        devices = {fact["uuid"] for fact in facts}
-        blocks = blocks * len(devices) // world  # ranks that share a device share its multiprocessors
-        workspace = from_buffers(
-            handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers
-        )
-        workspace = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
-        torch.cuda.synchronize(device)
-    except Exception as error:  # no peer access, no memory, an old driver: all ranks must hear of it
-        problem = f"{type(error).__name__}: {error}"
-    problems = [p for p in _gather(group, problem) if p]  # also the barrier after which every rank is at rest
-    if problems:
-        return None, f"Symmetric memory could not be set up ({problems[0].splitlines()[0]})."
-    return workspace, ""
+    slot_words = slot_bytes // 16 * 4
+    shared = -(-buffer_words(slot_words, len(facts)) // 4) * 4
+    # One allocation for everything: memory from here never belongs to a CUDA graph's private pool.
+    made["whole"] = symmetric.empty(shared + STATE_WORDS + 2 * len(facts), dtype=torch.int32, device=device)
+    made["buffer"], made["state"] = made["whole"][:shared], made["whole"][shared : shared + STATE_WORDS]
+    initialise(made["buffer"], made["state"], slot_words)
+    torch.cuda.synchronize(device)
+    return {}
+
+
+def _map(made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int) -> dict:
+    """Each other's memory, together."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    whole, buffer, state = made["whole"], made["buffer"], made["state"]
+    handle = symmetric.rendezvous(whole, group_name)
+    peers = whole[len(buffer) + STATE_WORDS :].view(torch.int64)
+    blocks = min(fact["multiprocessors"] for fact in facts)
+    devices = {fact["uuid"] for fact in facts}
+    blocks = blocks * len(devices) // len(facts)  # ranks that share a device share its multiprocessors
+    slot_words = slot_bytes // 16 * 4
+    workspace = from_buffers(
+        handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers
+    )
+    made["workspace"] = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
+    torch.cuda.synchronize(device)
+    return {}

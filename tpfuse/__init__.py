@@ -13,7 +13,7 @@ from .errors import (
     VerifyError,
 )
 from .explain import explain, fuse_graph
-from .kernels.entry import init_workspace
+from .kernels.entry import check_peers, init_workspace
 from .parallel.cut_report import CutReport, cut_report
 from .parallel.parallelize import parallelize
 from .parallel.roles import attention, dense_mlp, moe, share_tp_group
@@ -40,6 +40,7 @@ __all__ = [
     "TPFuseError",
     "VerifyError",
     "attention",
+    "check_peers",
     "cut_report",
     "dense_mlp",
     "explain",

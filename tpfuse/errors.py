@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TPFuseError(Exception):
     """Base of all errors raised by tpfuse."""
@@ -37,5 +39,37 @@ class PlanMismatchError(TPFuseError):
 
 
 class PeerTimeoutError(TPFuseError, TimeoutError):
-    """A rank waited longer than allowed for a peer of its group; or the peer is gone; names group, rank
-    and boundary, and in the symmetric-memory kernels the epoch."""
+    """A rank waited longer than allowed for a peer of its group; or the peer is gone.
+
+    After it the group is of no more use: every later call raises this error again until the group is set up anew
+    (docs/operations.md). Ranks are global ranks.
+
+    Attributes:
+        rank: the rank that waited; None if not known.
+        group: the ranks of the group.
+        boundary: where in the model, or ''. In a replayed CUDA graph: the boundaries that it may be.
+        missing: the ranks whose data did not come, as far as known.
+        seconds: the limit that was passed, or how long the rank waited; None if not known.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        rank: int | None = None,
+        group: Iterable[int] = (),
+        boundary: str = "",
+        missing: Iterable[int] = (),
+        seconds: float | None = None,
+    ):
+        super().__init__(message)
+        self.rank, self.group, self.boundary = rank, tuple(group), boundary
+        self.missing, self.seconds = tuple(missing), seconds
+
+    def again(self) -> PeerTimeoutError:
+        """The same finding for a call that came after it."""
+        before = "an earlier call gave up, and the group was not set up anew since: "
+        return PeerTimeoutError(
+            before + str(self).removeprefix(before),
+            rank=self.rank, group=self.group, boundary=self.boundary, missing=self.missing, seconds=self.seconds,
+        )  # fmt: skip

@@ -24,6 +24,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,20 +82,30 @@ def late_ranks(watch: Tensor) -> dict[int, int]:
     return {rank: stamp - 1 for rank, stamp in enumerate(watch[LATE:].tolist()) if stamp}
 
 
-def raise_if_late(ws: Any, group: str, boundary: str = "") -> None:
+def raise_if_late(ws: Any, group: str, boundary: str = "", ranks: Sequence[int] = ()) -> None:
     """Raise PeerTimeoutError if a kernel on workspace `ws` gave up waiting for a peer. Never waits for the device.
 
-    `group`: what to call the group; `boundary`: where in the model the caller is, if it knows.
+    `group`: what to call the group; `boundary`: where in the model the caller is, if it knows; `ranks`: the global
+    ranks of the group, in its order.
     """
-    if not gave_up(ws.watch):
-        return
-    missing = late_ranks(ws.watch)
+    if gave_up(ws.watch):
+        raise peer_timeout(ws, group, boundary, ranks)
+
+
+def peer_timeout(ws: Any, group: str, boundary: str = "", ranks: Sequence[int] = ()) -> PeerTimeoutError:
+    """What `raise_if_late` raises: who waited, for whom, and how long."""
+    ranks = ranks or range(ws.world)
+    missing = {ranks[rank]: call for rank, call in late_ranks(ws.watch).items()}
+    seconds = int(ws.watch[0]) * (1 << 20) / 1e9
     whom = ", ".join(f"rank {rank} (call {call})" for rank, call in missing.items()) or "its peers (called off)"
-    raise PeerTimeoutError(
-        f"group {group!r}, rank {ws.rank}{', at ' + boundary if boundary else ''}: waited longer than "
-        f"{int(ws.watch[0]) * (1 << 20) / 1e9:.3g} s for {whom}. Results since then hold NaN, and this group's "
+    message = (
+        f"group {group!r}, rank {ranks[ws.rank]}{', at ' + boundary if boundary else ''}: waited longer than "
+        f"{seconds:.3g} s for {whom}. Results since then hold NaN, and this group's "
         "symmetric memory cannot be used any more: find out what stopped that rank (it may have raised, skipped a "
         f"call, or used another shape), and create the group anew. {TIMEOUT_VARIABLE} sets the limit."
+    )
+    return PeerTimeoutError(
+        message, rank=ranks[ws.rank], group=ranks, boundary=boundary, missing=missing, seconds=seconds
     )
 
 

@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from .._torch_private import default_group
 from ..errors import PlanMismatchError
+from ..kernels.rendezvous import check_peers
 from ..options import Options
 from ..report import Report
 from . import heartbeat as stuck
 from .ballots import Ledger, Place, ledger
+from .failures import FAILED, note_failure, raise_again, watched_groups
 from .limits import LIMITS, Group, apply_limit, groups_with_ranks
 from .plan_check import records
 from .same_values import with_values
@@ -46,13 +48,16 @@ def guard(
     `written` compiles the same graph with everything sent as the program wrote it, and is called where the ranks of a
     group do not agree on more. `place`: which compilation this is.
 
-    After the first run in a world a call costs one comparison more than before, one more where any graph has a
-    `peer_timeout`, and with a `peer_timeout` of its own two notes of the time besides.
+    After the first run in a world a call costs a few comparisons more than before, one more where any graph has a
+    `peer_timeout`, and with a `peer_timeout` of its own two notes of the time besides. Where kernels run in symmetric
+    memory, a call ends with a look at a word of host memory for each of its groups: at what kernels, those of
+    replayed CUDA graphs too, have reported until then. It waits neither for the device nor for other ranks.
 
     The result raises:
         PlanMismatchError: at the first run, when the ranks run different versions, or when peers already run what this
             graph cannot take part in; and where a collective fails because the ranks' programs differ.
-        PeerTimeoutError: when a collective of this graph fails because a peer is late, elsewhere or gone.
+        PeerTimeoutError: when a collective of this graph fails because a peer is late, elsewhere or gone; when a kernel
+            of its groups has reported that; and again at every later call, until the groups are set up anew.
     """
     plans = records(report)
     if not plans:
@@ -63,10 +68,11 @@ def guard(
     checked: Callable[[], dist.ProcessGroup | None] = lambda: None  # noqa: E731
     pulse: stuck.Pulse | None = None
     groups: tuple[Group, ...] = ()
+    watched: tuple[tuple[str, str], ...] = ()  # names of the groups that kernels of this graph use, and where
 
     def meet(world: dist.ProcessGroup, args: Sequence[Any]) -> None:
         """Before the first run in a world."""
-        nonlocal checked, chosen, pulse, groups
+        nonlocal checked, chosen, pulse, groups, watched
         pulse = stuck.pulse(limit) if limit is not None else None
         groups = groups_with_ranks(plans)
         book = ledger() if options.check_plans else None
@@ -77,12 +83,15 @@ def guard(
             chosen = variants[1]
         else:
             chosen = variants[0]
+        watched = watched_groups(chosen.steps)
         checked = weakref.ref(world)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         world = default_group()
         if world is not None and checked() is not world:
             meet(world, args)
+        if FAILED:
+            raise_again(groups)
         if pulse is not None:
             apply_limit(groups, limit)
             pulse.began(chosen.steps, limit)
@@ -90,7 +99,7 @@ def guard(
             apply_limit(groups, None)
         began = time.monotonic() if pulse is not None else None
         try:
-            return chosen.call(*args, **kwargs)
+            result = chosen.call(*args, **kwargs)
         except RuntimeError as error:
             if not stuck.from_the_group(error):
                 raise
@@ -98,6 +107,9 @@ def guard(
         finally:
             if pulse is not None:
                 pulse.ended()
+        for name, boundary in watched:
+            check_peers(name, boundary)
+        return result
 
     def _explained(error: RuntimeError, began: float | None) -> Exception:
         book: Ledger | None = ledger() if options.check_plans else None
@@ -105,8 +117,9 @@ def guard(
             words = (book.heard(plans) or book.apart(plans)) if book is not None else ""
         except RuntimeError:  # the store went with the rank that held it
             words = ""
-        seconds = f"after {time.monotonic() - began:.1f} s, " if began is not None else ""
-        cause = f"{seconds}{str(error).splitlines()[0]}"
+        seconds = time.monotonic() - began if began is not None else None
+        said = f"after {seconds:.1f} s, " if seconds is not None else ""
+        cause = f"{said}{str(error).splitlines()[0]}"
         if words:
             return PlanMismatchError(f"{words} ({cause})")
         steps = chosen.steps
@@ -114,6 +127,9 @@ def guard(
             step = stuck.name_step(stuck.step_of_error(error, steps), steps)
             rank = dist.get_rank()
             return PlanMismatchError(f"rank {rank} and its peers enter different collectives at {step}: {cause}")
-        return stuck.waited(dist.get_rank(), stuck.step_of_error(error, steps), steps, cause, pulse)
+        step = stuck.step_of_error(error, steps)
+        found = stuck.waited(dist.get_rank(), step, steps, cause, pulse, seconds)
+        note_failure(groups, found, steps if step is None else (step,))
+        return found
 
     return run

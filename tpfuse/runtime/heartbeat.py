@@ -40,6 +40,7 @@ _COMMUNICATES = re.compile(
 #: What process groups say in a plain RuntimeError: gloo, the checks of TORCH_DISTRIBUTED_DEBUG=DETAIL, NCCL.
 _GROUP_ERRORS = re.compile(
     r"gloo/|Timed out waiting \d+\s?ms|Connection (?:closed|reset|refused)|mismatch between collectives"
+    r"|Application timeout caused pair closure"
     r"|NCCL (?:error|communicator|operation)|nccl(?:System|Unhandled|Internal|Remote)\w*"
 )
 
@@ -206,7 +207,7 @@ class Pulse(threading.Thread):
             return "compiling"
         return "outside compiled graphs"
 
-    def peers(self, ranks: Sequence[int]) -> list[str]:
+    def peers(self, ranks: Sequence[int]) -> dict[int, str]:
         """A clause on each of the other ranks; takes up to eight beats, to see whose pulse stands still."""
         first = {rank: self._beat(rank) for rank in ranks if rank != self.rank}
         now = first
@@ -215,7 +216,7 @@ class Pulse(threading.Thread):
             now = {rank: self._beat(rank) for rank in first}
             if all(now[rank] is not None and now[rank] != first[rank] for rank in first):
                 break
-        return [self._clause(rank, first[rank], now[rank]) for rank in first]
+        return {rank: self._clause(rank, first[rank], now[rank]) for rank in first}
 
     def _beat(self, rank: int) -> Beat | None:
         try:
@@ -246,13 +247,21 @@ def _own_connection(store: dist.Store) -> dist.Store:
         return store
 
 
-def waited(rank: int, step: Step | None, steps: Sequence[Step], cause: str, pulse: Pulse | None) -> PeerTimeoutError:
-    """The error for a wait in vain; `cause` says how it ended."""
+def waited(
+    rank: int, step: Step | None, steps: Sequence[Step], cause: str, pulse: Pulse | None, seconds: float | None = None
+) -> PeerTimeoutError:
+    """The error for a wait in vain; `cause` says how it ended, `seconds` how long the call had taken."""
     group = step.group if step is not None else steps[0].group
-    known = pulse.peers(group) if pulse is not None else ["options={'peer_timeout': seconds} tells what the peers do"]
+    known = pulse.peers(group) if pulse is not None else {}
+    clauses = "; ".join(known.values()) or "options={'peer_timeout': seconds} tells what the peers do"
+    where = name_step(step, steps)
+    # A peer whose process answers no more is missing; where all answer, any of them may be the one that is elsewhere.
+    gone = [peer for peer, clause in known.items() if "is alive" not in clause]
+    missing = gone or [peer for peer in group if peer != rank]
     return PeerTimeoutError(
-        f"rank {rank} of group {list(group)} waited in vain at {name_step(step, steps)}: {cause}; {'; '.join(known)}"
-    )
+        f"rank {rank} of group {list(group)} waited in vain at {where}: {cause}; {clauses}",
+        rank=rank, group=group, boundary=step.module if step is not None else where, missing=missing, seconds=seconds,
+    )  # fmt: skip
 
 
 #: REGISTRY: the pulse of each world that has graphs with a `peer_timeout`. An entry goes when its process group does.
