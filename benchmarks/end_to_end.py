@@ -43,7 +43,7 @@ from records import write
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
 
-BOUNDARY = re.compile(r"nccl|_one_shot_kernel|_two_shot_kernel|_barrier_kernel|_sharded_kernel|_add_norm_kernel|rsqrt|"
+BOUNDARY = re.compile(r"nccl|_one_shot_kernel|_two_shot_kernel|_barrier_kernel|_add_norm_kernel|rsqrt|"
                       r"rms_norm|symm_mem|multimem", re.IGNORECASE)  # fmt: skip
 
 

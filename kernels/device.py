@@ -12,11 +12,12 @@ writer turns that one pattern into zero. It reads as (-0.0, -0.0) in the 16-bit 
 from __future__ import annotations
 
 from .compat import tl, triton
+from .patience import POISON, POLLS, out_of_patience, report
 
 RMS, LAYER, NONE = 0, 1, 2  # the kernels' NORM; NONE leaves h as it is
 SENTINEL = -2147450880  # 0x80008000
 _SENTINEL = tl.constexpr(SENTINEL)
-_NAN = tl.constexpr(0x7FC07FC0)  # in every dtype
+_NAN, _POLLS = tl.constexpr(POISON), tl.constexpr(POLLS)
 CHANNELS = 256  # most programs of one call
 MAX_SPLIT = 8  # most programs of one row
 INBOX_WORDS = CHANNELS * MAX_SPLIT  # of each of the two sets of inboxes
@@ -73,11 +74,12 @@ def load_eps(eps_ptr, eps):
 
 
 @triton.jit
-def exchange(value, inbox, pid, part, SPLIT: tl.constexpr):
+def exchange(value, inbox, pid, part, SPLIT: tl.constexpr, rank, epoch, watch_ptr):
     """The `value`s of the SPLIT programs that share a row (pids pid-part .. pid-part+SPLIT-1), as a tensor [SPLIT].
 
     Each program writes its value into the inbox of every program of the row and waits on its own, then makes it empty
     again. One program reads an inbox, and the next call writes it only after this kernel ended, so one slot is enough.
+    A wait that is given up counts as one for the own `rank`, and brings NaN.
     """
     index = tl.arange(0, SPLIT)
     word = value.to(tl.int32, bitcast=True)
@@ -85,15 +87,28 @@ def exchange(value, inbox, pid, part, SPLIT: tl.constexpr):
     tl.store(inbox + (pid - part + index) * SPLIT + part, tl.zeros([SPLIT], tl.int32) + word)
     mine = inbox + pid * SPLIT + index
     words = tl.load(mine, volatile=True)
-    while tl.sum((words == _SENTINEL).to(tl.int32), axis=0) > 0:
+    polls = 0
+    began = index * 0
+    ends = polls < 0
+    while (tl.sum((words == _SENTINEL).to(tl.int32), axis=0) > 0) & (not ends):
         words = tl.load(mine, volatile=True)
+        polls += 1
+        if polls % _POLLS == 0:
+            ends, began = out_of_patience(words, polls, began, watch_ptr)
+    if ends:
+        missing = words == _SENTINEL
+        report(missing, index * 0 + rank, epoch, watch_ptr)
+        words = tl.where(missing, _NAN, words)
     tl.debug_barrier()  # every warp reads the inbox for itself: all must have read before one clears
     tl.store(mine, tl.full([SPLIT], _SENTINEL, tl.int32))
     return words.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def row_statistics(pieces, masks, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid, part, SPLIT: tl.constexpr):
+def row_statistics(
+    pieces, masks, H: tl.constexpr, eps, NORM: tl.constexpr, inbox, pid, part, SPLIT: tl.constexpr,
+    rank=None, epoch=None, watch_ptr=None,
+):  # fmt: skip
     """(mean, rstd) of a row of H columns held by SPLIT programs, each in equally long `pieces`; the mean is 0 for
     RMSNorm. LayerNorm takes two passes over the registers, because E[h^2] - mean^2 would cancel; programs' parts are
     joined by Chan's formula."""
@@ -114,12 +129,13 @@ def row_statistics(pieces, masks, H: tl.constexpr, eps, NORM: tl.constexpr, inbo
         squares = tl.sum(total(squares), axis=0)
         if SPLIT > 1:
             if NORM == 1:
-                means = exchange(mean, inbox, pid, part, SPLIT)
+                means = exchange(mean, inbox, pid, part, SPLIT, rank, epoch, watch_ptr)
                 mean = tl.sum(means, axis=0) / SPLIT
-                squares = tl.sum(exchange(squares, inbox + _INBOX_WORDS, pid, part, SPLIT), axis=0)
+                other = inbox + _INBOX_WORDS
+                squares = tl.sum(exchange(squares, other, pid, part, SPLIT, rank, epoch, watch_ptr), axis=0)
                 squares += P * tl.sum((means - mean) * (means - mean), axis=0)
             else:
-                squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT), axis=0)
+                squares = tl.sum(exchange(squares, inbox, pid, part, SPLIT, rank, epoch, watch_ptr), axis=0)
         rstd = tl.rsqrt(squares / H + eps)
     return mean, rstd
 
@@ -135,10 +151,10 @@ def total(pieces):
 
 @triton.jit
 def begin_row(
-    s, residual, pre_bias, alpha, residual_out_ptr, out_row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
+    s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
     STORE: tl.constexpr = _AS_EVER,
 ):  # fmt: skip
-    """h of a row (or a piece of one), stored as row `out_row` of `residual_out`, which may be a shard."""
+    """h of a row (or a piece of one), stored in `residual_out` if there is one."""
     h = s
     if alpha is not None:
         h = alpha * h
@@ -148,7 +164,7 @@ def begin_row(
     h = tl.where(mask, h, 0.0)
     if residual_out_ptr is not None:
         rounded = h.to(residual_out_ptr.dtype.element_ty)
-        tl.store(residual_out_ptr + out_row * H + cols, rounded, mask=mask, cache_modifier=STORE)
+        tl.store(residual_out_ptr + row * H + cols, rounded, mask=mask, cache_modifier=STORE)
     return h
 
 
@@ -157,13 +173,11 @@ def end_row(
     h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
     STORE: tl.constexpr = _AS_EVER,
 ):  # fmt: skip
-    """y of a row (or a piece of one) before rounding; stored, unless `y_ptr` is None."""
+    """Store y of a row (or a piece of one)."""
     n = (h - mean) * rstd * weight + bias
     if POST:
         n += residual
-    if y_ptr is not None:
-        tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=STORE)
-    return n
+    tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=STORE)
 
 
 @triton.jit
@@ -177,16 +191,15 @@ def store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM: tl.constexpr):
 @triton.jit
 def finish_row(
     s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-    row, out_row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
-    inbox, pid, part, SPLIT: tl.constexpr,
+    row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
+    inbox, pid, part, SPLIT: tl.constexpr, rank=None, epoch=None, watch_ptr=None,
 ):  # fmt: skip
-    """From the sum `s` to the outputs of one row; returns y before rounding."""
-    h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, out_row, cols, mask, H, POST)
-    mean, rstd = row_statistics((h,), (mask,), H, eps, NORM, inbox, pid, part, SPLIT)
-    n = end_row(h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H, POST)
+    """From the sum `s` to the outputs of one row. The last three are for a row that is split."""
+    h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H, POST)
+    mean, rstd = row_statistics((h,), (mask,), H, eps, NORM, inbox, pid, part, SPLIT, rank, epoch, watch_ptr)
+    end_row(h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H, POST)
     if part == 0:
         store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)
-    return n
 
 
 @triton.jit

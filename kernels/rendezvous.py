@@ -275,9 +275,7 @@ def _map(made: dict[str, Any], facts: list[dict], group_name: str, device: torch
     devices = {fact["uuid"] for fact in facts}
     blocks = blocks * len(devices) // len(facts)  # ranks that share a device share its multiprocessors
     slot_words = slot_bytes // 16 * 4
-    workspace = from_buffers(
-        handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers
-    )
+    workspace = from_buffers(handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers)
     made["workspace"] = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
     torch.cuda.synchronize(device)
     return {}

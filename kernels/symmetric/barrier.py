@@ -12,6 +12,7 @@ same: a rotating call before it may still be read.)
 
 from __future__ import annotations
 
+from ...errors import OpError
 from ..compat import next_power_of_2, tl, triton
 from ..device import (
     advance_epoch,
@@ -26,9 +27,9 @@ from ..device import (
     peer,
     unpack,
 )
+from ..patience import POISON, POLLS, out_of_patience, report
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
-from .timeout import POISON, POLLS, out_of_patience, report
 from .workspace import CHANNELS, DEAD, Workspace
 
 _CHANNELS, _DEAD, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(DEAD), tl.constexpr(POLLS)
@@ -50,14 +51,14 @@ def _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD: tl.constexpr):
     behind = ((tl.load(here, volatile=True) - value) & -5) != 0  # neither this call's flag nor the next's
     absent = tl.sum(behind.to(tl.int32), axis=0)
     polls = 0
-    began = 0
+    began = lanes * 0
     ends = polls < 0
     while (absent > 0) & (not ends):
         behind = ((tl.load(here, volatile=True) - value) & -5) != 0
         absent = tl.sum(behind.to(tl.int32), axis=0)
         polls += 1
         if polls % _POLLS == 0:
-            ends, began = out_of_patience(polls, began, watch_ptr)
+            ends, began = out_of_patience(lanes, polls, began, watch_ptr)
     if ends:
         report(behind, lanes, epoch, watch_ptr)
     tl.atomic_add(here, 0, sem="acquire", scope="sys")
@@ -145,7 +146,7 @@ def _barrier_kernel(
             tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
         finish_row(
             s, residual.to(tl.float32), pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-            row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+            row, cols, mask, H, NORM, POST, None, pid, 0, 1,
         )  # fmt: skip
         if AHEAD:
             parts = following
@@ -156,9 +157,18 @@ def _barrier_kernel(
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 
+def refusal(op: Operands, ws: Workspace) -> str:
+    """Why the workspace does not hold the call; empty where it does."""
+    if op.rows * op.row_words <= ws.stage_words:
+        return ""
+    return (
+        f"{op.rows} rows of {4 * op.row_words} bytes take {4 * op.rows * op.row_words:,} bytes of a stage; it has "
+        f"{4 * ws.stage_words:,}"
+    )
+
+
 def fits(op: Operands, ws: Workspace) -> bool:
-    """Whether a stage holds the call."""
-    return op.rows * op.row_words <= ws.stage_words
+    return not refusal(op, ws)
 
 
 def _fits_ahead(op: Operands, world: int, warps: int) -> bool:
@@ -170,6 +180,8 @@ def _fits_ahead(op: Operands, world: int, warps: int) -> bool:
 
 def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
     """The kernel bound to this rank's operands, as `one_shot` binds its own. `rotate`: which of the two ways above."""
+    if said := refusal(op, ws):
+        raise OpError(f"barrier: {said}")
     ready = prepare(op)
     programs = min(op.rows, ws.max_blocks)
     args = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ...errors import OpError
 from ..add_norm import NORMS
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
 from ..device import (
@@ -65,7 +66,7 @@ def _take(
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT,
+        row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT, rank, epoch, watch_ptr,
     )  # fmt: skip
     tl.debug_barrier()  # every warp has read its words
     clear(base, W, PW, stride, rank, WORLD)
@@ -127,7 +128,10 @@ def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, regist
 
     `split`: programs a row; `warps`: of one program (0: 16 bytes a thread); `spin`: wait in PTX (the default on a GPU).
     `first`: run this one program only; for harnesses on interpreters, where the programs of a grid take turns.
+    Raises OpError where the workspace does not hold the call (`refusal`).
     """
+    if said := refusal(op, ws, split):
+        raise OpError(f"one_shot: {said}")
     ready = prepare(op)
     programs = programs_of(op, ws, split)
     args = (
@@ -145,12 +149,24 @@ def programs_of(op: Operands, ws: Workspace, split: int) -> int:
     return min(op.rows * split, ws.max_blocks // split * split)
 
 
+def refusal(op: Operands, ws: Workspace, split: int) -> str:
+    """Why the workspace does not hold the call; empty where it does. The programs of a split row have one inbox each,
+    so none may take a second row; and parts are whole 16 bytes."""
+    need = ws.world * op.rows * op.row_words
+    if need > ws.slot_words:
+        return (
+            f"{op.rows} rows of {4 * op.row_words} bytes from {ws.world} ranks take {4 * need:,} bytes of a slot; it "
+            f"has {4 * ws.slot_words:,}"
+        )
+    if split > MAX_SPLIT or op.row_words % (4 * split):
+        return f"split={split} of a row of {4 * op.row_words} bytes; allowed: up to {MAX_SPLIT} parts of whole 16 bytes"
+    if split > 1 and op.rows * split > ws.max_blocks:
+        return f"{op.rows} rows, each split over {split}, take {op.rows * split} programs; allowed: {ws.max_blocks}"
+    return ""
+
+
 def fits(op: Operands, ws: Workspace, split: int) -> bool:
-    """Whether a slot holds the call. The programs of a split row have one inbox each, so none may take a second row;
-    and parts are whole 16 bytes."""
-    if ws.world * op.rows * op.row_words > ws.slot_words or op.row_words % (4 * split) or split > MAX_SPLIT:
-        return False
-    return split == 1 or op.rows * split <= ws.max_blocks
+    return not refusal(op, ws, split)
 
 
 def default_warps(op: Operands, split: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ..compat import tl, triton
 from ..device import SENTINEL, unpack
-from .timeout import GONE, LATE, MARK, POISON, POLLS, out_of_patience, report
+from ..patience import GONE, LATE, MARK, POISON, POLLS, out_of_patience, report
 
 _SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
 
@@ -99,13 +99,13 @@ def _poll(here, mask, source, epoch, watch_ptr):
     """Portable: the words at `here`, which rank `source` sends, once there; POISON for those that never come."""
     words = tl.load(here, mask=mask, other=0, volatile=True)
     polls = 0
-    began = 0
+    began = words * 0
     ends = polls < 0
     while (tl.sum((words == _SENTINEL).to(tl.int32)) > 0) & (not ends):
         words = tl.load(here, mask=mask, other=0, volatile=True)
         polls += 1
         if polls % _POLLS == 0:
-            ends, began = out_of_patience(polls, began, watch_ptr)
+            ends, began = out_of_patience(words, polls, began, watch_ptr)
     if ends:
         missing = words == _SENTINEL
         report(missing, source, epoch, watch_ptr)

@@ -31,20 +31,15 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError, PeerTimeoutError
-from ..compat import INTERPRETED, tl, triton
+from ..patience import GONE, LATE, MARK, POISON, POLLS
 
+__all__ = [
+    "DEFAULT_TIMEOUT", "GONE", "LATE", "MARK", "POISON", "POLLS", "TIMEOUT_VARIABLE", "WATCH_WORDS", "gave_up",
+    "late_ranks", "new_watch", "peer_timeout", "raise_if_late", "set_timeout",
+]  # fmt: skip
 WATCH_WORDS = 16
-GONE, MARK, LATE = 1, 2, 8  # words
 TIMEOUT_VARIABLE = "TPFUSE_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 600.0  # seconds, as torch.distributed's own: a peer may be compiling a new shape
-POISON = 0x7FC07FC0  # NaN in every dtype: two of them in the 16-bit formats
-POLLS = 32 if INTERPRETED else 16384
-
-_TIMED, _POLLS = tl.constexpr(not INTERPRETED), tl.constexpr(POLLS)
-_GONE, _MARK, _LATE = (tl.constexpr(word) for word in (GONE, MARK, LATE))
-
-
-# -- host -------------------------------------------------------------------------------------------------------------
 
 
 def new_watch(device: torch.device | str, timeout: float | None = None) -> Tensor:
@@ -107,40 +102,3 @@ def peer_timeout(ws: Any, group: str, boundary: str = "", ranks: Sequence[int] =
     return PeerTimeoutError(
         message, rank=ranks[ws.rank], group=ranks, boundary=boundary, missing=missing, seconds=seconds
     )
-
-
-# -- device -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _now(polls):
-    """The time in units of 2^20 ns. Interpreted code has no clock: there 32 polls are a unit."""
-    if _TIMED:
-        now = tl.inline_asm_elementwise(
-            "{ .reg .b64 t; mov.u64 t, %globaltimer; shr.u64 t, t, 20; cvt.u32.u64 $0, t; }", "=r", [],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        now = polls // _POLLS
-    return now
-
-
-@triton.jit
-def out_of_patience(polls, began, watch_ptr):
-    """(whether a wait must end, when it began). For every POLLS-th poll; `began`: 0 at the first of these."""
-    now = _now(polls)
-    began = tl.where(began == 0, now, began)
-    ends = (now - began >= tl.load(watch_ptr, volatile=True)) | (tl.load(watch_ptr + _GONE, volatile=True) != 0)
-    return ends, began
-
-
-@triton.jit
-def report(missing, source, epoch, watch_ptr):
-    """Note that the words marked `missing`, which rank `source` had to send, did not come; set the rank's dead mark.
-    Both of one shape."""
-    stamp = ((epoch >> 2) & 0x3FFFFFFF) + 1
-    zero = tl.zeros(missing.shape, tl.int32)
-    tl.store(watch_ptr + _LATE + source, zero + stamp, mask=missing)
-    tl.store(watch_ptr + _GONE + zero, zero + 1, mask=missing)
-    address = tl.load((watch_ptr + _MARK).to(tl.pointer_type(tl.int64), bitcast=True))
-    tl.store(address.to(tl.pointer_type(tl.int32)) + zero, zero + 1, mask=missing)

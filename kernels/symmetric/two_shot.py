@@ -10,6 +10,7 @@ Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one
 
 from __future__ import annotations
 
+from ...errors import OpError
 from ..compat import next_power_of_2, tl, triton
 from ..device import (
     SENTINEL,
@@ -24,10 +25,10 @@ from ..device import (
     slot_of,
     unpack,
 )
+from ..patience import POISON
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear_one, receive, receive_block
-from .timeout import POISON
 from .workspace import CHANNELS, DEAD, Workspace
 
 _SENTINEL = tl.constexpr(SENTINEL)
@@ -77,7 +78,7 @@ def _finish(
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+        row, cols, mask, H, NORM, POST, None, pid, 0, 1,
     )  # fmt: skip
 
 
@@ -147,14 +148,27 @@ def _two_shot_kernel(
     advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
 
 
+def refusal(op: Operands, ws: Workspace) -> str:
+    """Why the workspace does not hold the call; empty where it does."""
+    if 2 * op.rows * op.row_words > ws.slot_words:
+        return (
+            f"{op.rows} rows of {4 * op.row_words} bytes and their sums take {8 * op.rows * op.row_words:,} bytes of a "
+            f"slot; it has {4 * ws.slot_words:,}"
+        )
+    if op.row_words % (4 * ws.world):
+        return f"a row of {4 * op.row_words} bytes; allowed: {ws.world} chunks, one a rank, of whole 16 bytes"
+    return ""
+
+
 def fits(op: Operands, ws: Workspace) -> bool:
-    """Whether a slot holds the call and a row divides into chunks of whole 16 bytes."""
-    return 2 * op.rows * op.row_words <= ws.slot_words and op.row_words % (4 * ws.world) == 0
+    return not refusal(op, ws)
 
 
 def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, first: int | None = None,
              spin: bool | None = None) -> Launch:  # fmt: skip
     """The kernel bound to this rank's operands, as `one_shot` binds its own."""
+    if said := refusal(op, ws):
+        raise OpError(f"two_shot: {said}")
     ready = prepare(op)
     programs = min(op.rows, ws.max_blocks)
     args = (

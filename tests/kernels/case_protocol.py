@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.device import SENTINEL
-from tpfuse.kernels.sharded import chunk_of, sharded
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Operands
@@ -223,30 +221,6 @@ def test_split_rows(norm: str) -> None:
     for program in range(2):
         for a, b in zip(answers[0][program], answers[1][program], strict=True):
             assert torch.equal(a, b)
-
-
-def play_sharded(seat: Seat, calls: list[Call]) -> list[Any]:
-    ws, answers = seat.ws, []
-    for call in calls:
-        seat.dawdle()
-        op = call.operands(ws.rank)
-        expected, _ = call.expected(ws.world)
-        begin, count = chunk_of(call.rows, ws.rank, ws.world)
-        own = slice(begin, begin + count)
-        shard = Operands(**{**op.__dict__, "residual": op.residual[own]})
-        # its programs wait for each other across ranks, and the interpreter runs them in turn: one program a rank
-        out, _ = sharded(shard, dataclasses.replace(ws, max_blocks=1)).run()
-        close(out.y, expected.y)
-        close(out.residual_out, expected.residual_out[own])
-        answers.append((bits(out.y),))
-    return answers
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_two_shot_with_the_residual_kept_sharded(world: int) -> None:
-    calls = [Call("one_shot", rows, 64, dtype, seed=rows) for rows in (1, 4, 7, 0, 9) for dtype in (BF16, F32)]
-    calls += [Call("one_shot", 4, 64, dtype, fill="negated_zero") for dtype in (BF16, F32)]
-    equal_on_all_ranks(run(world, play_sharded, calls))
 
 
 def hang(seat: Seat) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import pytest
 import torch
 
 from tpfuse.errors import OptionError, PeerTimeoutError
-from tpfuse.kernels.sharded import chunk_of, sharded
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import GONE, LATE, gave_up, late_ranks, new_watch, raise_if_late, set_timeout
@@ -20,7 +18,7 @@ from .case_protocol import Call, equal_on_all_ranks, play
 from .protocol import Seat, run
 
 PATIENCE = 2e-3  # two units, which the interpreter takes for 64 polls
-KERNELS = ["one_shot", "two_shot", "sharded", "barrier", "barrier_twice"]
+KERNELS = ["one_shot", "two_shot", "barrier", "barrier_twice"]
 
 
 def launch(kernel: str, call: Call, seat: Seat):
@@ -29,10 +27,6 @@ def launch(kernel: str, call: Call, seat: Seat):
         return one_shot(op, ws).run()[0]
     if kernel == "two_shot":
         return two_shot(op, ws).run()[0]
-    if kernel == "sharded":
-        begin, count = chunk_of(call.rows, ws.rank, ws.world)
-        shard = dataclasses.replace(op, residual=op.residual[begin : begin + count])
-        return sharded(shard, dataclasses.replace(ws, max_blocks=1)).run()[0]
     return barrier(op, ws, rotate=kernel == "barrier").run()[0]
 
 

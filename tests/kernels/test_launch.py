@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from tpfuse.errors import OpError
 from tpfuse.kernels.add_norm import AddNormOut
-from tpfuse.kernels.symmetric.operands import Launch
+from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.operands import Launch, Operands
+from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 ARGS = {"x_ptr": torch.zeros(64), "rows": 3, "eps": 1e-6, "absent_ptr": None}
 
@@ -72,3 +78,22 @@ def test_what_triton_compiles_for_is_told_apart(changed: dict) -> None:
     run(kernel)
     run(kernel, **changed)
     assert len(kernel.compiled) == 2
+
+
+@pytest.mark.parametrize(
+    ("bind", "rows", "hidden", "said"),
+    [
+        (one_shot, 9, 64, r"one_shot: 9 rows of 128 bytes from 2 ranks take 2,304 bytes of a slot; it has 2,048"),
+        (partial(one_shot, split=2), 3, 64, r"one_shot: 3 rows, each split over 2, take 6 programs; allowed: 4"),
+        (partial(one_shot, split=4), 1, 40, r"one_shot: split=4 of a row of 80 bytes; allowed: up to 8 parts of whole"),
+        (two_shot, 9, 64, r"two_shot: 9 rows of 128 bytes and their sums take 2,304 bytes of a slot; it has 2,048"),
+        (two_shot, 1, 40, r"two_shot: a row of 80 bytes; allowed: 2 chunks"),
+        (barrier, 9, 64, r"barrier: 9 rows of 128 bytes take 1,152 bytes of a stage; it has 1,024"),
+    ],
+)
+def test_a_kernel_refuses_what_its_workspace_does_not_hold(bind: Any, rows: int, hidden: int, said: str) -> None:
+    """Larger calls would write over what lies behind the slot, on every rank."""
+    ws = virtual_ranks(2, "cpu", 4, 2048)[0]
+    x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
+    with pytest.raises(OpError, match=said):
+        bind(Operands(x, x, None, None, None, 1e-6, "rms_norm", x.dtype, x.dtype), ws)
