@@ -80,6 +80,24 @@ def test_one_shot_moves_16_bytes_and_waits_in_one_loop(world: int, many: bool, t
         assert ptx.count("ld.volatile.global.v4.b32") == sources  # one loop, all ranks in flight
 
 
+def test_a_wait_whose_loop_holds_a_barrier_is_given_up_by_all_warps_at_once() -> None:
+    """Between the clock and the branch on it, the portable wait joins what the warps read."""
+    constants = {"H": 4096, "ROW_WORDS": 2048, "W": 2048, "EL": 4096, "SPLIT": 1, "WORLD": 2, "NORM": 0, "POST": False,
+                 "MANY": False, "SPIN": False}  # fmt: skip
+    ptx = compile_sm90(_one_shot_kernel, (*COMMON, 1 << 22, 8, 0, 8, 0), constants, 16).asm["ptx"]
+    decisions = re.findall(r"globaltimer.*?\bbra", ptx, re.DOTALL)
+    assert decisions and all("bar.sync" in decision for decision in decisions)
+
+
+def test_waits_within_a_warp_hold_no_barrier() -> None:
+    """In the inbox of a split row each warp decides for itself, so no warp may be needed by another in that loop."""
+    constants = {"H": 4096, "ROW_WORDS": 2048, "W": 512, "EL": 1024, "SPLIT": 4, "WORLD": 2, "NORM": 0, "POST": False,
+                 "MANY": False, "SPIN": True}  # fmt: skip
+    ptx = compile_sm90(_one_shot_kernel, (*COMMON, 1 << 22, 8, 0, 8, 0), constants, 4).asm["ptx"]
+    loop, given_up = re.search(r"(\$L__BB0_\d+:[^:]*Loop Header.*?)globaltimer(.*?)bar\.sync", ptx, re.DOTALL).groups()
+    assert "ld.volatile" in loop and "bar.sync" not in loop and "st.global" in given_up
+
+
 def test_two_shot_compiles_without_spilling(tmp_path) -> None:
     H, world, warps = 8192, 8, 16
     words = H // 2
