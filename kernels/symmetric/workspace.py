@@ -37,9 +37,11 @@ DEFAULT_SLOT_BYTES = 16 << 20
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """One rank's view. `peers`: int64 [world], addresses of all ranks' buffers; `max_blocks`: most programs that may be
-    resident at once, lowered by a harness whose ranks share one device; `owner` keeps the mapping alive;
-    `device_name`: under which name dispatch tables are searched, where that is not torch.cuda's."""
+    """One rank's view. Made by `from_buffers` alone, which tells the watch where the dead mark is.
+
+    `peers`: int64 [world], addresses of all ranks' buffers; `max_blocks`: most programs that may be resident at once,
+    lowered by a harness whose ranks share one device; `owner` keeps the mapping alive; `device_name`: under which name
+    dispatch tables are searched, where that is not torch.cuda's."""
 
     rank: int
     world: int
