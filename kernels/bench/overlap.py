@@ -186,7 +186,7 @@ def _spin_kernel(clock_ptr, index, rank, MOST: tl.constexpr):
 def _timer_kernel(timer_ptr, LOOKS: tl.constexpr):
     """Count backward steps of the device's timer: within a thread, and behind any time that was read before this
     kernel or program. `timer` (int64): the latest time, backward steps, the largest of them in ns."""
-    steps = 0
+    steps = tl.zeros([], tl.int64)
     worst = tl.zeros([], tl.int64)
     latest = tl.load(timer_ptr, volatile=True)
     for i in range(LOOKS):  # noqa: B007
@@ -197,7 +197,7 @@ def _timer_kernel(timer_ptr, LOOKS: tl.constexpr):
         latest = tl.maximum(latest, now)
     tl.atomic_max(timer_ptr, latest)
     if steps > 0:
-        tl.atomic_add(timer_ptr + 1, steps.to(tl.int64))
+        tl.atomic_add(timer_ptr + 1, steps)
         tl.atomic_max(timer_ptr + 2, worst)
 
 
