@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from tpfuse.errors import PlanError
+from tpfuse.parallel.calls import chunks_of, names_configured, reduces_features
 from tpfuse.parallel.cuts import Cut, Units, make_cut
 from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
 from tpfuse.parallel.hf_plan import Planned, join
@@ -32,7 +35,9 @@ class ModuleCut:
         rowwise_modules: submodules whose output is a partial sum.
         sum_at_output: whether the sum is paid at the module's own output.
         biases_after_sum: row-wise biases, which are added to the sum and so stay whole.
-        attributes: integers to rewrite, by the module that holds them.
+        attributes: what to rewrite, by the module that holds it: head counts, and a config of its own with them.
+        wide_norms: norms over the features of all heads, and into how many slices those are cut.
+        summed_children: parts of a routed block that pay their sums themselves, since the block norms what they give.
     """
 
     name: str
@@ -41,7 +46,9 @@ class ModuleCut:
     rowwise_modules: list[nn.Module] = field(default_factory=list)
     sum_at_output: bool = False
     biases_after_sum: list[str] = field(default_factory=list)
-    attributes: list[tuple[nn.Module, dict[str, int]]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    wide_norms: list[tuple[nn.Module, int]] = field(default_factory=list)
+    summed_children: list[nn.Module] = field(default_factory=list)
 
     def rewrite(self) -> None:
         """Writes this rank's counts into the modules, which keep those of the uncut model (`_tpfuse_whole`)."""
@@ -69,6 +76,8 @@ def cut_module(
         return out
     if role.kind == "moe":
         out.sum_at_output = True
+        if _norm_inside(module, role):
+            _sum_at_parts(out, name, module, role)
         for part in (role.experts, role.shared):
             if part is not None:
                 _cut_experts(out, join(name, part), getattr(module, part), groups, planned, part == role.experts)
@@ -96,9 +105,19 @@ def cut_module(
         )
     if any(isinstance(target, nn.Parameter) for target in targets.values()):
         _cut_beside(out, name, module, role, groups)
+    for leaf in role.per_head:
+        _add(out, join(name, leaf), getattr(module, leaf), 0, 1, [Units(heads.q or 1)], groups)
+    if role.kind == "attention":
+        _find_wide_norms(out, name, module, role, targets)
+        _configure(out, module, heads, groups.of(over).size)
+    elif (reduction := reduces_features(type(module))) and not nested:
+        raise PlanError(
+            f"{name}: {type(module).__name__} takes a {reduction} over features that the cut divides among ranks; "
+            "leave this module whole (give it no role, or plan={...} without it)"
+        )
     out.attributes.append((module, named))
-    if not planned.trusted:
-        check_reshapes(name, module, named, widths)
+    if not planned.trusted or role.inferred:
+        check_reshapes(name, module, role, named, widths)
     return out
 
 
@@ -133,6 +152,53 @@ def cut_edge(
     return out
 
 
+def _norm_inside(block: nn.Module, role: Role) -> str:
+    """The name of a norm that stands in a routed block beside its experts, or ''."""
+    parts = (role.experts, role.shared)
+    return next((n for n, child in block.named_children() if n not in parts and "norm" in n.lower()), "")
+
+
+def _sum_at_parts(out: ModuleCut, name: str, block: nn.Module, role: Role) -> None:
+    """A norm in the block must see finished sums, so experts and shared experts each pay their own."""
+    parts = [getattr(block, part) for part in (role.experts, role.shared) if part is not None]
+    if any(isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in parts):
+        raise PlanError(
+            f"{name} ({type(block).__name__}) norms what its experts give ({_norm_inside(block, role)}) before their "
+            "sum over ranks could be paid; leave the block whole, or move the norm behind it"
+        )
+    out.sum_at_output = False
+    out.summed_children = parts
+
+
+def _find_wide_norms(
+    out: ModuleCut, name: str, module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]
+) -> None:
+    """Norms over all heads' features at once (OLMo 2): each sees every rank's features; its weights stay whole."""
+    widths = {leaf: _matrix_of(targets[leaf]).shape[0] for leaf in role.colwise if isinstance(targets[leaf], nn.Module)}
+    for leaf, child in module.named_children():
+        weight = getattr(child, "weight", None)
+        if leaf in (*role.colwise, *role.rowwise) or not isinstance(weight, Tensor) or weight.ndim != 1:
+            continue
+        alike = [col for col, width in widths.items() if width == weight.shape[0]]
+        named = [col for col in alike if col[0] == leaf[0]] or alike
+        if named and weight.shape[0] != getattr(module, "head_dim", None) and role.packed.get(named[0], 1) == 1:
+            out.wide_norms.append((child, out.cuts[join(name, f"{named[0]}.weight")].counts[0]))
+
+
+def _configure(out: ModuleCut, module: nn.Module, heads: Heads, size: int) -> None:
+    """A class that reshapes by the counts of its config gets a config of its own, with this rank's counts."""
+    config = getattr(module, "config", None)
+    local = {"num_attention_heads": heads.q and heads.q // size,
+             "num_key_value_heads": heads.kv and max(1, heads.kv // size)}  # fmt: skip
+    read = [n for n, count in local.items() if count and names_configured(type(module), n)]
+    if config is None or size == 1 or not read:
+        return
+    own = copy.copy(config)
+    for attribute in read:
+        setattr(own, attribute, local[attribute])
+    out.attributes.append((module, {"config": own}))
+
+
 def _check_block(name: str, module: nn.Module, role: Role) -> None:
     for argument, part in (("experts", role.experts), ("shared", role.shared)):
         if part is not None and not isinstance(getattr(module, part, None), nn.Module):
@@ -159,6 +225,7 @@ def _cut_experts(out: ModuleCut, name: str, module: nn.Module, groups: Groups, p
         )
     # Interleaved gate and up rows stay interleaved in any contiguous slice.
     packed = {n: COLWISE_NAMES[n] for n in colwise if getattr(module, "is_concatenated", True)}
+    packed |= {n: parts for n in colwise if (parts := chunks_of(type(module), n)) > 1}
     role = Role("dense_mlp", colwise, rowwise, packed={n: p for n, p in packed.items() if p > 1})
     inner = cut_module(name, module, role, out.over, groups, planned, nested=True)
     out.cuts.update(inner.cuts)

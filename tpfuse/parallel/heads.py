@@ -7,18 +7,15 @@ reshapes by a count nobody named would answer wrongly without a word, so the cut
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-import textwrap
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.nn as nn
 
 from tpfuse.errors import PlanError
+from tpfuse.parallel.calls import chunks_of, methods
 from tpfuse.parallel.cuts import Units
 from tpfuse.parallel.roles import Role
 
@@ -42,7 +39,10 @@ class Heads:
         `widest` is the widest colwise part of the module, i.e. the queries: key/value heads are as wide, and fewer,
         and so the only ones that ranks may share.
         """
-        if self.kv and self.q and self.kv != self.q and width * self.q == widest * self.kv:
+        fewer = self.kv and self.q and self.kv != self.q
+        # Queries may be wider than their heads (an output gate beside them), so the heads' own size counts as well.
+        by_size = self.dim and self.kv and width == self.kv * self.dim and width < widest
+        if fewer and (width * self.q == widest * self.kv or by_size):
             return Units(self.kv, "key/value heads", shared=True)
         if self.q and width % self.q == 0:
             return Units(self.q)
@@ -107,7 +107,7 @@ def local_counts(name: str, module: nn.Module, role: Role, heads: Heads, size: i
     return out
 
 
-def check_reshapes(name: str, module: nn.Module, named: Mapping[str, int], widths: set[int]) -> None:
+def check_reshapes(name: str, module: nn.Module, role: Role, named: Mapping[str, int], widths: set[int]) -> None:
     """Refuses a class whose methods reshape by a count that the cut changes and that was not named.
 
     Args:
@@ -117,42 +117,21 @@ def check_reshapes(name: str, module: nn.Module, named: Mapping[str, int], width
     Raises:
         PlanError: naming the attribute.
     """
-    for method in _methods(type(module)):
+    for leaf in role.colwise:
+        parts = chunks_of(type(module), leaf)
+        if parts > 1 and role.packed.get(leaf, 1) == 1:
+            raise PlanError(
+                f"{name}: {type(module).__name__} takes the output of {leaf} apart, so its weight holds several "
+                f"matrices, and no role says so; write packed={{{leaf!r}: {parts}}} in the decorator (or the sizes "
+                "of the parts in features), or the style 'packed_colwise' in a plan"
+            )
+    for method in methods(type(module)):
         for attribute in _offenders(method, module, named, widths):
             argument = "heads=/kv_heads=" if _COUNT.match(attribute) else "heads= of what it is made of"
             raise PlanError(
                 f"{name}: {type(module).__name__}.{method.name} reshapes by self.{attribute}, which the cut changes "
                 f"and no role names; name it ({argument} in @tpfuse.attention), or use -1 in that reshape"
             )
-
-
-#: REGISTRY: the parsed methods of each class that was asked about; every layer of a model asks about the same few
-#: classes. An entry goes with its class.
-_METHODS: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
-# One thread parses at a time: CPython before 3.11.8 corrupts the recursion count of `ast.parse` when threads (ranks, in
-# tests) parse at once.
-_PARSING = threading.Lock()
-
-
-def _methods(cls: type) -> list[ast.FunctionDef]:
-    with _PARSING:
-        if cls not in _METHODS:
-            _METHODS[cls] = list(_parse(cls))
-        return _METHODS[cls]
-
-
-def _parse(cls: type) -> Iterator[ast.FunctionDef]:
-    for base in cls.__mro__:
-        if base.__module__.split(".")[0] == "torch" or base is object:
-            continue
-        for member in vars(base).values():
-            if inspect.isfunction(member) and member.__name__ != "__init__":
-                try:
-                    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(member))))
-                except (OSError, TypeError, SyntaxError):
-                    continue
-                if tree.body and isinstance(tree.body[0], ast.FunctionDef):
-                    yield tree.body[0]
 
 
 def _offenders(method: ast.FunctionDef, module: nn.Module, named: Mapping[str, int], widths: set[int]) -> Iterator[str]:

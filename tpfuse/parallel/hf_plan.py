@@ -14,24 +14,28 @@ from dataclasses import dataclass, replace
 import torch.nn as nn
 
 from tpfuse.errors import PlanError
-from tpfuse.parallel.roles import Role
+from tpfuse.parallel.calls import chunks_of
+from tpfuse.parallel.roles import Parts, Role
+from tpfuse.parallel.structure import HEADS, KV_HEADS, first_int
 from tpfuse.policy import FrozenDict
 
 COLWISE = {"colwise": 1, "packed_colwise": 2}
 ROWWISE = {"rowwise", "rowwise_rep"}
+# A column-wise output that is gathered and a row-wise input that is split again: the author's way around a class that
+# takes the output apart or norms all of it. With the parts known, or the norm gathered, the pair is cut like any other.
+SPLIT_INPUT = {"rowwise_split_input"}
 GATHERED = {"colwise_gather_output", "colwise_rep"}
 EMBEDDING = {"embedding_rowwise"}
 # Replicated here: gradients of whatever stays whole inside a cut module are summed in any case.
-WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
+WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
+# Rows of experts that are [in, out]: which dimension that is, the shapes of a block's experts say.
+PACKED_ROWWISE = {"packed_rowwise"}
+IDENTITY = {"moe_identity_expert"}
 BLOCK = {"moe_tp_experts"}
 EXPERT_PARALLEL = {"ep_dispatch_experts", "grouped_gemm", "ep_router", "gather"}
 
 # Families whose own plan leaves attention whole: MLA's up-projections are cut by heads, the latents are not.
 MLA = {"q_b_proj": "colwise", "q_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
-
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-
 
 @dataclass(frozen=True)
 class Planned:
@@ -76,6 +80,10 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
     styles = _match(model, plan, source, trusted)
     modules = dict(model.named_modules())
     blocks = {n.rpartition(".")[0]: n.rpartition(".")[2] for n, s in styles.items() if s in BLOCK}
+    # An expert that hands its input on would be added by every rank: such a block stays whole.
+    left = {n.removesuffix(".identity_expert").rpartition(".")[0] for n, s in styles.items() if s in IDENTITY}
+    styles = {n: s for n, s in styles.items() if s not in IDENTITY and not any(o in left for o in ancestors(n))}
+    blocks = {n: experts for n, experts in blocks.items() if n not in left}
     for name in styles:
         if (block := _block_of(name)) is not None:
             blocks.setdefault(block, "experts")
@@ -87,8 +95,16 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
             edges[name] = "embedding"
         elif style in GATHERED:
             edges[name] = "gathered"
-        elif style in COLWISE or style in ROWWISE:
+        elif style in COLWISE or style in ROWWISE or style in SPLIT_INPUT | PACKED_ROWWISE:
             owned[owner][leaf] = style
+    for name in [n for n in edges if edges[n] == "gathered"]:
+        owner, _, leaf = name.rpartition(".")
+        if any(style in SPLIT_INPUT | ROWWISE for style in owned.get(owner, {}).values()):
+            owned[owner][leaf] = edges.pop(name)
+    for owner in list(owned):
+        kinds = set(owned[owner].values())
+        if kinds & PACKED_ROWWISE or kinds <= SPLIT_INPUT:
+            del owned[owner]  # experts of a block, which go by their names; or a lone row-wise projection, left whole
     roles: dict[str, Role] = {
         name: Role("moe", experts=experts, shared=_shared(modules[name])) for name, experts in blocks.items()
     }
@@ -106,7 +122,7 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
 def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool) -> dict[str, str]:
     if not isinstance(plan, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in plan.items()):
         raise PlanError(f"{source} is {plan!r}; allowed: a mapping from module-name patterns to style names")
-    known = sorted({*COLWISE, *ROWWISE, *GATHERED, *EMBEDDING, *WHOLE, *BLOCK})
+    known = sorted(set(COLWISE) | ROWWISE | SPLIT_INPUT | PACKED_ROWWISE | GATHERED | EMBEDDING | WHOLE | BLOCK | IDENTITY)
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, _ in model.named_parameters()]
     prefix = getattr(model, "base_model_prefix", "")
@@ -130,23 +146,32 @@ def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool
 
 
 def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, nested: bool) -> Role:
-    colwise = tuple(n for n, s in leaves.items() if s in COLWISE)
-    rowwise = tuple(n for n, s in leaves.items() if s in ROWWISE)
+    per_head = tuple(n for n in leaves if getattr(getattr(module, n, None), "ndim", 0) == 1)
+    colwise = tuple(n for n, s in leaves.items() if (s in COLWISE or s == "gathered") and n not in per_head)
+    rowwise = tuple(n for n, s in leaves.items() if s in ROWWISE | SPLIT_INPUT)
     if not colwise or not rowwise:
         one, other = ("column", "row") if colwise else ("row", "column")
         raise PlanError(
             f"{source}: {owner} ({type(module).__name__}) has {one}-wise weights {colwise or rowwise} and no "
             f"{other}-wise one; a module is cut with both, or not at all"
         )
-    packed = FrozenDict({n: 2 for n, s in leaves.items() if s == "packed_colwise"})
-    role = Role("dense_mlp", colwise, rowwise, packed=packed)
+    packed: dict[str, Parts] = {n: 2 for n, s in leaves.items() if s == "packed_colwise"}
+    packed |= {n: parts for n in colwise if leaves[n] == "gathered" and (parts := _parts(module, n)) != 1}
+    role = Role("dense_mlp", colwise, rowwise, packed=FrozenDict(packed), per_head=per_head)
     if nested or not re.search(r"att", f"{owner.rpartition('.')[2]} {type(module).__name__}", re.IGNORECASE):
         return role
-    return replace(role, kind="attention", heads=_first_int(module, _HEADS), kv_heads=_first_int(module, _KV_HEADS))
+    return replace(role, kind="attention", heads=first_int(module, HEADS), kv_heads=first_int(module, KV_HEADS))
 
 
-def _first_int(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    return next((n for n in names if type(vars(module).get(n)) is int), None)
+def _parts(module: nn.Module, leaf: str) -> Parts:
+    """The matrices in a weight whose output the class takes apart: equal ones, or queries, keys and values."""
+    parts = chunks_of(type(module), leaf)
+    config, width = getattr(module, "config", None), getattr(module, leaf).weight.shape[0]
+    q, kv = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
+    dim = getattr(module, "head_dim", None)
+    if parts > 1 and "qkv" in leaf and q and kv and dim and (q + 2 * kv) * dim == width:
+        return (q * dim, kv * dim, kv * dim)
+    return parts
 
 
 def _block_of(name: str) -> str | None:

@@ -131,9 +131,34 @@ class IdleAttention:
             return forward(*args, **kwargs)
         args = tuple(_at_least_one(a) for a in args)
         # An idle replica has nothing to remember.
-        kwargs = {k: None if k == "past_key_values" else _at_least_one(v) for k, v in kwargs.items()}
-        y, *rest = forward(*args, **kwargs)
-        return (y[tuple(slice(0, size) for size in x.shape[:-1])], *rest)
+        kwargs = {k: None if k in _MEMORY else _at_least_one(v) for k, v in kwargs.items()}
+        y, rest = _first(type(self).__name__, forward(*args, **kwargs))
+        return rest(y[tuple(slice(0, size) for size in x.shape[:-1])])
+
+
+_MEMORY = ("past_key_values", "past_key_value", "cache_params")
+
+
+@dataclass(frozen=True)
+class WideNorm:
+    """Around a norm over the features of all heads, inside attention that is cut by heads.
+
+    Every rank gathers all features, norms them as the whole module does, and keeps its own slice. `count`: into how
+    many slices they are cut; fewer than ranks where neighbours hold the same key/value heads. The norm's weights stay
+    whole, and each rank's gradient of them is that of its own slice.
+    """
+
+    group: Group
+    count: int
+
+    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        x, *rest = args
+        size, index = self.group.size, self.group.index
+        full = copy_to(gather_columns(x, size, index, self.group.name), self.group.name)
+        same = size // self.count
+        if same > 1:
+            full = torch.cat(full.chunk(size, dim=-1)[::same], dim=-1)
+        return forward(full, *rest, **kwargs).chunk(self.count, dim=-1)[index // same]
 
 
 def _at_least_one(value: Any) -> Any:
@@ -151,7 +176,7 @@ def _at_least_one(value: Any) -> Any:
 AROUND = "_tpfuse_around"
 
 
-def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention) -> None:
+def install(module: nn.Module, boundary: OwnRows | AllRows | IdleAttention | WideNorm) -> None:
     """Puts a boundary around the module's forward.
 
     By a subclass of its class, as FSDP2 does, and not by hooks: what follows the module needs the shape of what came

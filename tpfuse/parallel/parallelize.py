@@ -29,12 +29,14 @@ from tpfuse.parallel.hooks import (
     ReduceOut,
     RowwiseLinear,
     VocabEmbedding,
+    WideNorm,
     install,
 )
 from tpfuse.parallel.mesh import Group, Groups, check_mesh, create_whole_group, describe_groups
 from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Kind, Role, policy_of, role_of
 from tpfuse.parallel.rows_check import RowsCheck
+from tpfuse.parallel.structure import inferred_roles, uncut_mixers
 from tpfuse.policy import SharingPolicy
 
 #: One module that is cut: its qualified name, its role, and how.
@@ -107,7 +109,9 @@ def parallelize(
             "plan={...}; it has no tp plan of its own"
         )
     groups = describe_groups(mesh, policy)
-    done, edges = _decide(model, planned, roles, policy, groups)
+    done, edges, left = _decide(model, planned, roles, policy, groups)
+    roles = {name: role for name, role in roles.items() if name not in left}
+    _refuse_nothing_but_edges(model, roles, edges, left, groups)
     cuts = _one_cut_each(model, [cut for _, _, cut in done] + edges)
 
     # Nothing was changed up to here, and nothing is refused from here on.
@@ -133,6 +137,12 @@ def _check_model(model: nn.Module) -> None:
             f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}; to cut it otherwise, "
             "start from a whole model"
         )
+    for name, module in model.named_modules():
+        if "_tpfuse" in vars(module) or "_tpfuse_site" in vars(module):
+            raise PolicyError(
+                f"{name or 'the model'} ({type(module).__name__}) was parallelized before, and would be cut twice; "
+                "give parallelize the outermost module once, while all of it is whole"
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
@@ -140,22 +150,53 @@ def _check_model(model: nn.Module) -> None:
 
 def _decide(
     model: nn.Module, planned: Planned, roles: Mapping[str, Role], policy: SharingPolicy, groups: Groups
-) -> tuple[list[Done], list[ModuleCut]]:
-    """What is done to each module with a role, and to embedding and output projection. Changes nothing.
+) -> tuple[list[Done], list[ModuleCut], dict[str, str]]:
+    """What is done to each module with a role, to embedding and output projection, and which inferred roles were
+    dropped, each with the reason. Changes nothing.
 
     Raises:
         PlanError: for the first module that cannot be cut.
     """
     modules = dict(model.named_modules())
     done: list[Done] = []
+    left: dict[str, str] = {}
     for name, role in roles.items():
         nested = _routed_block_of(name, roles)
         over = _over(name, role, policy, groups, nested)
         if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
             _refuse_spread(name, modules[name], role, policy)
-        done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
+        try:
+            done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
+        except PlanError as error:
+            if not role.inferred:
+                raise
+            left[name] = str(error)
     edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
-    return done, edges
+    if planned.trusted:
+        edges = _without_ties(model, edges)
+    return done, edges, left
+
+
+def _without_ties(model: nn.Module, edges: list[ModuleCut]) -> list[ModuleCut]:
+    """A model's own plan cuts its edges as a saving: one that shares its tensor with a module that stays whole does so
+    too (tied embeddings)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    cut = {name for edge in edges for name in edge.cuts}
+    whole = {id(p) for name, p in parameters.items() if name not in cut}
+    return [edge for edge in edges if not any(id(parameters.get(name)) in whole for name in edge.cuts)]
+
+
+def _refuse_nothing_but_edges(
+    model: nn.Module, roles: Mapping[str, Role], edges: list[ModuleCut], left: Mapping[str, str], groups: Groups
+) -> None:
+    if roles or groups.whole.size == 1 or not (edges or left):
+        return
+    why = "".join(f"; {reason}" for reason in dict.fromkeys(left.values()))
+    raise PlanError(
+        f"the tp plan of {type(model).__name__} names neither attention nor an MLP, and none could be cut by its names "
+        f"and shapes{why}. Say what to cut: plan={{'model.layers.*.self_attn.q_proj': 'colwise', ..., "
+        "'model.layers.*.self_attn.o_proj': 'rowwise', ...}, or decorate the classes"
+    )
 
 
 def _put_boundaries(
@@ -177,6 +218,9 @@ def _put_boundaries(
             modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
             modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
             record_policy(modules[name], Recorded(policy, groups.whole.ranks), classes)
+    if planned.trusted and groups.dp.size > 1:
+        for mixer in uncut_mixers(model, roles):
+            install(mixer, IdleAttention())
     for edge in edges:
         _hook_edge(modules[edge.name], edge, groups.attention)
     return tuple(sites)
@@ -204,6 +248,9 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
                 "another: a dense_mlp in a moe block"
             )
         roles[name] = role
+    if planned.trusted:
+        roles |= {name: dataclasses.replace(r, inferred=True) for name, r in inferred_roles(model, roles).items()}
+        roles = {name: roles[name] for name, _ in model.named_modules() if name in roles}
     return roles
 
 
@@ -291,11 +338,18 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
     for name, tensor in parameters.items():
         if name not in cuts and id(tensor) in seen:
             other, cut = seen[id(tensor)]
+            if _owner(model, name) is _owner(model, other):
+                cuts[name] = cut  # one module under two names
+                continue
             raise PlanError(
                 f"{name} shares its tensor with {other}, which is cut ({cut}), but is not cut itself; untie them, or "
                 "cut both alike"
             )
     return cuts
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 @torch.no_grad()
@@ -318,8 +372,12 @@ def _hook(
             install(module, OwnRows(name, groups.attention))
         return
     group = groups.of(cut.over)
+    for norm, count in cut.wide_norms:
+        install(norm, WideNorm(group, count))
+    for child in cut.summed_children:
+        child.register_forward_hook(ReduceOut(group))
     for child in cut.rowwise_modules:
-        _hook_rowwise(child, group, partial=nested)
+        _hook_rowwise(child, group, partial=nested or role.kind == "moe")  # a routed block pays once, at its output
     if nested:
         return
     owes = ReduceOut(group) if cut.sum_at_output else None

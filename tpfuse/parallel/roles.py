@@ -35,6 +35,8 @@ class Role:
         experts, shared: submodules of a routed block.
         spread: whether the module holds other roles too (a layer with its MLP's projections beside its attention), so
             that only the projections themselves are its own. Comes from plans, not from decorators.
+        per_head: parameters that hold one number a head (attention sinks). Comes from plans.
+        inferred: whether nobody gave the role, and names and shapes showed it (`structure`).
     """
 
     kind: Kind
@@ -46,6 +48,8 @@ class Role:
     experts: str | None = None
     shared: str | None = None
     spread: bool = False
+    per_head: tuple[str, ...] = ()
+    inferred: bool = False
 
 
 def attention(
