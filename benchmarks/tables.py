@@ -1,7 +1,7 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py [--card h100] linked | shipped | virtual | virtual_summary | norm | norm_summary |
-        variants | layers | models | reduce_overhead | overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | four | four_summary | virtual | virtual_summary |
+        norm | norm_summary | variants | layers | models | reduce_overhead | overhead
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -61,13 +61,14 @@ class Card:
     variants: str
     peers: tuple[Run, ...] = ()
     before: tuple[Run, ...] = ()
+    four: tuple[Run, ...] = ()
 
 
 ALONE = 128  # rows, on two linked GPUs of 132 multiprocessors: each has a program of its own
 CARDS = {
     "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", 0, ALONE),), (Run("kernels_h200.json"),),
                  "norm_h200.json", "layers_h200.json", "end_to_end_h200_x2.json", "norm_variants_h200.json",
-                 (Run("peers_h200.json"),)),
+                 (Run("peers_h200.json"),), four=(Run("kernels_linked_h200_x4.json"),)),
     "h100": Card(H100, (*(Run("kernels_linked_h100.json", i, ALONE) for i in range(7)),
                         *(Run("kernels_linked_h100.json", i) for i in range(7, 11))),
                  (Run("kernels_h100.json", 0), Run("kernels_h100.json", 1)), "norm_h100.json", "layers_h100.json",
@@ -108,9 +109,35 @@ def _picked(device: str, size: tuple[int, int, int]) -> str:
 
 
 def linked(card: Card) -> str:
-    """One boundary over real links."""
+    """One boundary over real links, two GPUs."""
+    return _linked(card, card.linked)
+
+
+def four(card: Card) -> str:
+    """The same, four GPUs."""
+    return _linked(card, card.four)
+
+
+def four_summary(card: Card) -> str:
+    """Over four GPUs: the shipped table's choices against the best of our kernels, of the others, and the floor."""
+    best, other, floor = [], [], []
+    for size, us in _times(card.four).items():
+        mine = us[_picked(card.device, size)]
+        best.append((mine / min(_ours(us).values()), size))
+        other.append((min(us[p] for p in SEPARATE if p in us) / mine, size))
+        if size[2] >= 512:
+            floor.append((mine / us["floor"], size))
+    return "\n".join([
+        f"shipped against the best kernel: within 3 % at {_within(best)}, within 6 % at {_within(best, 1.06)}, most "
+        f"{sorted(best)[-2:]}",
+        f"the best of the others / shipped: {sorted(other)[:2]} to {sorted(other)[-1:]}",
+        f"shipped / floor from 512 rows on: {sorted(floor)[:1]} to {sorted(floor)[-2:]}",
+    ])  # fmt: skip
+
+
+def _linked(card: Card, runs: Iterable[Run]) -> str:
     lines = []
-    for (hidden, world, rows), us in _times(card.linked).items():
+    for (hidden, world, rows), us in _times(runs).items():
         picked = _picked(card.device, (hidden, world, rows))
         if hidden in (4096, 8192) and rows != 4:
             torch_best = min((us[p] for p in SEPARATE[1:3] if p in us), default=None)
@@ -333,7 +360,8 @@ def overhead(_: Card) -> str:
 
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, virtual, virtual_summary, norm, norm_summary, variants, layers, models, reduce_overhead, overhead
+    linked, shipped, four, four_summary, virtual, virtual_summary, norm, norm_summary, variants, layers, models,
+    reduce_overhead, overhead
 )}  # fmt: skip
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def script(name):
     return module
 
 
-H200 = ["linked", "virtual", "models", "reduce_overhead", "layers", "overhead"]
+H200 = ["linked", "four", "virtual", "models", "reduce_overhead", "layers", "overhead"]
 H100 = ["linked", "models", "layers", "norm"]
 
 
@@ -117,7 +117,9 @@ def test_a_picture_of_several_files_has_each_size_from_the_last(tmp_path):
     assert [(1, 2.0), (256, 7.0)] in drawn
 
 
-@pytest.mark.parametrize(("card", "setting"), [("h200", "linked"), ("h100", "linked"), ("h100", "virtual")])
+@pytest.mark.parametrize(
+    ("card", "setting"), [("h200", "linked"), ("h200", "four"), ("h100", "linked"), ("h100", "virtual")]
+)
 def test_the_shipped_tables_measured_entries_are_those_of_the_results_files(card, setting):
     """Where one kind of GPU has several files, of their means."""
     from tpfuse.kernels.symmetric.tables import SHIPPED

@@ -2,14 +2,15 @@
 (virtual ranks), by `benchmarks/entries.py` and `tune`; see docs/performance.md for what each source means.
 
 "NVIDIA H200" is for GPUs with links. 2 ranks: measured over NVLink up to 128 rows; more rows run as two H100s run them
-best, because the kernels of such calls have changed since. 4 and 8 ranks: how to run the one-shot is measured (on
-virtual ranks), where it ends is derived: at 800 kB and 220 kB of one rank's tensor, where the smaller traffic of the
-two-shot outweighs its second trip over NVLink. The two-shot ends at 8 MiB, past which a plain all-reduce is limited by
-bandwidth alone. (Two ranks move as much either way.) "virtual NVIDIA H200" is for virtual ranks on one such GPU, which
-have no other all-reduce: measured up to 512 rows, with the kernels of then, and more rows run as 512 do. The H100's
-entries are those of the means over several runs (kernels_linked_h100.json up to 4096 rows, kernels_h100.json at
-hidden 4096 and 8192 up to 128 rows); more rows run as the last measured size does, and those for 4 and 8 of them are
-the H200's.
+best, because the kernels of such calls have changed since. 4 ranks: measured over NVLink up to 8192 rows, in
+kernels_linked_h200_x4.json. 8 ranks: how to run the one-shot is measured (on virtual ranks), where it ends is derived:
+at 220 kB of one rank's tensor, where the smaller traffic of the two-shot outweighs its second trip over NVLink. Past
+what was measured the largest size's kernel goes on, in pieces that fit the workspace: with 4 ranks the two-shot is
+ahead of a plain all-reduce and a norm at every size up to 8192 rows. (Two ranks move as much either way.)
+"virtual NVIDIA H200" is for virtual ranks on one such GPU, which have no other all-reduce: measured up to 512 rows,
+with the kernels of then, and more rows run as 512 do. The H100's entries are those of the means over several runs
+(kernels_linked_h100.json up to 4096 rows, kernels_h100.json at hidden 4096 and 8192 up to 128 rows); more rows run as
+the last measured size does, and those for 4 and 8 of them are the H200's.
 "*" is for every other device.
 """
 
@@ -41,43 +42,38 @@ _LINKED = [
     Entry("NVIDIA H200", 2, 8192, 32, "one_shot", split=4, warps=8),
     Entry("NVIDIA H200", 2, 8192, 128, "one_shot", warps=32),
     Entry("NVIDIA H200", 2, 8192, 32768, "one_shot", warps=32, source="derived"),
-    Entry("NVIDIA H200", 4, 2048, 64, "one_shot", warps=8),
-    Entry("NVIDIA H200", 4, 2048, 128, "one_shot", warps=4),
-    Entry("NVIDIA H200", 4, 2048, 195, "one_shot", warps=8, source="derived"),
-    Entry("NVIDIA H200", 4, 2048, 2048, "two_shot", source="derived"),
-    Entry("NVIDIA H200", 4, 4096, 8, "one_shot", split=4, warps=4),
-    Entry("NVIDIA H200", 4, 4096, 16, "one_shot", warps=16),
-    Entry("NVIDIA H200", 4, 4096, 64, "one_shot", warps=8),
-    Entry("NVIDIA H200", 4, 4096, 97, "one_shot", warps=16, source="derived"),
-    Entry("NVIDIA H200", 4, 4096, 1024, "two_shot", source="derived"),
-    Entry("NVIDIA H200", 4, 7168, 4, "one_shot", split=8, warps=4),
-    Entry("NVIDIA H200", 4, 7168, 8, "one_shot", split=4, warps=8),
-    Entry("NVIDIA H200", 4, 7168, 16, "one_shot", warps=16),
-    Entry("NVIDIA H200", 4, 7168, 32, "one_shot", warps=32),
-    Entry("NVIDIA H200", 4, 7168, 55, "one_shot", warps=32, source="derived"),
-    Entry("NVIDIA H200", 4, 7168, 585, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 4, 2048, 1, "one_shot", split=4, warps=2),
+    Entry("NVIDIA H200", 4, 2048, 32, "one_shot", warps=8),
+    Entry("NVIDIA H200", 4, 2048, 8192, "two_shot", warps=8),
+    Entry("NVIDIA H200", 4, 2048, 131072, "two_shot", warps=8, source="derived"),
+    Entry("NVIDIA H200", 4, 4096, 8, "one_shot", split=8, warps=2),
+    Entry("NVIDIA H200", 4, 4096, 8192, "two_shot", warps=16),
+    Entry("NVIDIA H200", 4, 4096, 65536, "two_shot", warps=16, source="derived"),
+    Entry("NVIDIA H200", 4, 7168, 8, "one_shot", split=8, warps=4),
+    Entry("NVIDIA H200", 4, 7168, 8192, "two_shot", warps=32),
+    Entry("NVIDIA H200", 4, 7168, 37449, "two_shot", warps=32, source="derived"),
     Entry("NVIDIA H200", 4, 8192, 8, "one_shot", split=8, warps=4),
-    Entry("NVIDIA H200", 4, 8192, 32, "one_shot", warps=16),
-    Entry("NVIDIA H200", 4, 8192, 48, "one_shot", warps=32, source="derived"),
-    Entry("NVIDIA H200", 4, 8192, 512, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 4, 8192, 128, "two_shot", warps=16),
+    Entry("NVIDIA H200", 4, 8192, 8192, "two_shot", warps=32),
+    Entry("NVIDIA H200", 4, 8192, 32768, "two_shot", warps=32, source="derived"),
     Entry("NVIDIA H200", 8, 2048, 1, "one_shot", split=4, warps=2),
     Entry("NVIDIA H200", 8, 2048, 8, "one_shot", warps=8),
     Entry("NVIDIA H200", 8, 2048, 32, "one_shot", warps=4),
     Entry("NVIDIA H200", 8, 2048, 53, "one_shot", warps=8, source="derived"),
-    Entry("NVIDIA H200", 8, 2048, 2048, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 8, 2048, 131072, "two_shot", source="derived"),
     Entry("NVIDIA H200", 8, 4096, 1, "one_shot", split=8, warps=2),
     Entry("NVIDIA H200", 8, 4096, 4, "one_shot", split=4, warps=4),
     Entry("NVIDIA H200", 8, 4096, 8, "one_shot", warps=16),
     Entry("NVIDIA H200", 8, 4096, 16, "one_shot", warps=8),
     Entry("NVIDIA H200", 8, 4096, 26, "one_shot", warps=16, source="derived"),
-    Entry("NVIDIA H200", 8, 4096, 1024, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 8, 4096, 65536, "two_shot", source="derived"),
     Entry("NVIDIA H200", 8, 7168, 4, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 8, 7168, 8, "one_shot", split=4, warps=8),
     Entry("NVIDIA H200", 8, 7168, 15, "one_shot", warps=32, source="derived"),
-    Entry("NVIDIA H200", 8, 7168, 585, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 8, 7168, 37449, "two_shot", source="derived"),
     Entry("NVIDIA H200", 8, 8192, 8, "one_shot", split=8, warps=4),
     Entry("NVIDIA H200", 8, 8192, 13, "one_shot", warps=32, source="derived"),
-    Entry("NVIDIA H200", 8, 8192, 512, "two_shot", source="derived"),
+    Entry("NVIDIA H200", 8, 8192, 32768, "two_shot", source="derived"),
 ]
 
 _VIRTUAL = [

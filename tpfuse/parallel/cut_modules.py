@@ -105,6 +105,13 @@ def cut_module(
         )
     if any(isinstance(target, nn.Parameter) for target in targets.values()):
         _cut_beside(out, name, module, role, groups)
+    known = (*role.per_head, *role.colwise, *role.rowwise)
+    for leaf, parameter in module.named_parameters(recurse=False) if role.kind == "attention" else ():
+        if leaf not in known and tuple(parameter.shape) in ((heads.q,), (heads.kv,)):
+            raise PlanError(
+                f"{name}.{leaf} ({type(module).__name__}) may hold one number a head, and no role says how it is cut; "
+                "leave this module whole: decorate the other classes, or give a plan={...} without it"
+            )
     for leaf in role.per_head:
         _add(out, join(name, leaf), getattr(module, leaf), 0, 1, [Units(heads.q or 1)], groups)
     if role.kind == "attention":

@@ -122,7 +122,8 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
 def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool) -> dict[str, str]:
     if not isinstance(plan, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in plan.items()):
         raise PlanError(f"{source} is {plan!r}; allowed: a mapping from module-name patterns to style names")
-    known = sorted(set(COLWISE) | ROWWISE | SPLIT_INPUT | PACKED_ROWWISE | GATHERED | EMBEDDING | WHOLE | BLOCK | IDENTITY)
+    every = (set(COLWISE), ROWWISE, GATHERED, SPLIT_INPUT, PACKED_ROWWISE, EMBEDDING, WHOLE, BLOCK, IDENTITY)
+    known = sorted(set().union(*every))
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, _ in model.named_parameters()]
     prefix = getattr(model, "base_model_prefix", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -166,6 +167,8 @@ def _decide(
         if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
             _refuse_spread(name, modules[name], role, policy)
         try:
+            if nested is None:
+                _refuse_more_inputs(name, modules[name], role, over, groups)
             done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
         except PlanError as error:
             if not role.inferred:
@@ -175,6 +178,23 @@ def _decide(
     if planned.trusted:
         edges = _without_ties(model, edges)
     return done, edges, left
+
+
+def _refuse_more_inputs(name: str, module: nn.Module, role: Role, over: str | None, groups: Groups) -> None:
+    """A module that works on other rows than its caller's takes its hidden states and nothing else."""
+    others = (over == "whole" and groups.dp.size > 1) or (over is None and groups.attention.size > 1)
+    if role.kind == "attention" or not others:
+        return
+    needed = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise PlanError(
+            f"{name}: {type(module).__name__}.forward needs {', '.join(needed)}; a module that works on other rows "
+            "than its caller's takes its hidden states alone. Leave it whole, or use dp_size=1"
+        )
 
 
 def _without_ties(model: nn.Module, edges: list[ModuleCut]) -> list[ModuleCut]:

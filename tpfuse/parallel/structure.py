@@ -51,11 +51,14 @@ def _attention(module: nn.Module) -> Role | None:
     named = {leaf: getattr(module, leaf) for leaf in (*_QKV, out)}
     if named[out].in_features % named["v_proj"].out_features:
         return None  # not as many features as the queries have: some other attention
-    role = Role("attention", _QKV, (out,))
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    per_head = tuple(leaf for leaf, p in module.named_parameters(recurse=False) if tuple(p.shape) == (heads,))
+    per_head = tuple(leaf for leaf, p in module.named_parameters(recurse=False) if leaf == "sinks" and p.ndim == 1)
     if any(leaf not in per_head for leaf, _ in module.named_parameters(recurse=False)):
         return None  # parameters whose meaning nobody knows
+    others = [leaf for leaf, child in module.named_children() if isinstance(child, nn.Linear) and leaf not in named]
+    gates = tuple(leaf for leaf in others if getattr(module, leaf).weight.shape == named["q_proj"].weight.shape)
+    if len(others) != len(gates) or not all("gate" in leaf for leaf in gates):
+        return None  # projections whose meaning nobody knows
+    role = Role("attention", (*_QKV, *gates), (out,))
     for argument, attributes in (("heads", HEADS), ("kv_heads", KV_HEADS)):
         role = replace(role, **{argument: first_int(module, attributes)})
     return replace(role, per_head=per_head)
