@@ -130,6 +130,9 @@ def test_plans_go_together_only_where_the_values_they_rely_on_are_equal():
     assert sent((0,), a) != sent((0,), swapped)
     assert sent((1,), a, a) == sent((1,), swapped, a)
     assert sent((-1,), a) != sent((-1,), a)
+    assert sent((0,), 3) == sent((0,), 3) != sent((0,), 4)
+    # Read in another order, the same values are something else.
+    assert sent((0, 1), a, swapped) == sent((1, 0), swapped, a) != sent((1, 0), a, swapped)
 
 
 def test_constants_are_told_apart_by_their_values():
