@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tpfuse.errors import OptionError, PeerTimeoutError
+from tpfuse.kernels.device import SENTINEL
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import GONE, LATE, gave_up, late_ranks, new_watch, raise_if_late, set_timeout
 from tpfuse.kernels.symmetric.two_shot import two_shot
-from tpfuse.kernels.symmetric.workspace import CHANNELS
+from tpfuse.kernels.symmetric.workspace import CHANNELS, DEAD
 
 from .case_protocol import Call, equal_on_all_ranks, play
 from .protocol import Seat, run
@@ -68,6 +69,20 @@ def test_each_rank_names_the_one_of_four_that_is_missing(kernel: str) -> None:
     for rank in (0, 1, 3):
         # (a two-shot may also miss the sums of a rank that itself waits in vain)
         assert 2 in answers[rank][0]["late"] and answers[rank][0]["nan"]
+
+
+def half_a_row(seat: Seat) -> tuple[bool, bool, bool] | None:
+    """Only the first program of each rank runs: the peers' words come, those of the own rank's other program do not."""
+    if seat.program:
+        return None
+    out, _ = one_shot(Call(rows=1, options={"norm": "layer_norm"}).operands(seat.ws.rank), seat.ws, 2, first=0).run()
+    named = seat.ws.rank in late_ranks(seat.ws.watch)
+    return bool(out.y[:, :32].isnan().all()), named, int(seat.ws.state[DEAD]) != SENTINEL
+
+
+def test_programs_of_a_row_do_not_wait_for_each_other_for_ever() -> None:
+    answers = run(2, half_a_row, programs_per_rank=2, patience=0.01, rest=False)
+    assert [first for first, _ in answers] == [(True, True, True)] * 2
 
 
 def late_but_in_time(seat: Seat, calls: list[Call]) -> tuple[list, bool]:
