@@ -45,16 +45,66 @@ MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1
 LATENT = dict(
     num_key_value_heads=8, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
 )  # fmt: skip
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4, linear_num_value_heads=8,
+    linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=64,
+)  # fmt: skip
 #: What a tiny model of a family needs beside TINY.
 FIELDS = {
+    "AXK1Config": dict(LATENT, n_group=1, topk_group=1),
+    "AXK2Config": dict(LATENT, qk_rope_head_dim=8),
+    "BailingHybridConfig": dict(LATENT, layer_types=["linear_attention", "full_attention"], num_expert_group=1),
+    "BambaConfig": dict(MAMBA, attn_layer_indices=[1]),
+    "CohereCompassTextConfig": dict(
+        FULL, rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4)),
+    ),
+    "DeepseekV2Config": LATENT,
+    "DeepseekV32Config": dict(LATENT, n_group=1, topk_group=1, index_n_heads=4, index_head_dim=16, index_topk=4),
+    "DeepseekV3Config": LATENT,
+    "Dots1Config": dict(n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=1.0),
+    "Dots3NoteTextConfig": LATENT,
+    "FalconH1Config": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
+    "Gemma3nTextConfig": dict(
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8, laurel_rank=8, activation_sparsity_pattern=[0.95, 0.0],
+    ),
+    "Gemma4TextConfig": dict(
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8, global_head_dim=8,
+    ),
+    "Glm4MoeLiteConfig": LATENT,
+    "GlmMoeDsaConfig": dict(LATENT, index_n_heads=4, index_head_dim=16, index_topk=4),
     "GptOssConfig": FULL,
+    "GraniteMoeHybridConfig": dict(
+        layer_types=["linear_attention", "full_attention"], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8,
+        shared_intermediate_size=64,
+    ),
+    "JambaConfig": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
+        mamba_d_state=8, mamba_dt_rank=8,
+    ),
+    "KimiLinearConfig": dict(LATENT, layer_types=["linear_attention", "full_attention"]),
     "Lfm2Config": dict(layer_types=["conv", "full_attention"]),
     "Lfm2MoeConfig": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
-    "FalconH1Config": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
-    "BambaConfig": dict(MAMBA, attn_layer_indices=[1]),
-    "DeepseekV2Config": LATENT,
-    "DeepseekV3Config": LATENT,
-}
+    "Llama4Config": dict(text_config=dict(TINY, intermediate_size_mlp=128), vision_config=dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vision_output_dim=64,
+        projector_input_dim=64, projector_output_dim=64)),
+    "LongcatFlashConfig": dict(
+        LATENT, num_layers=1, ffn_hidden_size=128, expert_ffn_hidden_size=64, moe_topk=2, zero_expert_num=2,
+    ),
+    "MiniCPM3Config": LATENT,
+    "Phi4MultimodalConfig": dict(
+        vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=28, patch_size=14, crop_size=28),
+        audio_config=dict(hidden_size=32, intermediate_size=32, num_blocks=1, num_attention_heads=2,
+                          ext_pw_out_channel=32, nemo_conv_channels=32),
+    ),
+    "Qwen3NextConfig": LINEAR,
+    "Qwen3_5MoeTextConfig": LINEAR,
+    "Qwen3_5TextConfig": LINEAR,
+    "Qwen4ExpTextConfig": LINEAR,
+    "YoutuConfig": LATENT,
+}  # fmt: skip
 
 #: Their plans name lm_head alone, in the model's class and not in its configuration.
 LM_HEAD_ONLY = {

@@ -175,6 +175,9 @@ def _sum_at_parts(out: ModuleCut, name: str, block: nn.Module, role: Role) -> No
         )
     out.sum_at_output = False
     out.summed_children = parts
+    # Behind the sum every rank sees all rows whole, and so whole gradients.
+    norm = _norm_inside(block, role)
+    out.biases_after_sum += [join(name, f"{norm}.{leaf}") for leaf, _ in getattr(block, norm).named_parameters()]
 
 
 def _find_wide_norms(
@@ -186,8 +189,7 @@ def _find_wide_norms(
         weight = getattr(child, "weight", None)
         if leaf in (*role.colwise, *role.rowwise) or not isinstance(weight, Tensor) or weight.ndim != 1:
             continue
-        alike = [col for col, width in widths.items() if width == weight.shape[0]]
-        named = [col for col in alike if col[0] == leaf[0]] or alike
+        named = [col for col, width in widths.items() if width == weight.shape[0] and col[0] == leaf[0]]
         if named and weight.shape[0] != getattr(module, "head_dim", None) and role.packed.get(named[0], 1) == 1:
             out.wide_norms.append((child, out.cuts[join(name, f"{named[0]}.weight")].counts[0]))
 

@@ -35,7 +35,7 @@ BLOCK = {"moe_tp_experts"}
 EXPERT_PARALLEL = {"ep_dispatch_experts", "grouped_gemm", "ep_router", "gather"}
 
 # Families whose own plan leaves attention whole: MLA's up-projections are cut by heads, the latents are not.
-MLA = {"q_b_proj": "colwise", "q_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
+MLA = {"q_b_proj": "colwise", "q_proj": "colwise", "g_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
 
 @dataclass(frozen=True)
 class Planned:
@@ -103,8 +103,10 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
             owned[owner][leaf] = edges.pop(name)
     for owner in list(owned):
         kinds = set(owned[owner].values())
-        if kinds & PACKED_ROWWISE or kinds <= SPLIT_INPUT:
-            del owned[owner]  # experts of a block, which go by their names; or a lone row-wise projection, left whole
+        fused = any(isinstance(getattr(modules[owner], leaf, None), nn.Parameter) for leaf in owned[owner])
+        experts = fused and any(owner == join(block, name) for block, name in blocks.items())
+        if experts or kinds & PACKED_ROWWISE or kinds <= SPLIT_INPUT:
+            del owned[owner]  # experts of a block, which go by their names; a lone row-wise projection, left whole
     roles: dict[str, Role] = {
         name: Role("moe", experts=experts, shared=_shared(modules[name])) for name, experts in blocks.items()
     }
@@ -159,9 +161,14 @@ def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, ne
     packed: dict[str, Parts] = {n: 2 for n, s in leaves.items() if s == "packed_colwise"}
     packed |= {n: parts for n in colwise if leaves[n] == "gathered" and (parts := _parts(module, n)) != 1}
     role = Role("dense_mlp", colwise, rowwise, packed=FrozenDict(packed), per_head=per_head)
-    if nested or not re.search(r"att", f"{owner.rpartition('.')[2]} {type(module).__name__}", re.IGNORECASE):
+    if nested or not re.search(r"att|mla\b", f"{_own_name(owner)} {type(module).__name__}", re.IGNORECASE):
         return role
     return replace(role, kind="attention", heads=first_int(module, HEADS), kv_heads=first_int(module, KV_HEADS))
+
+
+def _own_name(owner: str) -> str:
+    """The last part of a qualified name that is no number."""
+    return next((part for part in reversed(owner.split(".")) if not part.isdigit()), "")
 
 
 def _parts(module: nn.Module, leaf: str) -> Parts:

@@ -185,11 +185,9 @@ def _refuse_more_inputs(name: str, module: nn.Module, role: Role, over: str | No
     others = (over == "whole" and groups.dp.size > 1) or (over is None and groups.attention.size > 1)
     if role.kind == "attention" or not others:
         return
-    needed = [
-        p.name
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in plain]
+    needed = [p.name for p in given if p.default is p.empty or p.name == "input_ids"]
     if len(needed) > 1:
         raise PlanError(
             f"{name}: {type(module).__name__}.forward needs {', '.join(needed)}; a module that works on other rows "
