@@ -45,13 +45,15 @@ def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.con
 
 
 @triton.jit
-def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, C: tl.constexpr, CHUNK: tl.constexpr,
+def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, mark, C: tl.constexpr, CHUNK: tl.constexpr,
             WORLD: tl.constexpr, SPIN: tl.constexpr):  # fmt: skip
     """Add up the pieces of the own chunk of one row and store the rounded sum at all `targets`. Only this rank adds
     these columns, so the order, a fixed one, need not be the rank order for all ranks to hold the same."""
     at = tl.arange(0, C)[None, :]
     words = receive_block(pieces, WORLD, stride, C, CHUNK, epoch, watch_ptr, SPIN)
     total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr)
+    # A dead rank's own piece, which is NaN, may lie under late words of a peer's call of another shape.
+    total = tl.where(is_dead(mark), _NAN, total)
     tl.store(targets + at, tl.broadcast_to(total[None, :], (WORLD, C)), mask=at < CHUNK)
 
 
@@ -121,7 +123,7 @@ def _two_shot_kernel(
         if sent < rows:
             _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD, mark)
     there = bases + totals + row * ROW_WORDS + rank * CHUNK
-    _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+    _reduce(mine + slot + row * CHUNK, there, stride, x_ptr, epoch, watch_ptr, mark, C, CHUNK, WORLD, SPIN)
     if MANY:
         while row < rows:
             added = row + programs
@@ -130,7 +132,8 @@ def _two_shot_kernel(
                 _scatter(x_words + sent * ROW_WORDS, bases + slot + rank * stride + sent * CHUNK, C, CHUNK, WORLD, mark)
             if added < rows:
                 there = bases + totals + added * ROW_WORDS + rank * CHUNK
-                _reduce(mine + slot + added * CHUNK, there, stride, x_ptr, epoch, watch_ptr, C, CHUNK, WORLD, SPIN)
+                pieces = mine + slot + added * CHUNK
+                _reduce(pieces, there, stride, x_ptr, epoch, watch_ptr, mark, C, CHUNK, WORLD, SPIN)
             _finish(
                 mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
                 residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,

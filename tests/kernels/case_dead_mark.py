@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tpfuse.kernels.device import SENTINEL
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import gave_up, set_timeout
-from tpfuse.kernels.symmetric.workspace import DEAD
+from tpfuse.kernels.symmetric.workspace import CHANNELS, DEAD
 
 from .case_protocol import Call, launch
 from .protocol import Seat, run
@@ -87,3 +88,27 @@ def test_words_that_came_late_are_never_taken_for_fresh_ones(kernel: str, world:
             assert gone == (rank == 0) and (mark != SENTINEL) == (rank == 0)
             assert words[0] == "nan" or (rank != 0 and words[0] == "right")  # rank 0 had sent its x
             assert set(words[1:]) == {"nan"}, f"rank {rank}: {words}"
+
+
+def other_shape(seat: Seat, turn: Any) -> bool:
+    """Rank 1 is dead and three calls ahead, in a two-shot; rank 0 comes late to a one-shot of two rows, whose words
+    cover the NaN that rank 1 has put into its own slot. What rank 1 then sends to rank 0 as the sum of its columns."""
+    (late, ahead), words = (Call("one_shot", 2, 64, torch.float32), Call("two_shot", 1, 64, torch.float32)), 64
+    if seat.ws.rank == 1:
+        seat.ws.state[DEAD] = 1
+        seat.ws.state[:CHANNELS] = 3 << 2
+        turn.wait()
+        launch(ahead, seat)  # waits for the words of rank 0, and takes the late ones for them
+    else:
+        turn.wait()
+        time.sleep(1)
+        set_timeout(seat.ws.watch, 2e-3)
+        launch(late, seat)
+    turn.wait()
+    sums = seat.ws.buffer[words : 2 * words].view(torch.float32)[words // 2 :]
+    return seat.ws.rank == 1 or bool(sums.isnan().all())
+
+
+def test_late_words_of_another_shape_do_not_make_a_dead_rank_send_a_number() -> None:
+    turn = multiprocessing.get_context("fork").Barrier(2)
+    assert run(2, other_shape, turn, rest=False, patience=3) == [[True], [True]]
