@@ -56,7 +56,8 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
             refusals += [(owed, ASTRIDE) for owed in site.owed]
             continue
         paid, left = _paid_together(site, "merge_all_reduces" in rewrites)
-        post = site.add_after is not None and "all_reduce_post_norm" in rewrites
+        # The fused operation has one residual: a sum that stays by itself needs it in front of the norm.
+        post = site.add_after is not None and not left and "all_reduce_post_norm" in rewrites
         rewrite = "merge_all_reduces" if len(paid) > 1 else "all_reduce_post_norm" if post else "all_reduce_norm"
         if rewrite not in rewrites:
             refusals += [(owed, f"the rewrite {rewrite} is switched off") for owed in site.owed]

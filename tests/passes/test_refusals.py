@@ -159,6 +159,23 @@ def test_groups_of_equal_size_and_other_members_are_not_merged():
     assert "different ranks, [0, 1] and [0, 2]" in report.boundaries[0].reason
 
 
+@pytest.mark.parametrize("apart", ["float16", "used alone"])
+def test_a_sum_that_stays_by_itself_is_not_lost_where_a_residual_follows_the_norm(four_ranks, apart):
+    dtype = torch.float16 if apart == "float16" else torch.float32
+
+    def run(x, r, weight, bias):
+        first, second = all_reduce(x.sin()), all_reduce(x)
+        out = r + spellings.rms_llama(first + second, weight, bias)
+        return (out, first) if apart == "used alone" else (out,)
+
+    partials, *rest = inputs(0, dtype)
+    before = trace(run, partials[0], *rest)
+    after, report = fused(before)
+    got, want = (on_ranks(graph, 4, partials, *rest) for graph in (after, before))
+    torch.testing.assert_close(got, want, rtol=1e-2 if dtype is torch.float16 else 1e-5, atol=1e-2)
+    assert [v.rewrite for v in report.boundaries] == [None, "all_reduce_norm"]
+
+
 def test_an_internal_error_keeps_the_graph_and_says_so(four_ranks, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
