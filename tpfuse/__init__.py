@@ -14,6 +14,7 @@ from .errors import (
 )
 from .explain import explain, fuse_graph
 from .kernels.entry import check_peers, init_workspace
+from .parallel.clip import clip_grad_norm_
 from .parallel.cut_report import CutReport, cut_report
 from .parallel.parallelize import parallelize
 from .parallel.roles import attention, dense_mlp, moe, share_tp_group
@@ -41,6 +42,7 @@ __all__ = [
     "VerifyError",
     "attention",
     "check_peers",
+    "clip_grad_norm_",
     "cut_report",
     "dense_mlp",
     "explain",

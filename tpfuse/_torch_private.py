@@ -8,6 +8,7 @@ collectives and of symmetric memory, and the names of operators (`torch.ops.aten
 from __future__ import annotations
 
 import datetime
+import functools
 import inspect
 import re
 import types
@@ -436,3 +437,27 @@ def flat_mesh_group(mesh: Any, name: str) -> dist.ProcessGroup:
     If `_flatten` goes: `torch.distributed.new_group` with the mesh's ranks, on every rank of the world.
     """
     return mesh._flatten(name).get_group()
+
+
+def replace_total_norm(total_norm: Any) -> None:
+    """Let `torch.nn.utils.clip_grad_norm_` and `get_total_norm` find their norm by `total_norm(original, ...)`; once.
+
+    If `_get_total_norm` goes: clip with `get_total_norm` in its place; without either, cut models need a clip of
+    their own.
+    """
+    from torch.nn.utils import clip_grad
+
+    original = getattr(clip_grad, "_get_total_norm", None)
+    if original is None or hasattr(original, "_tpfuse_original"):
+        return
+
+    @functools.wraps(original)
+    def known(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return total_norm(original, *args, **kwargs)
+
+    known._tpfuse_original = original  # type: ignore[attr-defined]
+    clip_grad._get_total_norm = known
+    if getattr(torch.nn.utils, "get_total_norm", None) is original:
+        torch.nn.utils.get_total_norm = known
+    if getattr(clip_grad, "get_total_norm", None) is original:
+        clip_grad.get_total_norm = known

@@ -54,6 +54,17 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, padded, size, index, group):
@@ -97,6 +108,11 @@ def copy_to(x: Tensor, group: str) -> Tensor:
 def reduce_from(x: Tensor, group: str) -> Tensor:
     """The sum of x over the group; the gradient of the sum is already whole on every rank."""
     return _ReduceFrom.apply(x, group)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x itself; its gradient is multiplied by scale."""
+    return _ScaleGradient.apply(x, scale)
 
 
 def gather_rows(x: Tensor, size: int, index: int, group: str, padded: int | None = None) -> Tensor:

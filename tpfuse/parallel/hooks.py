@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallel.collectives import copy_to, gather_columns, gather_rows, reduce_from, scatter_rows
+from tpfuse.parallel.collectives import (
+    copy_to,
+    gather_columns,
+    gather_rows,
+    reduce_from,
+    scale_gradient,
+    scatter_rows,
+)
 from tpfuse.parallel.mesh import Group
 from tpfuse.parallel.rows import announced_rows, trim_rows
 from tpfuse.parallel.rows_check import RowsCheck
@@ -37,22 +44,53 @@ class CopyIn:
     group: Group
 
     def __call__(self, module: nn.Module | None, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def copy(value: Any) -> Any:
-            needs = isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
-            return copy_to(value, self.group.name) if needs else value
-
-        return tuple(copy(a) for a in args), {k: copy(v) for k, v in kwargs.items()}
+        return _each_gradient(lambda x: copy_to(x, self.group.name), (args, kwargs))
 
 
 @dataclass(frozen=True)
 class ReduceOut:
-    """After a row-wise weight (or a routed block): pays the sum over the group."""
+    """After a row-wise weight (or a routed block): pays the sum over the group.
+
+    `scaled`: the module goes on after the sum, and `ShareOut` stands at its output.
+    """
+
+    group: Group
+    scaled: bool = False
+
+    def __call__(self, module: nn.Module | None, args: tuple, output: Any) -> Any:
+        x, rest = _first(type(module).__name__, output)
+        y = reduce_from(x, self.group.name)
+        return rest(scale_gradient(y, self.group.size) if self.scaled else y)
+
+
+@dataclass(frozen=True)
+class ShareOut:
+    """After a cut module that goes on behind its sum (a layer scale, the residual and a norm, a gate).
+
+    What stands before the sum has a gradient of its own on each rank, which are summed over the n ranks; what stands
+    behind it has the whole gradient on each, and would be counted n times. So each rank starts backward with one n-th
+    of the output's gradient, and the sum multiplies by n again: on both sides the ranks' gradients then add up to the
+    whole one, wherever a parameter or an input is used, and on both sides at once too.
+    """
 
     group: Group
 
     def __call__(self, module: nn.Module | None, args: tuple, output: Any) -> Any:
-        x, rest = _first(type(module).__name__, output)
-        return rest(reduce_from(x, self.group.name))
+        return _each_gradient(lambda x: scale_gradient(x, 1 / self.group.size), output)
+
+
+def _each_gradient(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor that has a gradient changed, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() and value.requires_grad else value
+    if isinstance(value, tuple):
+        items = [_each_gradient(change, v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if type(value) is list:
+        return [_each_gradient(change, v) for v in value]
+    if type(value) is dict:
+        return {k: _each_gradient(change, v) for k, v in value.items()}
+    return value
 
 
 @dataclass(frozen=True)
@@ -81,6 +119,7 @@ class AllRows:
     check: RowsCheck = field(compare=False)
     inner: CopyIn
     owes: ReduceOut | None = None
+    share: ShareOut | None = None
 
     def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         x, put = _hidden(self.name, args, kwargs)
@@ -92,6 +131,8 @@ class AllRows:
         y, rest = _first(self.name, forward(*args, **kwargs))
         if self.owes is not None:
             y = self.owes(None, (), y)
+        if self.share is not None:
+            y = self.share(None, (), y)
         own = scatter_rows(_flat(y), dp.size, dp.index, dp.name, even=True)
         if padded is not None:
             own = trim_rows(own, _rows(x))
@@ -150,9 +191,12 @@ class WideNorm:
 
     group: Group
     count: int
+    width: int
 
     def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         x, *rest = args
+        if x.shape[-1] == self.width:  # behind the sum, in a model as wide as its heads: every feature is here
+            return forward(*args, **kwargs)
         size, index = self.group.size, self.group.index
         full = copy_to(gather_columns(x, size, index, self.group.name), self.group.name)
         same = size // self.count
@@ -205,9 +249,11 @@ class RowwiseLinear(nn.Linear):
     """A row-wise cut nn.Linear with a bias, which is added once, after the sum."""
 
     tpfuse_group: Group
+    tpfuse_scaled: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(F.linear(x, self.weight), self.tpfuse_group.name) + self.bias
+        y = reduce_from(F.linear(x, self.weight), self.tpfuse_group.name) + self.bias
+        return scale_gradient(y, self.tpfuse_group.size) if self.tpfuse_scaled else y
 
 
 class PartialLinear(nn.Linear):

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from tpfuse._torch_private import backward_hooks
 from tpfuse.errors import PlanError, PolicyError
+from tpfuse.parallel.after_sum import ends_with_sum
+from tpfuse.parallel.clip import remember
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
@@ -29,6 +31,7 @@ from tpfuse.parallel.hooks import (
     PartialLinear,
     ReduceOut,
     RowwiseLinear,
+    ShareOut,
     VocabEmbedding,
     WideNorm,
     install,
@@ -391,11 +394,13 @@ def _hook(
         return
     group = groups.of(cut.over)
     for norm, count in cut.wide_norms:
-        install(norm, WideNorm(group, count))
+        install(norm, WideNorm(group, count, norm.weight.shape[0]))  # type: ignore[union-attr,index]
+    # A routed block pays once, at its output; the parts of other modules in it pay nothing at all.
+    goes_on = not nested and not role.spread and not cut.sum_at_output and not ends_with_sum(module, role)
     for child in cut.summed_children:
-        child.register_forward_hook(ReduceOut(group))
+        child.register_forward_hook(ReduceOut(group, goes_on))
     for child in cut.rowwise_modules:
-        _hook_rowwise(child, group, partial=nested or role.kind == "moe")  # a routed block pays once, at its output
+        _hook_rowwise(child, group, goes_on, partial=nested or role.kind == "moe")
     if nested:
         return
     owes = ReduceOut(group) if cut.sum_at_output else None
@@ -403,20 +408,22 @@ def _hook(
         for leaf in role.colwise:
             module.get_submodule(leaf).register_forward_pre_hook(CopyIn(group), with_kwargs=True)
         return
+    share = ShareOut(group) if goes_on else None
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
-        install(module, AllRows(name, groups.dp, policy.max_rows, check, CopyIn(group), owes))
+        install(module, AllRows(name, groups.dp, policy.max_rows, check, CopyIn(group), owes, share))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-    if owes:
-        module.register_forward_hook(owes)
+    if after := owes or share:
+        module.register_forward_hook(after)
 
 
-def _hook_rowwise(child: nn.Module, group: Group, partial: bool) -> None:
+def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:
     if getattr(child, "bias", None) is not None:
         child.__class__ = PartialLinear if partial else RowwiseLinear
         child.tpfuse_group = group  # type: ignore[assignment]
+        child.tpfuse_scaled = goes_on  # type: ignore[assignment]
     elif not partial:
-        child.register_forward_hook(ReduceOut(group))
+        child.register_forward_hook(ReduceOut(group, goes_on))
 
 
 def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:
@@ -466,6 +473,8 @@ def sum_gradients(model: nn.Module) -> None:
     """Registers the hooks that sum partial gradients, on parameters that have none yet."""
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
+        if state.groups.whole.size > 1:
+            remember(parameter, state.cuts.get(name), state.groups)
         hooks = backward_hooks(parameter)
         if not parameter.requires_grad or any(isinstance(hook, SumGradient) for hook in hooks.values()):
             continue
