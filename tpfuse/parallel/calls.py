@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from weakref import WeakKeyDictionary
 
 #: REGISTRY: the parsed methods of each class that was asked about; every layer of a model asks about the same few
@@ -132,14 +132,18 @@ def _leading_part(sizes: list[ast.expr]) -> int:
     return 1
 
 
-def reduces_features(cls: type) -> str:
-    """The name of a reduction over the last dimension in the methods of `cls` (`mean`, `std`, a norm), or ''."""
+def reduces_features(cls: type, apart: Collection[str] = ()) -> str:
+    """The name of a reduction over the last dimension in the methods of `cls` (`mean`, `std`, a norm), or ''.
+
+    `apart`: submodules that are known to see other features than those that are cut.
+    """
     for method in methods(cls):
         for node in ast.walk(method):
             if not isinstance(node, ast.Call):
                 continue
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in _REDUCTIONS:
+            own = isinstance(node.func, ast.Attribute) and _is_self(node.func.value) and called in apart
+            if called in _REDUCTIONS and not own:
                 return called
     return ""
 

@@ -117,7 +117,7 @@ def cut_module(
     if role.kind == "attention":
         _find_wide_norms(out, name, module, role, targets)
         _configure(out, module, heads, groups.of(over).size)
-    elif (reduction := reduces_features(type(module))) and not nested:
+    elif (reduction := reduces_features(type(module), _of_other_width(module, role, targets))) and not nested:
         raise PlanError(
             f"{name}: {type(module).__name__} takes a {reduction} over features that the cut divides among ranks; "
             "leave this module whole (give it no role, or plan={...} without it)"
@@ -192,6 +192,17 @@ def _find_wide_norms(
         named = [col for col, width in widths.items() if width == weight.shape[0] and col[0] == leaf[0]]
         if named and weight.shape[0] != getattr(module, "head_dim", None) and role.packed.get(named[0], 1) == 1:
             out.wide_norms.append((child, out.cuts[join(name, f"{named[0]}.weight")].counts[0]))
+
+
+def _of_other_width(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> set[str]:
+    """Submodules with a weight that fits none of the features that are cut (a norm before or behind the MLP)."""
+    linear = [targets[leaf] for leaf in role.rowwise if isinstance(targets[leaf], nn.Module)]
+    cut = {_matrix_of(target).shape[1] for target in linear}
+    return {
+        leaf
+        for leaf, child in module.named_children()
+        if linear and isinstance(weight := getattr(child, "weight", None), Tensor) and weight.shape[-1] not in cut
+    }
 
 
 def _configure(out: ModuleCut, module: nn.Module, heads: Heads, size: int) -> None:
