@@ -431,6 +431,14 @@ def backward_hooks(owner: nn.Module | torch.Tensor) -> dict[int, Any]:
     return owner._backward_hooks or {}
 
 
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The hooks in front of a module's forward.
+
+    If `_forward_pre_hooks` goes: answer {}; a hook that is there twice changes nothing.
+    """
+    return module._forward_pre_hooks
+
+
 def flat_mesh_group(mesh: Any, name: str) -> dist.ProcessGroup:
     """The group of all ranks of a mesh with named dimensions; made at the first call, by all of its ranks.
 

@@ -1,6 +1,6 @@
-"""Clipping by the uncut model's gradient norm: each rank holds slices, and the parts of the norm are summed over ranks.
+"""Clipping by the uncut model's gradient norm: each rank holds slices, and parts of the norm are summed.
 
-Torch's own `clip_grad_norm_` finds its norm through one function of its module. `parallelize` puts one in its place that
+Torch's own `clip_grad_norm_` finds its norm through one function of its module. `parallelize` puts one in place that
 knows cut parameters and hands everything else on, so that existing training loops clip right and ranks stay alike.
 """
 
@@ -102,7 +102,7 @@ def _total_norm(
     total = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped"
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite; cannot clip"
         )
     return total
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpfuse._torch_private import backward_hooks
+from tpfuse._torch_private import backward_hooks, forward_pre_hooks
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.after_sum import ends_with_sum
 from tpfuse.parallel.clip import remember
@@ -470,16 +470,50 @@ class SumGradient:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Registers the hooks that sum partial gradients, on parameters that have none yet."""
+    """Registers the hooks that sum partial gradients, on parameters that have none yet.
+
+    FSDP2 and others put new parameters in place of these, so each module that owns such a parameter looks again when it
+    is called: by then FSDP2 has put the parameter there that backward will reach.
+    """
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
-    for name, parameter in model.named_parameters():
+    sums: dict[nn.Module, list[tuple[str, SumGradient]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if state.groups.whole.size > 1:
             remember(parameter, state.cuts.get(name), state.groups)
-        hooks = backward_hooks(parameter)
-        if not parameter.requires_grad or any(isinstance(hook, SumGradient) for hook in hooks.values()):
+        if not parameter.requires_grad or (total := _sum_of(name, state)) is None:
             continue
-        cut = state.cuts.get(name)
-        if cut is not None and not cut.disjoint:
-            parameter.register_hook(SumGradient(state.groups.whole, cut))
-        elif (owed := state.owed.get(name)) and state.groups.of(owed).size > 1:
-            parameter.register_hook(SumGradient(state.groups.of(owed)))
+        _sum_once(parameter, total)
+        sums.setdefault(_owner(model, name), []).append((name.rpartition(".")[2], total))
+    for module, totals in sums.items():
+        hooks = forward_pre_hooks(module)
+        if not any(isinstance(hook, SumsOfOwn) for hook in hooks.values()):
+            module.register_forward_pre_hook(SumsOfOwn(tuple(totals)))
+
+
+def _sum_of(name: str, state: Parallelized) -> SumGradient | None:
+    cut = state.cuts.get(name)
+    if cut is not None and not cut.disjoint:
+        return SumGradient(state.groups.whole, cut)
+    owed = state.owed.get(name)
+    return SumGradient(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
+
+
+def _sum_once(parameter: Tensor, total: SumGradient) -> None:
+    if not any(isinstance(hook, SumGradient) for hook in backward_hooks(parameter).values()):
+        parameter.register_hook(total)
+
+
+@dataclass(frozen=True)
+class SumsOfOwn:
+    """Before a module's forward: its own parameters of which a sum is owed have their hooks, new ones as well."""
+
+    totals: tuple[tuple[str, SumGradient], ...]
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for leaf, total in self.totals:
+            parameter = getattr(module, leaf, None)
+            # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
+            if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):
+                _sum_once(parameter, total)
