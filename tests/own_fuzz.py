@@ -1,0 +1,72 @@
+"""Runs random programs (`own_programs`) on ranks and compares each rank's outputs and gradients with float64."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import tpfuse
+from tpfuse.runtime.ballots import Ledger
+
+from .own_programs import block, draw, groups, results
+
+#: A single program's error is noise around the unfused graph's; wrong numbers are far above it.
+SLACK = 4.0
+
+
+def run(
+    rank: int, world: int, seeds: Sequence[int], folder: str, short: bool, agree: bool = True, inner: str = "aot_eager"
+) -> dict:
+    """What came out of the programs `seeds` on this rank: `wrong`, by seed; how often each rewrite was seen;
+    errors in float32 as multiples of the unfused graph's, one rounding added to both.
+
+    agree: False makes every ballot a yes, whatever the ranks bring. folder: where the seed at hand is written down, so
+    that one that hangs can be told.
+    """
+    if not agree:
+        Ledger.agree = lambda self, plans, timeout, place=None: True
+    names = groups(rank, world)
+    found = {"wrong": {}, "rewrites": Counter(), "ratios": [], "seconds": 0.0, "apart": 0}
+    began = time.monotonic()
+    for seed in seeds:
+        Path(folder, f"rank{rank}").write_text(str(seed))
+        drawn = draw(seed, short)
+        try:
+            _one(drawn, rank, world, names, inner, found)
+        except Exception as error:
+            raise RuntimeError(f"a program failed on rank {rank}:\n{drawn}") from error
+    found["seconds"] = time.monotonic() - began
+    return found
+
+
+def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict) -> None:
+    torch._dynamo.reset()
+    before = len(tpfuse.reports())
+
+    def outcome(dtype, compiled=False):
+        model = block(drawn, rank, world, names, dtype)
+        call = model
+        if compiled:
+            options = {"inner": inner, "plan_timeout": 120.0}
+            call = torch.compile(model, backend="tpfuse", dynamic=drawn.dynamic or None, options=options)
+        return results(drawn, model, call, rank, dtype)
+
+    exact, eager = outcome(torch.float64), outcome(drawn.dtype)
+    ours = outcome(drawn.dtype, compiled=True)
+    reports = tpfuse.reports()[before:]
+    found["rewrites"].update(str(b.rewrite) for report in reports for b in report.boundaries)
+    found["apart"] += any("graphs that differ here" in b.reason for report in reports for b in report.boundaries)
+    eps = torch.finfo(drawn.dtype).eps
+    for index, (e, base, got) in enumerate(zip(exact, eager, ours, strict=True)):
+        if not base.isfinite().all():
+            continue
+        size = float(e.norm()) or 1.0
+        error, allowed = float((got - e).norm()) / size, float((base - e).norm()) / size
+        if not error <= SLACK * (allowed + eps):
+            found["wrong"].setdefault(drawn.seed, []).append((index, error, allowed))
+        elif drawn.dtype is torch.float32:
+            found["ratios"].append((error + eps) / (allowed + eps))

@@ -1,0 +1,396 @@
+"""Random tensor-parallel programs with values that are a rank's own, as source text that can be read and kept.
+
+`draw(seed)` gives a function `program(m, x, y, k, j, p, q)`: x is replicated, y is partial, k and p are a rank's own
+numbers, j and q are the same on all ranks; `m` is a `Block`, whose attributes named `own` differ between ranks. A
+program is a few rounds of: partial values, one to three sums of them, steps on each sum, an addition, steps on that, a
+norm. Where a step takes a slice start, a mask, a factor, a divisor, a weight, it may be a rank's own or not. All ranks
+run the same collectives with the same shapes, so eager mode is right whatever is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCH, ROWS, HIDDEN, INNER = 2, 8, 16, 24
+#: Partial sums this large cancel: what each rank adds is far from the sum. float16 ends at 65504.
+APART = {torch.float32: 1e3, torch.bfloat16: 1e2, torch.float16: 3.3e4, torch.float64: 1e3}
+OWN_INTS = ("dist.get_rank()", "R", "k", "m.own_int", "m.cfg.own_int")
+SAME_INTS = ("1", "ONE", "j", "m.same_int", "m.cfg.same_int")
+
+
+# -- what programs call -----------------------------------------------------------------------------------------------
+
+
+class Gather(torch.autograd.Function):
+    """All ranks' rows; backward sums the gradients and takes this rank's: the gather of contrastive losses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+
+    @staticmethod
+    def backward(ctx, g):
+        n = g.shape[0] // dist.get_world_size()
+        own = dist.get_rank() * n
+        return funcol.all_reduce(g, "sum", dist.group.WORLD)[own : own + n]
+
+
+class Selected(torch.autograd.Function):
+    """The identity; backward sums gradients and keeps a rank's own rows of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        rows = torch.arange(g.shape[-2]) % dist.get_world_size() == dist.get_rank()
+        return funcol.all_reduce(g, "sum", dist.group.WORLD) * rows[:, None].to(g.dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity; backward sums gradients and multiplies them by a rank's own number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return funcol.all_reduce(g, "sum", dist.group.WORLD) * (1.0 + dist.get_rank())
+
+
+class Copied(torch.autograd.Function):
+    """The identity; backward sums gradients: what stands before a column-parallel linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return funcol.all_reduce(g, "sum", dist.group.WORLD)
+
+
+def by_hand_rms(h, weight, eps, acc):
+    wide = h.to(acc)
+    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+    return y if weight is None else y * weight
+
+
+def by_hand_layer(h, weight, bias, eps, acc):
+    wide = h.to(acc)
+    away = wide - wide.mean(-1, keepdim=True)
+    y = (away * torch.rsqrt(away.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+class Block(nn.Module):
+    """This rank's part of two layers, and constants of which those named `own` are this rank's own."""
+
+    def __init__(self, program, rank: int, world: int, big: float):
+        super().__init__()
+        torch.manual_seed(100 + rank)
+        self.up, self.down = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(INNER, HIDDEN, bias=False)
+        self.second = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.own_weight = nn.Parameter(torch.rand(HIDDEN) + 0.5)
+        self.own_bias = nn.Parameter(torch.randn(HIDDEN))
+        torch.manual_seed(7)
+        self.weight, self.bias = nn.Parameter(torch.rand(HIDDEN) + 0.5), nn.Parameter(torch.randn(HIDDEN))
+        rows = torch.arange(ROWS)
+        for name, mask in (("own", rows % world == rank), ("same", rows < 3)):
+            self.register_buffer(f"{name}_mask", mask[:, None])
+            self.register_buffer(f"{name}_gate", 0.5 + mask[:, None].double())
+        self.register_buffer("own_rows", torch.tensor([rank, 5]))
+        self.register_buffer("same_rows", torch.tensor([1, 5]))
+        self.register_buffer("apart", torch.tensor(big * {0: 1.0, 1: -1.0}.get(rank, 0.0), dtype=torch.float64))
+        self.own_int, self.same_int = rank, 1
+        self.own_float, self.same_float = 1.0 + rank, 1.5
+        self.cfg = SimpleNamespace(own_int=rank, same_int=1, own_float=1.0 + rank, same_float=1.5)
+        self.program = program
+
+    def partial(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+    def forward(self, x, k, j, p, q):
+        return self.program(self, x, self.partial(x), k, j, p, q)
+
+
+# -- the generator ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A program, and how it is run."""
+
+    seed: int
+    text: str
+    dtype: torch.dtype
+    train: bool
+    dynamic: bool
+    two_calls: bool
+
+    def __str__(self) -> str:
+        how = f"{self.dtype}, train={self.train}, dynamic={self.dynamic}, two_calls={self.two_calls}"
+        return f"# seed {self.seed}: {how}\n{self.text}"
+
+
+def draw(seed: int, short: bool = False) -> Drawn:
+    """The program with number `seed`; the same on every rank and in every process. `short`: one round, seldom trained,
+    which compiles in a third of the time."""
+    rng = random.Random(seed)
+    dtype = rng.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
+    dynamic = rng.random() < 0.3
+    two_calls = dynamic and rng.random() < 0.4
+    train = rng.random() < (0.2 if short else 0.4)
+    turns = 1 if short else rng.choice((1, 1, 2))
+    text = _Writer(rng, dtype, sized=not two_calls).program(turns)
+    return Drawn(seed, text, dtype, train, dynamic, two_calls)
+
+
+class _Writer:
+    """Writes one program. `sized`: the number of rows is always ROWS, so that buffers of so many may be used."""
+
+    def __init__(self, rng: random.Random, dtype: torch.dtype, sized: bool):
+        self.rng, self.dtype, self.sized = rng, dtype, sized
+        self.lines: list[str] = []
+        self.count = 0
+        #: Whether rows were chosen before: a second choice of them might find too few.
+        self.few = False
+        #: How much of what is drawn is a rank's own: in some programs nothing is, and there everything fuses.
+        self.own_share = rng.choice((0.0, 0.3, 0.6))
+
+    def own(self) -> bool:
+        return self.rng.random() < self.own_share
+
+    def let(self, text: str, name: str = "v") -> str:
+        self.count += 1
+        self.lines.append(f"{name}{self.count} = {text}")
+        return f"{name}{self.count}"
+
+    def program(self, turns: int) -> str:
+        stream, source, out, cube, full = "x", "y", "", True, True
+        given = []
+        for turn in range(turns):
+            if turn:
+                source = self._partial(out, cube)
+            stream, out, sums, cube, full = self._round(stream, source, cube, full)
+            self.few = self.few or not full
+            given += [*sums, stream]
+        results = ["out0"]
+        self.lines.append(f"out0 = {out} + {stream}" if self.rng.random() < 0.3 else f"out0 = {out}")
+        if self.rng.random() < 0.3:
+            results.append(self.rng.choice(given))
+        lines = [*self.lines]
+        if self.rng.random() < 0.25:
+            # What one rank alone hands out: detached, so that its backward pass has the collectives of its peers'.
+            extra = self.rng.choice(given)
+            extra = self.rng.choice((f"{extra}.detach()", f"{extra}.detach().abs().sum()", f"{extra}.detach() * 2"))
+            lines += [
+                f"if {self.rng.choice(('R', 'dist.get_rank()'))} == {self.rng.choice((0, 1))}:",
+                f"    return {', '.join([*results, extra])},",
+            ]
+        lines.append(f"return {', '.join(results)},")
+        return "def program(m, x, y, k, j, p, q):\n" + "".join(f"    {line}\n" for line in lines)
+
+    def _partial(self, of: str, cube: bool) -> str:
+        layers = [f"m.partial({of})", f"m.second({of})", f"m.partial(Copied.apply({of}))", f"m.second({of}).tanh()"]
+        if cube:
+            layers += [
+                f"m.second(Copied.apply({of})) + m.partial(Copied.apply({of}))",
+                f"m.second(Selected.apply({of})) + m.partial(Selected.apply({of}))",
+                f"m.second(Scaled.apply({of})) * m.partial(Scaled.apply({of}))",
+                f"m.second({of}) + Gather.apply({of}).unflatten(0, (W, -1)).mean(0).sin()"
+                f" + Gather.apply({of})[: {of}.shape[0]]",
+            ]
+        return self.let(self.rng.choice(layers), "y")
+
+    # -- values that are a rank's own, or not -------------------------------------------------------------------------
+
+    def _int(self) -> str:
+        return self.rng.choice(OWN_INTS if self.own() else SAME_INTS)
+
+    def _number(self) -> str:
+        own = self.own()
+        name = "own" if own else "same"
+        whole = self.rng.choice(OWN_INTS if own else SAME_INTS)
+        return self.rng.choice((
+            f"(1.0 + {whole})", f"({whole} + 1)", f"(0.5 + 0.25 * {whole})",
+            f"m.{name}_float", f"m.cfg.{name}_float", "p" if own else "q",
+        ))  # fmt: skip
+
+    def _mask(self, of: str, full: bool) -> str:
+        own = self.own()
+        number = self.rng.choice(OWN_INTS if own else SAME_INTS)
+        masks = [f"(torch.arange({of}.shape[-2]) % W == {number})[:, None]"]
+        if full and self.sized:
+            masks += [f"m.{'own' if own else 'same'}_mask"]
+        if own:
+            masks.append(f"({of if of == 'y' else 'y'}.mean(-1, keepdim=True) > 0)" if full else masks[0])
+        return self.rng.choice(masks)
+
+    def _gate(self, of: str, full: bool, like: str) -> str:
+        own = self.own()
+        gates = [f"torch.full(({of}.shape[-2], 1), {self._number()}, dtype={of}.dtype)"]
+        gates.append("m.own_weight" if own else "m.weight")
+        if full:
+            gates += [f"torch.sigmoid({'y' if own else 'x'}.mean(-1, keepdim=True))"]
+            if self.sized:
+                name = "own" if own else "same"
+                gates.append(f"m.{name}_gate.to({of}.dtype)")
+                gates.append(f"m.up.weight[:{ROWS}, :1]" if own else gates[-1])
+        elif not own:
+            gates += [f"torch.sigmoid({like}.mean(-1, keepdim=True))"]
+        return self.rng.choice(gates)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _step(self, v: str, full: bool, like: str) -> str:
+        """A step that keeps the shape."""
+        kind = self.rng.choice(("number", "number", "divisor", "gate", "gate", "mask", "mask", "view", "cast", "neg"))
+        if kind == "number":
+            text = f"{v} * {self._number()}" if self.rng.random() < 0.7 else f"{self._number()} * {v}"
+        elif kind == "divisor":
+            text = f"{v} / {self.rng.choice((self._number(), f'(1.0 + {self._mask(v, full)}.to({v}.dtype))'))}"
+        elif kind == "gate":
+            text = f"{v} * {self._gate(v, full, like)}"
+        elif kind == "mask":
+            mask = self._mask(v, full)
+            text = self.rng.choice((
+                f"{v} * {mask}.to({v}.dtype)", f"torch.where({mask}, {v}, 0.0)",
+                f"{v}.masked_fill({mask}, 0.0)", f"{v} * {mask}", f"torch.where({mask}, {v}, {v} * 2)",
+            ))  # fmt: skip
+        elif kind == "view":
+            text = self.rng.choice((f"{v}.reshape(-1, H).view({v}.shape)", f"{v}.transpose(0, -2).transpose(0, -2)",
+                                    f"{v}.flip(0)", f"{v}.unsqueeze(0).squeeze(0)"))  # fmt: skip
+        elif kind == "cast":
+            text = f"({v}.to(ACC) * {self._number()}).to({v}.dtype)"
+        else:
+            text = f"-{v}"
+        return self.let(text)
+
+    def _selection(self) -> tuple[str, bool]:
+        """A template for a choice of rows or a sum of them, and whether three dimensions are left."""
+        i = self._int()
+        rows = "own_rows" if self.own() else "same_rows"
+        n = "($.shape[1] // W)"
+        cubes = [
+            f"$[:, {i} * {n} : {i} * {n} + {n}]", f"$.narrow(1, {i}, 2)", f"$[:, {i}::W]", f"$[:, {i} : {i} + 3]",
+            f"$.index_select(1, torch.tensor([{i}, 2]))", f"$.chunk(W, 1)[{i}]", f"$.index_select(1, m.{rows})",
+            f"$[:, m.{rows}]", "$[:, :-1]", f"$.unflatten(1, (W, -1))[:, {i}]", f"$.roll({i}, 1)",
+        ]  # fmt: skip
+        flats = [
+            f"$.select(1, {i})", f"$[:, {i}]", "$[:, -1]", f"$[:, -1 - {i}]", "$.sum(1)", "$.mean(1)",
+            f"$[:, :2].sum({i} % 2)", f"$[{i} % 2]",
+        ]  # fmt: skip
+        cube = self.rng.random() < 0.6
+        return self.rng.choice(cubes if cube else flats), cube
+
+    def _norm(self, h: str) -> str:
+        weight = self.rng.choice(("m.own_weight" if self.own() else "m.weight", "m.weight", "None"))
+        bias = self.rng.choice(("m.own_bias" if self.own() else "m.bias", "None"))
+        eps = f"1e-5 * (1 + {self._int()})" if self.own() else "1e-5"
+        return self.rng.choice((
+            f"F.rms_norm({h}, ({HIDDEN},), {weight}, {eps})", f"F.rms_norm({h}, ({HIDDEN},), {weight}, {eps})",
+            f"by_hand_rms({h}, {weight}, {eps}, ACC)", f"by_hand_layer({h}, {weight}, {bias}, {eps}, ACC)",
+            f"F.layer_norm({h}, ({HIDDEN},), {weight}, {bias}, {eps})",
+        ))  # fmt: skip
+
+    def _round(self, stream: str, source: str, cube: bool, full: bool) -> tuple[str, str, list[str], bool, bool]:
+        """(the residual stream, the normed value, the sums, whether they have three dimensions, all rows)"""
+        sums = []
+        for index in range(self.rng.choice((1, 1, 2, 2, 3))):
+            partial = source if not index else f"{source}{self.rng.choice(('.sin()', '.flip(0)', ' * 2', '.flip(-1)'))}"
+            if self.rng.random() < 0.25:
+                partial = f"{partial} + m.apart"
+            sums.append(self.let(f"ar({partial}, {self.rng.choice((0, 0, 0, 1, 2))})", "s"))
+        paid = list(sums)
+        selection, still = self._selection() if cube and not self.few and self.rng.random() < 0.35 else ("$", cube)
+        early = self.rng.random() < 0.4
+        selected = selection != "$"
+        terms = []
+        for v in sums:
+            for _ in range(self.rng.choice((0, 1, 1, 2))):
+                v = self._step(v, full, stream)
+            terms.append(self.let(selection.replace("$", v)) if early and selected else v)
+        base = stream
+        if early and selected:
+            base = self.let(selection.replace("$", stream))
+        if self.own() and self.rng.random() < 0.5:
+            terms.append(self.rng.choice(("m.own_bias", f"0.1 * {self._int()}", "m.own_weight * 0.5")))
+        elif self.rng.random() < 0.2:
+            terms.append("m.bias")
+        post = self.rng.random() < 0.1
+        whole = terms[:] if post or self.rng.random() < 0.1 else [base, *terms]
+        if self.rng.random() < 0.3:
+            whole = [*whole[1:], whole[0]]
+        if whole[0].startswith(("m.", "0.1")):
+            whole = whole[::-1]
+        text = whole[0]
+        for term in whole[1:]:
+            text += f" {self.rng.choice('++-')} {term}"
+        h = self.let(text, "h")
+        full_now = full and not (early and selected)
+        if self.rng.random() < 0.2:
+            h = self._step(h, full_now, base)
+        if selected and not early:
+            h = self.let(selection.replace("$", h), "h")
+            base, full_now = self.let(selection.replace("$", base)), False
+        out = self.let(self._norm(h), "n")
+        if post:
+            out = self.let(f"{base} + {out}")
+        return (out if post else h), out, paid, still, full_now
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def groups(rank: int, world: int) -> list[str]:
+    """Names of the groups that programs sum over: all ranks, pairs of neighbours, pairs of every other rank."""
+    halves = [[[0, 1], [2, 3]], [[0, 2], [1, 3]]] if world == 4 else [[list(range(world))]] * 2
+    made = [dist.new_subgroups_by_enumeration(half)[0] for half in halves]
+    return [dist.group.WORLD.group_name, *(group.group_name for group in made)]
+
+
+def block(drawn: Drawn, rank: int, world: int, names: list[str], dtype: torch.dtype) -> Block:
+    """The program as a module, in `dtype`."""
+
+    def ar(v, kind):
+        return funcol.all_reduce(v, "sum", names[kind])
+
+    # Dynamo looks globals up in the module that a function says it is of.
+    home = sys.modules[f"program_{drawn.seed}"] = ModuleType(f"program_{drawn.seed}")
+    known = {name: value for name, value in globals().items() if not name.startswith("__")}
+    acc = torch.promote_types(dtype, torch.float32)
+    vars(home).update(known, ar=ar, R=rank, ONE=1, W=world, H=HIDDEN, ACC=acc)
+    exec(compile(drawn.text, f"<program {drawn.seed}>", "exec"), vars(home))
+    return Block(home.program, rank, world, APART[drawn.dtype]).to(dtype)
+
+
+def results(drawn: Drawn, model: Block, call, rank: int, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, and gradients in training, of `call`, which is `model` or what was compiled of it."""
+    found = []
+    for rows in (ROWS, ROWS + 4)[: 1 + drawn.two_calls]:
+        model.zero_grad()
+        x = torch.randn(BATCH, rows, HIDDEN, generator=torch.Generator().manual_seed(3 + rows))
+        # What every dtype can hold, so that errors are those of the program.
+        x = x.bfloat16().to(dtype).requires_grad_(drawn.train)
+        with torch.set_grad_enabled(drawn.train):
+            out = list(call(x, rank, 1, 1.0 + rank, 1.5))
+        found += out
+        if drawn.train:
+            weights = (torch.arange(t.numel(), dtype=torch.float64).cos().view_as(t) for t in out)
+            sum((t.double() * w).sum() for t, w in zip(out, weights, strict=True) if t.requires_grad).backward()
+            found += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return [t.detach().double() for t in found]
