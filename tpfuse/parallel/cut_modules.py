@@ -175,9 +175,6 @@ def _sum_at_parts(out: ModuleCut, name: str, block: nn.Module, role: Role) -> No
         )
     out.sum_at_output = False
     out.summed_children = parts
-    # Behind the sum every rank sees all rows whole, and so whole gradients.
-    norm = _norm_inside(block, role)
-    out.biases_after_sum += [join(name, f"{norm}.{leaf}") for leaf, _ in getattr(block, norm).named_parameters()]
 
 
 def _find_wide_norms(
