@@ -18,7 +18,7 @@ endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FROM_INDEX := $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-nightly test-matrix clean installed-packages
+.PHONY: demo lint test test-nightly test-matrix clean installed-packages
 
 # torch first: the pinned build must be there before anything else asks for a newer one.
 ifneq ($(strip $(VENV)),)
@@ -34,6 +34,10 @@ endif
 demo: NEEDS := torch dataclasses_json transformers accelerate safetensors
 demo: $(READY)
 	$(RUN) -m tpfuse demo
+
+lint: NEEDS := ruff
+lint: $(READY)
+	$(RUN) -m ruff check .
 
 test: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test: $(READY)

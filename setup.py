@@ -38,6 +38,7 @@ setup(
             "expecttest",
             "hypothesis>=6.100",
             "build",
+            "ruff",
         ],
     },
     entry_points={

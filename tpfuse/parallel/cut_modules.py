@@ -17,6 +17,7 @@ from tpfuse.parallel.cuts import Cut, Units, make_cut
 from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
 from tpfuse.parallel.hf_plan import Planned, join
 from tpfuse.parallel.mesh import Groups
+from tpfuse.parallel.probe import miscut
 from tpfuse.parallel.roles import Parts, Role, role_of
 
 # What the parts of an MLP are called where no role names them (experts and shared experts of a routed block).
@@ -125,7 +126,21 @@ def cut_module(
     out.attributes.append((module, named))
     if not planned.trusted or role.inferred:
         check_reshapes(name, module, role, named, widths)
+    if all(isinstance(target, nn.Module) for target in targets.values()) and not (role.spread or role.per_head):
+        _refuse_miscut(out, name, module, role)
     return out
+
+
+def _refuse_miscut(out: ModuleCut, name: str, module: nn.Module, role: Role) -> None:
+    if out.wide_norms:
+        return  # they see all features, which a module alone does not
+    cuts = {leaf: out.cuts[join(name, f"{leaf}.weight")] for leaf in (*role.colwise, *role.rowwise)}
+    problem = miscut(module, {n: cuts[n] for n in role.colwise}, {n: cuts[n] for n in role.rowwise}, out.attributes)
+    if problem:
+        raise PlanError(
+            f"{name} ({type(module).__name__}), cut as {role.colwise} and {role.rowwise}: {problem}. If no role fits, "
+            "leave the module whole"
+        )
 
 
 def cut_edge(
