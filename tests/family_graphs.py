@@ -60,13 +60,12 @@ def trace(function: Any, arguments: Mapping[str, Any], dynamic: bool = False) ->
     """`function(**arguments)` as one graph: a graph break raises."""
     from tpfuse import _torch_private as private
     from tpfuse.backend import _with_aot_eager
-    from tpfuse.options import parse_options
     from tpfuse.runtime import report_store
 
     recorder = _Recorder()
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        _with_aot_eager(gm, inputs, parse_options(None, None), recorder)
+        _with_aot_eager(gm, inputs, recorder, {})
         raise private.raised_through_dynamo(_Traced())
 
     torch.compiler.reset()

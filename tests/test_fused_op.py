@@ -99,7 +99,7 @@ def test_the_report_says_how_each_boundary_will_run(four_ranks, monkeypatch):
     assert verdict.runs.startswith("functional: Tensors are on cpu; the symmetric-memory kernels need NVIDIA GPUs")
     assert str(report).count(verdict.runs) == 1
 
-    monkeypatch.setattr("tpfuse.passes.verdict.runs.why_not", lambda *_: "")
+    monkeypatch.setattr("tpfuse.passes.verdict.runs.why_not", lambda *_, **__: "")
     _, report = fused(trace(boundary, *args))
     assert report.boundaries[0].runs == "symmetric memory"
     assert tpfuse.Report.from_json(report.to_json()) == report
