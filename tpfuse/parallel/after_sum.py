@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 
 import torch.nn as nn
 
+from tpfuse.parallel.calls import parsed
 from tpfuse.parallel.roles import Role
 
 
@@ -25,7 +25,7 @@ def ends_with_sum(module: nn.Module, role: Role) -> bool:
 
 def _source(cls: type) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+        tree = parsed(inspect.unwrap(cls.forward))
     except (OSError, TypeError, SyntaxError):
         return None
     return tree.body[0] if tree.body and isinstance(tree.body[0], ast.FunctionDef) else None

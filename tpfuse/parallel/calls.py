@@ -12,6 +12,7 @@ import re
 import textwrap
 import threading
 from collections.abc import Collection, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 #: REGISTRY: the parsed methods of each class that was asked about; every layer of a model asks about the same few
@@ -22,6 +23,12 @@ _METHODS: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
 _PARSING = threading.Lock()
 _OTHER_SHAPE = {"view", "reshape", "unflatten", "transpose", "permute", "split", "chunk", "unbind", "rearrange", "mean"}
 _REDUCTIONS = {"mean", "std", "var", "var_mean", "std_mean", "norm", "vector_norm", "rms_norm", "layer_norm"}
+
+
+def parsed(function: Any) -> ast.Module:
+    """The syntax tree of a function; raises as inspect.getsource and ast.parse do."""
+    with _PARSING:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
 def methods(cls: type) -> list[ast.FunctionDef]:
