@@ -22,6 +22,9 @@ from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from records import write as write_document
 from rich.console import Console
 from rich.table import Table

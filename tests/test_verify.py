@@ -39,6 +39,8 @@ def _every_fault(rank):
         elif fault == "sum twice":
             layer.self_attn.o_proj.register_forward_hook(next(iter(hooks.values())))
         elif fault == "gradient not summed":
+            # The module that owns the parameter would put the sum back.
+            layer.input_layernorm._forward_pre_hooks.clear()
             layer.input_layernorm.weight._backward_hooks.clear()
         state = torch.get_rng_state()
         try:

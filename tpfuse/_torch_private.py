@@ -409,7 +409,10 @@ def under_dispatch_mode() -> bool:
 
 
 def without_modes() -> AbstractContextManager:
-    """Operators run as they are inside it, under no dispatch mode (a fake-tensor mode, say)."""
+    """Operators run as they are inside it, under no dispatch mode (a fake-tensor mode, say).
+
+    If `_disable_current_modes` goes: torch.utils._python_dispatch has the stack of modes to be taken off by hand.
+    """
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
