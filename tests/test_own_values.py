@@ -90,8 +90,9 @@ def same_gate(m, x, y):
 
 
 def errors(rank: int, options: dict, programs: tuple = OWN, trains: tuple = (False, True)) -> dict:
-    programs = (*programs, same_gate)
     found = {(p.__name__, train): worst_error(p, rank, train, **options) for p in programs for train in trains}
+    # In training the gate's own gradient reads the sum before the gate, so there the boundary is left as it is.
+    found[same_gate.__name__, False] = worst_error(same_gate, rank, False, **options)
     found["fused"] = [b.fused for b in tpfuse.reports()[-1].boundaries if b.direction == "forward"]
     return found
 
@@ -103,9 +104,9 @@ def check(ranks: list[dict]) -> None:
         assert not wrong, wrong
 
 
-@pytest.mark.nightly
 def test_what_is_a_ranks_own_never_moves_in_front_of_a_sum():
-    check(run_processes(2, errors, {"inner": "aot_eager", "plan_timeout": 30.0}, (of_a_fill, of_a_weight), (True,)))
+    options = {"inner": "aot_eager", "plan_timeout": 100.0}
+    check(run_processes(2, errors, options, (of_a_fill, of_a_weight), (False,)))
 
 
 @pytest.mark.nightly
@@ -129,6 +130,9 @@ def test_plans_go_together_only_where_the_values_they_rely_on_are_equal():
     assert sent((0,), a) != sent((0,), swapped)
     assert sent((1,), a, a) == sent((1,), swapped, a)
     assert sent((-1,), a) != sent((-1,), a)
+    assert sent((0,), 3) == sent((0,), 3) != sent((0,), 4)
+    # Read in another order, the same values are something else.
+    assert sent((0, 1), a, swapped) == sent((1, 0), swapped, a) != sent((1, 0), a, swapped)
 
 
 def test_constants_are_told_apart_by_their_values():

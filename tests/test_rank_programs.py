@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tpfuse
 
@@ -58,7 +59,7 @@ def at_a_break(rank: int) -> float:
         if rank == 0:
             print("a log")
         h = a + all_reduce(x.sin())
-        return torch.nn.functional.rms_norm(h, (16,), weight)
+        return F.rms_norm(h, (16,), weight)
 
     x = torch.full((3, 16), rank + 1.0).cumsum(-1)
     with torch.no_grad():
@@ -69,3 +70,34 @@ def at_a_break(rank: int) -> float:
 
 def test_a_graph_that_breaks_on_one_rank_only_is_run_as_written_by_the_other():
     assert max(run_processes(2, at_a_break, timeout=50)) < 1e-5
+
+
+def with_symbols(rank: int) -> dict[str, float]:
+    """Graphs of symbolic sizes and numbers, of which one number is a rank's own; called with two counts of rows."""
+    weight = torch.ones(16)
+
+    def start(x, number):
+        return F.rms_norm((x.sin() + all_reduce(x * (1 + rank)))[:, number : number + 2], (16,), weight)
+
+    def factor(x, number):
+        return F.rms_norm(
+            (x + all_reduce(x * (1 + rank)) * number + all_reduce(x.sin())).reshape(-1, 16), (16,), weight
+        )
+
+    found = {}
+    for fn, number in ((start, 2 + rank), (factor, 2 + rank), (factor, 2.5 + rank)):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            fn, backend="tpfuse", dynamic=True, options={"inner": "aot_eager", "plan_timeout": 60.0}
+        )
+        for rows in (8, 11):
+            x = torch.linspace(-1, 1, 2 * rows * 16).reshape(2, rows, 16)
+            exact = fn(x.double(), number)
+            found[f"{fn.__name__} {number} {rows}"] = float((compiled(x, number) - exact).norm() / exact.norm())
+    return found
+
+
+def test_numbers_and_sizes_that_are_symbols():
+    """A symbolic number is compared as a tensor is; the graph as written fits other sizes as well."""
+    for found in run_processes(2, with_symbols):
+        assert max(found.values()) < 5e-6, found

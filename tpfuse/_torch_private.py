@@ -319,6 +319,31 @@ def compilation() -> tuple[int | None, int]:
     return number.frame_id, number.frame_compile_id or 0
 
 
+def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]:
+    """Called while Dynamo has a graph with these inputs compiled: what makes a later compilation of that graph see the
+    same symbols for its sizes and numbers. Without it a graph of symbolic sizes fits those of its first inputs alone.
+
+    If `TracingContext` goes: graphs that ranks do not agree on would have to be compiled once for each size.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return nullcontext
+    # Dynamo empties the context once it has what it compiled.
+    known = [(t, context.tensor_to_context[t]) for t in tensor_leaves(inputs) if t in context.tensor_to_context]
+    shapes = context.fake_mode.shape_env
+
+    def again() -> AbstractContextManager:
+        anew = TracingContext(FakeTensorMode(shape_env=shapes))
+        for tensor, symbols in known:
+            anew.tensor_to_context[tensor] = symbols
+        return tracing(anew)
+
+    return again
+
+
 def inductor_cache_dir() -> str:
     """Where Inductor keeps its caches.
 

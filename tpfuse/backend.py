@@ -73,6 +73,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     options = with_recorded_policy(options, gm)
     marks = take_marks(gm)
     spare = copy_graph(gm)
+    tracing = private.tracing_again(example_inputs)
     compiled, report = _compiled(gm, example_inputs, options)
 
     def written() -> tuple[Callable[..., Any], Report]:
@@ -80,7 +81,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         # A rank without a kernel at a boundary cannot take part in its peers'.
         kernels = any(step.kernel for step in report.steps)
         as_written = replace(options, as_written=DIFFER, rewrites=() if kernels else options.rewrites)
-        again, its_report = _compiled(copy_graph(spare), example_inputs, as_written)
+        with tracing():
+            again, its_report = _compiled(copy_graph(spare), example_inputs, as_written)
         return checking(again, spare, marks), its_report
 
     place = Place(*private.compilation())

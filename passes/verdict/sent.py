@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -67,6 +67,9 @@ class Sent:
             if isinstance(source, fx.Node):
                 self.inputs.setdefault(source.name, []).append(i)
                 self.input_of[i] = source.name
+        values = [value(node) for node in map(_input, originals) if isinstance(node, fx.Node)]
+        #: Symbols in the sizes of what the program sends.
+        self.sizes = frozenset().union(*(symbols(size) for val in values if val is not None for size in val.shape))
 
     def by(self, node: fx.Node) -> str:
         """What `node`, a collective or a fused operation, sends."""
@@ -87,28 +90,40 @@ class Sent:
 
     def relied_on(self, node: fx.Node) -> tuple[int, ...]:
         """Which of the compiled graph's inputs `node` takes for equal on all ranks, because something made of them
-        stands before its sum: those whose values the ranks compare before the first run."""
+        stands before its sum: those whose values the ranks compare before the first run, in the order in which what is
+        sent reads them. Sizes of the tensors that the program sums are not among them: they are equal or nothing runs,
+        and change with the rows."""
         if self.by(node).startswith("#"):
             return ()
-        inputs = [current for current in self._needed(_input(node)) if current.op == "placeholder"]
-        return tuple(sorted({input_index(current) for current in inputs}))
+        return tuple(input_index(current) for current in self._read(self._needed(_input(node))))
 
-    def _needed(self, source: object) -> set[fx.Node]:
-        """What `source` is computed from, back to finished collectives and the graph's inputs."""
-        needed: set[fx.Node] = set()
+    def _read(self, needed: Iterable[fx.Node]) -> list[fx.Node]:
+        inputs = [current for current in needed if current.op == "placeholder" and current.name not in self.inputs]
+        return [current for current in inputs if not self._is_a_size(current)]
+
+    def _is_a_size(self, node: fx.Node) -> bool:
+        found = symbols(node.meta.get("val"))
+        return bool(found) and found <= self.sizes
+
+    def _needed(self, source: object) -> list[fx.Node]:
+        """What `source` is computed from, back to finished collectives and the graph's inputs; in an order that depends
+        on the expression alone."""
+        needed: dict[fx.Node, None] = {}
         pending = [source] if isinstance(source, fx.Node) else []
         while pending:
             current = pending.pop()
             if current not in needed:
-                needed.add(current)
+                needed[current] = None
                 if not self._ends(current):
-                    pending += current.all_input_nodes
-        return needed
+                    pending += reversed(current.all_input_nodes)
+        return list(needed)
 
     def _expression(self, node: fx.Node, source: fx.Node) -> str:
         """A digest of how `source` is computed, back to finished collectives and the graph's inputs."""
-        needed = self._needed(source)
-        known: dict[fx.Node, str] = {}
+        order = self._needed(source)
+        # The values of inputs are compared in this order, so which one is read where is part of the expression.
+        known = {current: f"input {i}" for i, current in enumerate(self._read(order))}
+        needed = set(order)
         for current in source.graph.nodes:
             if current in needed:
                 known[current] = self._word(current, known)
@@ -128,20 +143,27 @@ class Sent:
         if node.op == "get_attr":
             return constant_digest(self.owner, str(node.target))
         if node.op != "call_function":
-            return f"{node.op} {val.dtype if val is not None else ''}"
+            return f"{known.get(node, node.op)} {val.dtype if val is not None else ''}"
         sized = is_call(node, _SIZED)
 
         def word(arg: object) -> str:
             if isinstance(arg, fx.Node):
                 return known.get(arg, "?")
             if isinstance(arg, (list, tuple)):
-                return f"[{','.join(word(a) for a in arg if not (sized and isinstance(a, int)))}]"
+                return f"[{','.join(word(a) for a in arg if not (sized and isinstance(a, (int, fx.Node))))}]"
             if isinstance(arg, (bool, int, float, str)) or arg is None:
                 return repr(arg)
             return type(arg).__name__
 
         arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
         return digest([str(node.target), *arguments])
+
+
+def symbols(number: object) -> frozenset[str]:
+    """Names of the symbols in a symbolic number; none in any other value."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return frozenset()
+    return frozenset(str(symbol) for symbol in number.node.expr.free_symbols)
 
 
 def input_index(node: fx.Node) -> int:

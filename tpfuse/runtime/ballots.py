@@ -45,8 +45,8 @@ class Place:
 class _Known:
     """What came out for the graphs of one piece of code that communicate alike.
 
-    names: by group, what their first ballot was called. plans: what is sent over the groups -> whether the ranks agreed
-    on it.
+    names: by group, what their first ballot was called. plans: how what is sent over the groups is made -> whether the
+    ranks agreed on it.
     """
 
     names: dict[Ranks, str] = field(default_factory=dict)
@@ -79,9 +79,10 @@ class Ledger:
             if place.compilation == 0 or place.code is None:
                 self.known.pop(code, None)
             known = self.known.setdefault(code, _Known())
-            sent = tuple(record.sent for _, record in sorted(plans.items()))
-            if sent not in known.plans:
-                known.plans[sent] = self._ballot(plans, known, timeout)
+            # Without the values of inputs: those were equal once, and of what is compiled anew no peer need know.
+            how = tuple(record.how for _, record in sorted(plans.items()))
+            if how not in known.plans:
+                known.plans[how] = self._ballot(plans, known, timeout)
             # What was once not agreed on is not tried again: a peer may run the graph as it was written.
             return all(known.plans.values())
 

@@ -26,18 +26,20 @@ def with_values(plans: Mapping[Ranks, Record], args: Sequence[Any]) -> dict[Rank
     known: dict[int, str] = {}
     found = {}
     for group, record in plans.items():
-        relied = sorted({index for step in record.steps for index in step.relies})
-        for index in relied:
+        for index in {index for step in record.steps for index in step.relies}:
             if index not in known:
                 known[index] = _digest(args[index]) if 0 <= index < len(args) else str(uuid.uuid4())
-        values = hashlib.sha256("\0".join(known[i] for i in relied).encode()).hexdigest()[:16] if relied else ""
+        # Step by step: two ranks may take the same values for each other's steps.
+        words = [known[index] for step in record.steps for index in step.relies]
+        counts = [str(len(step.relies)) for step in record.steps]
+        values = hashlib.sha256("\0".join(counts + words).encode()).hexdigest()[:16] if words else ""
         found[group] = replace(record, values=values)
     return found
 
 
 def _digest(value: Any) -> str:
     if isinstance(value, (bool, int, float)):
-        return repr(value) if isinstance(value, (bool, float)) else ""  # sizes may differ with the rows
+        return repr(value)
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return str(uuid.uuid4())
     with torch.no_grad():
