@@ -120,11 +120,12 @@ def four(card: Card) -> str:
 
 def four_summary(card: Card) -> str:
     """Over four GPUs: the shipped table's choices against the best of our kernels, of the others, and the floor."""
-    best, other, floor = [], [], []
+    best, other, floor, few, many = [], [], [], [], []
     for size, us in _times(card.four).items():
         mine = us[_picked(card.device, size)]
         best.append((mine / min(_ours(us).values()), size))
         other.append((min(us[p] for p in SEPARATE if p in us) / mine, size))
+        (few if size[2] <= 64 else many).append((us["nccl"] / mine, size))
         if size[2] >= 512:
             floor.append((mine / us["floor"], size))
     return "\n".join([
@@ -132,6 +133,7 @@ def four_summary(card: Card) -> str:
         f"{sorted(best)[-2:]}",
         f"the best of the others / shipped: {sorted(other)[:2]} to {sorted(other)[-1:]}",
         f"shipped / floor from 512 rows on: {sorted(floor)[:1]} to {sorted(floor)[-2:]}",
+        f"NCCL + Inductor / shipped, up to 64 rows: {min(few)} to {max(few)}; more rows: {min(many)} to {max(many)}",
     ])  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.policy_harness import HIDDEN, MLP, Attention, Layer, Model, MoE, build, relative, run_threads
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallel.parallelize import Site, parallelize
+from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.record import Site
 from tpfuse.parallel.roles import attention, dense_mlp, moe, share_tp_group
 from tpfuse.policy import SharingPolicy
 

@@ -82,6 +82,9 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
     with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
+    Ranks do not compare what they decided, as they do under the backend: the caller vouches that the graphs of all
+    ranks are alike, and that gates, masks, numbers and choices of rows in them are the same on every rank.
+
     Raises: nothing for a graph that cannot be fused (the report says why); PlanError for anything but a GraphModule;
     PolicyError for anything but a policy, and where the graph's groups are not those of `policy`; with `strict=True`,
     FusionError for an internal error.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from tpfuse.errors import PlanError
 from tpfuse.parallel.calls import chunks_of, names_configured, reduces_features
@@ -19,6 +18,7 @@ from tpfuse.parallel.hf_plan import Planned, join
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.probe import miscut
 from tpfuse.parallel.roles import Parts, Role, role_of
+from tpfuse.parallel.weights import block_size, is_transposed, matrix_of, matrix_or_none, refuse_computed, widest_part
 
 # What the parts of an MLP are called where no role names them (experts and shared experts of a routed block).
 COLWISE_NAMES = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "gate_up": 2, "w1": 1, "w3": 1, "w13": 2, "fc1": 1}
@@ -86,8 +86,8 @@ def cut_module(
     heads = heads_of(name, module, role) if role.kind == "attention" else Heads(None, None, None)
     named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}
     targets = {leaf: _target(name, module, leaf) for leaf in (*role.colwise, *role.rowwise)}
-    transposed = _transposed(module, role, targets)
-    widest = max(_widest(targets[leaf], role.packed.get(leaf, 1), transposed) for leaf in role.colwise)
+    transposed = is_transposed(module, role, targets)
+    widest = max(widest_part(targets[leaf], role.packed.get(leaf, 1), transposed) for leaf in role.colwise)
     widths: set[int] = set()
     for leaf in role.colwise:
         parts = role.packed.get(leaf, 1)
@@ -158,7 +158,7 @@ def cut_edge(
     plain = type(module) is nn.Embedding if kind == "embedding" else type(module).forward is nn.Linear.forward
     plain = plain and not getattr(module, "max_norm", None) and not getattr(module, "sparse", False)
     plain = plain and "forward" not in vars(module)
-    vocabulary = _matrix_of(module).shape[0] if plain else 0
+    vocabulary = matrix_of(module).shape[0] if plain else 0
     divides = plain and vocabulary % group.size == 0
     if group.size == 1 or (planned.trusted and not divides):
         return None
@@ -196,7 +196,7 @@ def _find_wide_norms(
     out: ModuleCut, name: str, module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]
 ) -> None:
     """Norms over all heads' features at once (OLMo 2): each sees every rank's features; its weights stay whole."""
-    widths = {leaf: _matrix_of(targets[leaf]).shape[0] for leaf in role.colwise if isinstance(targets[leaf], nn.Module)}
+    widths = {leaf: matrix_of(targets[leaf]).shape[0] for leaf in role.colwise if isinstance(targets[leaf], nn.Module)}
     for leaf, child in module.named_children():
         weight = getattr(child, "weight", None)
         if leaf in (*role.colwise, *role.rowwise) or not isinstance(weight, Tensor) or weight.ndim != 1:
@@ -209,7 +209,7 @@ def _find_wide_norms(
 def _of_other_width(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> set[str]:
     """Submodules with a weight that fits none of the features that are cut (a norm before or behind the MLP)."""
     linear = [targets[leaf] for leaf in role.rowwise if isinstance(targets[leaf], nn.Module)]
-    cut = {_matrix_of(target).shape[1] for target in linear}
+    cut = {matrix_of(target).shape[1] for target in linear}
     return {
         leaf
         for leaf, child in module.named_children()
@@ -248,8 +248,8 @@ def _cut_experts(out: ModuleCut, name: str, module: nn.Module, groups: Groups, p
         for leaf, child in module.named_children():
             _cut_experts(out, join(name, leaf), child, groups, planned, experts)
         return
-    colwise = tuple(n for n in COLWISE_NAMES if _weight(getattr(module, n, None)) is not None)
-    rowwise = tuple(n for n in ROWWISE_NAMES if _weight(getattr(module, n, None)) is not None)
+    colwise = tuple(n for n in COLWISE_NAMES if matrix_or_none(getattr(module, n, None)) is not None)
+    rowwise = tuple(n for n in ROWWISE_NAMES if matrix_or_none(getattr(module, n, None)) is not None)
     if not colwise or not rowwise:
         raise PlanError(
             f"{name} ({type(module).__name__}) is in a routed block, but holds none of the known weights "
@@ -269,7 +269,7 @@ def _target(name: str, module: nn.Module, leaf: str) -> nn.Module | nn.Parameter
     target = module
     for part in leaf.split("."):
         target = getattr(target, part, None)  # type: ignore[assignment]
-    if _weight(target) is None:
+    if matrix_or_none(target) is None:
         raise PlanError(
             f"{name} ({type(module).__name__}): {leaf!r} is {'missing' if target is None else type(target).__name__}; "
             "allowed: a submodule with a weight [out, in] (nn.Linear), or a parameter"
@@ -277,42 +277,11 @@ def _target(name: str, module: nn.Module, leaf: str) -> nn.Module | nn.Parameter
     return target
 
 
-def _matrix_of(target: nn.Module | nn.Parameter) -> Tensor:
-    weight = target if isinstance(target, nn.Parameter) else target.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _weight(target: object) -> Tensor | None:
-    """The matrix of a linear-like module, or the parameter itself; None for anything else."""
-    if isinstance(target, nn.Parameter):
-        return target if target.ndim in (2, 3) else None
-    weight = getattr(target, "weight", None) if isinstance(target, nn.Module) else None
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return None
-    shape = (getattr(target, "out_features", None), getattr(target, "in_features", None))
-    return weight if shape == tuple(weight.shape) else None
-
-
-def _transposed(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> bool:
-    """Whether bare parameters are [..., in, out] and not [..., out, in]; the shapes say so, an attribute if not."""
-    if any(isinstance(t, nn.Module) for t in targets.values()):
-        return False
-    col, row = _matrix_of(targets[role.colwise[0]]).shape, _matrix_of(targets[role.rowwise[0]]).shape
-    straight, crossed = col[-1] == row[-2], col[-2] == row[-1]
-    return bool(getattr(module, "is_transposed", False)) if straight == crossed else crossed
-
-
-def _widest(target: nn.Module | nn.Parameter, parts: Parts, transposed: bool) -> int:
-    out = _matrix_of(target).shape[-1 if transposed else -2]
-    return out // parts if isinstance(parts, int) else max(parts)
-
-
 def _cut_colwise(
     out: ModuleCut, name: str, target: nn.Module | nn.Parameter, parts: Parts, heads: Heads, widest: int,
     groups: Groups, transposed: bool,
 ) -> set[int]:  # fmt: skip
-    weight = _matrix_of(target)
+    weight = matrix_of(target)
     full = weight.shape[-1 if transposed else -2]
     sizes = (full // parts,) * parts if isinstance(parts, int) else parts
     by_heads = heads.q or heads.dim
@@ -329,7 +298,7 @@ def _cut_rowwise(
     out: ModuleCut, name: str, target: nn.Module | nn.Parameter, heads: Heads, groups: Groups, transposed: bool,
     nested: bool,
 ) -> set[int]:  # fmt: skip
-    weight = _matrix_of(target)
+    weight = matrix_of(target)
     full = weight.shape[-2 if transposed else -1]
     units = [Units(heads.q)] if heads.q and full % heads.q == 0 else None
     if isinstance(target, nn.Parameter):
@@ -359,8 +328,8 @@ def _cut_parameters(
         PlanError: for a weight or bias that is computed from other parameters, and for tensors beside the weight that
             nobody knows how to cut.
     """
-    _refuse_computed(name, module)
-    block = _block_size(module)
+    refuse_computed(name, module)
+    block = block_size(module)
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     for leaf, tensor in tensors.items():
         full_name = join(name, leaf)
@@ -379,23 +348,6 @@ def _cut_parameters(
     values = {("out_features", "in_features")[dim]: _local_width(out.cuts[join(name, "weight")])}
     if isinstance(module, nn.Linear):
         out.attributes.append((module, values))
-
-
-def _refuse_computed(name: str, module: nn.Module) -> None:
-    """Refuses a weight or bias that is no parameter or buffer, but computed from some (parametrizations)."""
-    if parametrize.is_parametrized(module):
-        leaf = next(iter(module.parametrizations))  # type: ignore[arg-type]
-        raise PlanError(
-            f"{join(name, leaf)} is parametrized (torch.nn.utils.parametrize) and cannot be cut; make it a plain "
-            f"parameter before parallelize: torch.nn.utils.parametrize.remove_parametrizations(module, {leaf!r})"
-        )
-    stored = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
-    for leaf in ("weight", "bias"):
-        if isinstance(getattr(module, leaf, None), Tensor) and leaf not in stored:
-            raise PlanError(
-                f"{join(name, leaf)} is neither parameter nor buffer, but computed from {', '.join(stored)}; make it "
-                "a plain parameter before parallelize (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
-            )
 
 
 def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups: Groups) -> None:
@@ -435,13 +387,3 @@ def _add_scales(out: ModuleCut, name: str, scales: Tensor, dim: int, weight: Cut
     out.cuts[name] = Cut(
         dim, weight.over, tuple(p // block for p in weight.parts), weight.counts, weight.size, weight.index
     )
-
-
-def _block_size(module: nn.Module) -> tuple[int, int]:
-    """Elements of a quantization block along (out, in), from a `block_size` of module or weight; (1, 1) if none."""
-    block = getattr(module, "block_size", None) or getattr(getattr(module, "weight", None), "block_size", None)
-    if isinstance(block, int):
-        return block, block
-    if isinstance(block, (tuple, list)) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
-        return block[0], block[1]
-    return 1, 1

@@ -37,6 +37,7 @@ EXPERT_PARALLEL = {"ep_dispatch_experts", "grouped_gemm", "ep_router", "gather"}
 # Families whose own plan leaves attention whole: MLA's up-projections are cut by heads, the latents are not.
 MLA = {"q_b_proj": "colwise", "q_proj": "colwise", "g_proj": "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
 
+
 @dataclass(frozen=True)
 class Planned:
     """Roles by module name, and the edges of the model that are cut over the attention group.
@@ -202,3 +203,8 @@ def ancestors(name: str) -> Iterator[str]:
 def join(outer: str, leaf: str) -> str:
     """The qualified name of a module's attribute."""
     return f"{outer}.{leaf}" if outer else leaf
+
+
+def routed_block_of(name: str, roles: Mapping[str, Role]) -> str | None:
+    """The routed block that a module lies in, by its qualified name."""
+    return next((o for o in ancestors(name) if o in roles and roles[o].kind == "moe"), None)

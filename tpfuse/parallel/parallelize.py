@@ -5,23 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpfuse._torch_private import backward_hooks, forward_pre_hooks
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.after_sum import ends_with_sum
-from tpfuse.parallel.clip import remember
-from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
 from tpfuse.parallel.cuts import Cut
-from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan
+from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
+from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
 from tpfuse.parallel.hooks import (
     AllRows,
     CopyIn,
@@ -37,40 +33,12 @@ from tpfuse.parallel.hooks import (
     install,
 )
 from tpfuse.parallel.mesh import Group, Groups, check_mesh, create_whole_group, describe_groups
+from tpfuse.parallel.record import Done, Parallelized, Site
 from tpfuse.parallel.recorded_policy import Recorded, record_policy
-from tpfuse.parallel.roles import Kind, Role, policy_of, role_of
+from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.rows_check import RowsCheck
 from tpfuse.parallel.structure import inferred_roles, uncut_mixers
 from tpfuse.policy import SharingPolicy
-
-#: One module that is cut: its qualified name, its role, and how.
-Done = tuple[str, Role, ModuleCut]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One module with a role in a parallelized model.
-
-    Args:
-        name: its qualified name.
-        kind: "attention", "dense_mlp" or "moe".
-        size: over how many ranks its weights are cut; 1 for a dense MLP that is held whole.
-    """
-
-    name: str
-    kind: Kind
-    size: int
-
-
-@dataclass(frozen=True)
-class Parallelized:
-    """What `parallelize` did to a model (its `_tpfuse`): policy, groups, sites, and the cut of every cut parameter."""
-
-    policy: SharingPolicy
-    groups: Groups
-    sites: tuple[Site, ...]
-    cuts: Mapping[str, Cut]
-    owed: Mapping[str, str]
 
 
 def parallelize(
@@ -123,7 +91,7 @@ def parallelize(
     _apply(model, cuts)
     sites = _put_boundaries(model, planned, done, edges, policy, groups)
     model._tpfuse_policy = policy  # type: ignore[assignment]
-    model._tpfuse = Parallelized(policy, groups, sites, cuts, _owed(model, done, roles, groups))  # type: ignore[assignment]
+    model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups))  # type: ignore[assignment]
     sum_gradients(model)
     log_summary(model)
     if verify:
@@ -165,7 +133,7 @@ def _decide(
     done: list[Done] = []
     left: dict[str, str] = {}
     for name, role in roles.items():
-        nested = _routed_block_of(name, roles)
+        nested = routed_block_of(name, roles)
         over = _over(name, role, policy, groups, nested)
         if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
             _refuse_spread(name, modules[name], role, policy)
@@ -230,7 +198,7 @@ def _put_boundaries(
     sites = []
     for name, role, cut in done:
         cut.rewrite()
-        in_block = _routed_block_of(name, roles) is not None
+        in_block = routed_block_of(name, roles) is not None
         _hook(name, modules[name], role, cut, groups, policy, check, in_block)
         if planned.trusted and role.kind == "attention":
             install(modules[name], IdleAttention())
@@ -275,10 +243,6 @@ def _roles(model: nn.Module, planned: Planned) -> dict[str, Role]:
     return roles
 
 
-def _routed_block_of(name: str, roles: Mapping[str, Role]) -> str | None:
-    return next((o for o in ancestors(name) if o in roles and roles[o].kind == "moe"), None)
-
-
 def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, Role]) -> SharingPolicy:
     """The policy given, or the one the classes carry; the innermost class wins for what it contains."""
     if policy is not None:
@@ -303,7 +267,7 @@ def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, 
                     "sizes may differ"
                 )
     for name, role in roles.items():
-        if role.kind == "dense_mlp" and _routed_block_of(name, roles) is None:
+        if role.kind == "dense_mlp" and routed_block_of(name, roles) is None:
             innermost = next((found[n] for n in (name, *ancestors(name)) if n in found), outer)
             if innermost is not outer:
                 overrides[name] = innermost.dense_tp_size_of(name)
@@ -311,7 +275,7 @@ def _policy(model: nn.Module, policy: SharingPolicy | None, roles: Mapping[str, 
 
 
 def _check_overrides(policy: SharingPolicy, roles: Mapping[str, Role]) -> None:
-    dense = [n for n, r in roles.items() if r.kind == "dense_mlp" and _routed_block_of(n, roles) is None]
+    dense = [n for n, r in roles.items() if r.kind == "dense_mlp" and routed_block_of(n, roles) is None]
     for pattern in policy.unmatched_overrides(dense):
         raise PolicyError(
             f"SharingPolicy.overrides[{pattern!r}] matches no dense MLP of the model; "
@@ -359,7 +323,7 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
     for name, tensor in parameters.items():
         if name not in cuts and id(tensor) in seen:
             other, cut = seen[id(tensor)]
-            if _owner(model, name) is _owner(model, other):
+            if owner_of(model, name) is owner_of(model, other):
                 cuts[name] = cut  # one module under two names
                 continue
             raise PlanError(
@@ -367,10 +331,6 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
                 "cut both alike"
             )
     return cuts
-
-
-def _owner(model: nn.Module, parameter: str) -> nn.Module:
-    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 @torch.no_grad()
@@ -433,87 +393,3 @@ def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:
     else:
         module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
         module.register_forward_hook(GatherColumns(group))
-
-
-def _owed(model: nn.Module, done: list[Done], roles: Mapping[str, Role], groups: Groups) -> dict[str, str]:
-    """For each parameter the group over which its gradient is still partial: "dp", "attention", "whole" or "".
-
-    Each replica's loss sees that replica's rows, so outside of modules that gather rows over dp every gradient is
-    owed over dp. A parameter that is whole inside a cut module sees only this rank's heads, features or rows.
-    """
-    own = {p for _, _, cut in done for p in (*cut.cuts, *cut.biases_after_sum)}
-    sites = {n: (r, cut) for n, r, cut in done if not r.spread and _routed_block_of(n, roles) is None}
-    owed: dict[str, str] = {}
-    for parameter, _ in model.named_parameters():
-        owed[parameter] = "dp"
-        role, cut = next((sites[n] for n in ancestors(parameter) if n in sites), (None, None))
-        if role is None or cut is None:
-            continue
-        if parameter in own:
-            owed[parameter] = "" if cut.over is not None and groups.of(cut.over) != groups.attention else "dp"
-        elif cut.over is not None or role.kind == "dense_mlp":
-            owed[parameter] = "whole"
-    return owed
-
-
-@dataclass(frozen=True)
-class SumGradient:
-    """Hook on a parameter: sums its gradient over a group. A cut whose slices several ranks hold is summed by slice."""
-
-    group: Group
-    cut: Cut | None = None
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        if self.cut is None:
-            return all_reduce(grad, self.group.name)
-        return self.cut.take(all_reduce(self.cut.spread(grad), self.group.name))
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Registers the hooks that sum partial gradients, on parameters that have none yet.
-
-    FSDP2 and others put new parameters in place of these, so each module that owns such a parameter looks again when it
-    is called: by then FSDP2 has put the parameter there that backward will reach.
-    """
-    state: Parallelized = model._tpfuse  # type: ignore[assignment]
-    sums: dict[nn.Module, list[tuple[str, SumGradient]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if state.groups.whole.size > 1:
-            remember(parameter, state.cuts.get(name), state.groups)
-        if not parameter.requires_grad or (total := _sum_of(name, state)) is None:
-            continue
-        _sum_once(parameter, total)
-        sums.setdefault(_owner(model, name), []).append((name.rpartition(".")[2], total))
-    for module, totals in sums.items():
-        hooks = forward_pre_hooks(module)
-        if not any(isinstance(hook, SumsOfOwn) for hook in hooks.values()):
-            module.register_forward_pre_hook(SumsOfOwn(tuple(totals)))
-
-
-def _sum_of(name: str, state: Parallelized) -> SumGradient | None:
-    cut = state.cuts.get(name)
-    if cut is not None and not cut.disjoint:
-        return SumGradient(state.groups.whole, cut)
-    owed = state.owed.get(name)
-    return SumGradient(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
-
-
-def _sum_once(parameter: Tensor, total: SumGradient) -> None:
-    if not any(isinstance(hook, SumGradient) for hook in backward_hooks(parameter).values()):
-        parameter.register_hook(total)
-
-
-@dataclass(frozen=True)
-class SumsOfOwn:
-    """Before a module's forward: its own parameters of which a sum is owed have their hooks, new ones as well."""
-
-    totals: tuple[tuple[str, SumGradient], ...]
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for leaf, total in self.totals:
-            parameter = getattr(module, leaf, None)
-            # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
-            if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):
-                _sum_once(parameter, total)

@@ -40,7 +40,8 @@ def miscut(
     """
     first = module.get_submodule(next(iter(colwise)))
     weight = first.weight
-    if weight.is_meta or not weight.is_floating_point() or not _takes_hidden_states_alone(module):
+    real = type(weight.detach()) is Tensor and not weight.is_meta  # fake tensors hold no values to compare
+    if not real or not weight.is_floating_point() or not _takes_hidden_states_alone(module):
         return ""
     with _as_it_was(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

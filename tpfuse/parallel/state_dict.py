@@ -19,7 +19,8 @@ from tpfuse._torch_private import own_tensors
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.collectives import all_gather
 from tpfuse.parallel.cuts import Cut
-from tpfuse.parallel.parallelize import Parallelized, sum_gradients
+from tpfuse.parallel.gradient_sums import sum_gradients
+from tpfuse.parallel.record import Parallelized
 from tpfuse.strict_json import parse, show
 
 # Reads `name` whole, or a part of it: (dim, start, stop).

@@ -16,7 +16,7 @@ from tpfuse._torch_private import process_group
 from tpfuse.errors import PlanError, PolicyError, VerifyError
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.mesh import Group
-from tpfuse.parallel.parallelize import Parallelized
+from tpfuse.parallel.record import Parallelized
 from tpfuse.parallel.uncut import uncut
 
 #: |cut - uncut| / |uncut| that other orders of summation explain; a sum that is missing or paid twice gives 0.1 to 3.

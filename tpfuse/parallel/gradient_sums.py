@@ -1,0 +1,109 @@
+"""Which gradients of a cut model are partial, over which group, and the hooks that sum them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tpfuse._torch_private import backward_hooks, forward_pre_hooks
+from tpfuse.parallel.clip import remember
+from tpfuse.parallel.collectives import all_reduce
+from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.hf_plan import ancestors, routed_block_of
+from tpfuse.parallel.mesh import Group, Groups
+from tpfuse.parallel.record import Done, Parallelized
+from tpfuse.parallel.roles import Role
+
+
+def owner_of(model: nn.Module, parameter: str) -> nn.Module:
+    """The module that holds a parameter, by the parameter's qualified name."""
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def owed_sums(model: nn.Module, done: list[Done], roles: Mapping[str, Role], groups: Groups) -> dict[str, str]:
+    """For each parameter the group over which its gradient is still partial: "dp", "attention", "whole" or "".
+
+    Each replica's loss sees that replica's rows, so outside of modules that gather rows over dp every gradient is
+    owed over dp. A parameter that is whole inside a cut module sees only this rank's heads, features or rows.
+    """
+    own = {p for _, _, cut in done for p in (*cut.cuts, *cut.biases_after_sum)}
+    sites = {n: (r, cut) for n, r, cut in done if not r.spread and routed_block_of(n, roles) is None}
+    owed: dict[str, str] = {}
+    for parameter, _ in model.named_parameters():
+        owed[parameter] = "dp"
+        role, cut = next((sites[n] for n in ancestors(parameter) if n in sites), (None, None))
+        if role is None or cut is None:
+            continue
+        if parameter in own:
+            owed[parameter] = "" if cut.over is not None and groups.of(cut.over) != groups.attention else "dp"
+        elif cut.over is not None or role.kind == "dense_mlp":
+            owed[parameter] = "whole"
+    return owed
+
+
+@dataclass(frozen=True)
+class SumGradient:
+    """Hook on a parameter: sums its gradient over a group. A cut whose slices several ranks hold is summed by slice."""
+
+    group: Group
+    cut: Cut | None = None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self.cut is None:
+            return all_reduce(grad, self.group.name)
+        return self.cut.take(all_reduce(self.cut.spread(grad), self.group.name))
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Registers the hooks that sum partial gradients, on parameters that have none yet.
+
+    FSDP2 and others put new parameters in place of these, so each module that owns such a parameter looks again when it
+    is called: by then FSDP2 has put the parameter there that backward will reach.
+    """
+    state: Parallelized = model._tpfuse  # type: ignore[assignment]
+    sums: dict[nn.Module, list[tuple[str, SumGradient]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if state.groups.whole.size > 1:
+            remember(parameter, state.cuts.get(name), state.groups)
+        if not parameter.requires_grad or (total := _sum_of(name, state)) is None:
+            continue
+        _sum_once(parameter, total)
+        sums.setdefault(owner_of(model, name), []).append((name.rpartition(".")[2], total))
+    for module, totals in sums.items():
+        hooks = forward_pre_hooks(module)
+        if not any(isinstance(hook, SumsOfOwn) for hook in hooks.values()):
+            module.register_forward_pre_hook(SumsOfOwn(tuple(totals)))
+
+
+def _sum_of(name: str, state: Parallelized) -> SumGradient | None:
+    cut = state.cuts.get(name)
+    if cut is not None and not cut.disjoint:
+        return SumGradient(state.groups.whole, cut)
+    owed = state.owed.get(name)
+    return SumGradient(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
+
+
+def _sum_once(parameter: Tensor, total: SumGradient) -> None:
+    if not any(isinstance(hook, SumGradient) for hook in backward_hooks(parameter).values()):
+        parameter.register_hook(total)
+
+
+@dataclass(frozen=True)
+class SumsOfOwn:
+    """Before a module's forward: its own parameters of which a sum is owed have their hooks, new ones as well."""
+
+    totals: tuple[tuple[str, SumGradient], ...]
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for leaf, total in self.totals:
+            parameter = getattr(module, leaf, None)
+            # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
+            if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):
+                _sum_once(parameter, total)
