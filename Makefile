@@ -18,7 +18,7 @@ endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FROM_INDEX := $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX))
 
-.PHONY: demo lint test test-nightly test-matrix clean installed-packages
+.PHONY: demo lint docs-check test test-nightly test-matrix clean installed-packages
 
 # torch first: the pinned build must be there before anything else asks for a newer one.
 ifneq ($(strip $(VENV)),)
@@ -39,9 +39,13 @@ lint: NEEDS := ruff
 lint: $(READY)
 	$(RUN) -m ruff check .
 
+docs-check: NEEDS := torch dataclasses_json pytest pytest_timeout matplotlib
+docs-check: $(READY)
+	$(RUN) -m pytest tests/test_docs.py tests/test_performance_docs.py -m docs -p no:cacheprovider
+
 test: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test: $(READY)
-	$(RUN) -m pytest tests -m "not nightly" $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
+	$(RUN) -m pytest tests -m "not nightly and not docs" $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
 
 test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test-nightly: $(READY)

@@ -4,18 +4,23 @@ The links `tpfuse/passes` and `tpfuse/kernels` make that true in the source tree
 wheel alike; nothing but `tpfuse` lands in site-packages.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "tpfuse/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 DEMO = ["transformers>=5.0", "accelerate>=1.0", "matplotlib>=3.8", "rich>=13", "numpy"]
 
 setup(
     name="tpfuse",
-    version="0.1.0",
+    version=VERSION,
     description="Fused all-reduce + residual + norm for tensor-parallel models under torch.compile",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The tpfuse authors",
+    keywords="pytorch torch.compile tensor-parallel all-reduce fusion triton",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -46,6 +51,15 @@ setup(
         "console_scripts": ["tpfuse = tpfuse.__main__:app"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -1,7 +1,7 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py [--card h100] linked | shipped | four | four_summary | virtual | virtual_summary |
-        norm | norm_summary | variants | layers | models | reduce_overhead | overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | four | side_by_side | four_summary | virtual |
+        virtual_summary | norm | norm_summary | variants | layers | models | models_short | reduce_overhead | overhead
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -9,7 +9,6 @@ Where a card was measured in several runs, times are means over them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -19,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import model_tables
+from md import RESULTS, records_of, table
 from records import documents
 
 from tpfuse.kernels.add_norm import tuning
 from tpfuse.kernels.bench.table import name_of
 from tpfuse.kernels.compat import next_power_of_2
 from tpfuse.kernels.symmetric.tables import H100, SHIPPED
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,6 @@ CARDS = {
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def _records(name: str) -> list[dict]:
-    return [r for r in json.loads((RESULTS / name).read_text())["records"] if r.get("us", r.get("ms")) is not None]
-
-
 def _us(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
@@ -116,6 +107,25 @@ def linked(card: Card) -> str:
 def four(card: Card) -> str:
     """The same, four GPUs."""
     return _linked(card, card.four)
+
+
+def side_by_side(card: Card) -> str:
+    """One boundary over 2 linked H100s and over 4 GPUs of `card`: the picked kernel beside the best of the others."""
+    pairs = (CARDS["h100"].linked, H100), (card.four, card.device)
+    sizes: dict[tuple[int, int], list[list[str]]] = {}
+    for place, (runs, device) in enumerate(pairs):
+        for (hidden, world, rows), us in _times(runs).items():
+            if hidden not in (4096, 8192):
+                continue
+            mine = us[_picked(device, (hidden, world, rows))]
+            other = min(us[p] for p in SEPARATE if p in us and p != "functional")
+            cells = sizes.setdefault((hidden, rows), [["–"] * 4, ["–"] * 4])
+            cells[place] = [f"{us['floor']:.1f}", f"**{mine:.1f}**", _us(other), _us(us.get("nccl"))]
+    both = {size: cells for size, cells in sizes.items() if size[1] in (1, 8, 32, 128, 512, 2048, 8192)}
+    rows = [[f"{hidden}", f"{rows}", *left, *right] for (hidden, rows), (left, right) in sorted(both.items())]
+    names = ("floor", "tpfuse", "best other", "NCCL + Inductor")
+    return table(["hidden", "rows", *(f"2 × H100: {names[0]}", *names[1:]),
+                  *(f"4 × {card.device.split()[-1]}: {names[0]}", *names[1:])], rows)  # fmt: skip
 
 
 def four_summary(card: Card) -> str:
@@ -261,7 +271,7 @@ def virtual_summary(card: Card) -> str:
 
 
 def norm(card: Card) -> str:
-    records = _records(card.norm)
+    records = records_of(card.norm)
     lines = []
     for kind, hidden, size in sorted({(r["norm"], r["hidden"], r["megabytes"]) for r in records}):
         here = {r["provider"]: r for r in records if (r["norm"], r["hidden"], r["megabytes"]) == (kind, hidden, size)}
@@ -272,7 +282,7 @@ def norm(card: Card) -> str:
 
 def norm_summary(card: Card) -> str:
     """How far the local kernel is ahead of the others, and its share of the copy's bandwidth."""
-    records = _records(card.norm)
+    records = records_of(card.norm)
     us = {(r["norm"], r["hidden"], r["megabytes"], r["provider"]): r["us"] for r in records}
     lines = []
     for other in ("inductor", "liger"):
@@ -289,7 +299,7 @@ def norm_summary(card: Card) -> str:
 def variants(card: Card) -> str:
     """How far the local kernel's choice is from the best way that was measured, at each size that has several."""
     sizes: dict[tuple[str, int, int], Times] = {}
-    for r in _records(card.variants):
+    for r in records_of(card.variants):
         if r["provider"].startswith("ours ") and r["provider"].split()[-1][1:].isdigit():
             sizes.setdefault((r["norm"], r["hidden"], r["rows"]), {})[r["provider"]] = r["us"]
     excess, left_out = [], 0
@@ -306,65 +316,15 @@ def variants(card: Card) -> str:
     return f"slower than the best way, of {len(excess)} sizes ({left_out} more without it): {sorted(excess)[::-1][:4]}"
 
 
-def layers(card: Card) -> str:
-    records = _records(card.layers)
-    lines = []
-    for world, phase, rows in sorted({(r["world"], r["phase"], r["rows"]) for r in records}):
-        us = {r["provider"]: r["us"] for r in records if (r["world"], r["phase"], r["rows"]) == (world, phase, rows)}
-        shares = [f"{1 - us['no sum'] / us[p]:.1%}" for p in ("unfused", "tpfuse")]
-        ratio = f"{us['unfused'] / us['tpfuse']:.3f}"
-        lines.append([f"{world}", f"{phase} {rows}", f"{us['unfused']:.1f}", f"**{us['tpfuse']:.1f}**", ratio, *shares])
-    return table(["N", "step", "unfused", "tpfuse", "unfused / tpfuse", "sums in unfused", "sums in tpfuse"], lines)
-
-
-def models(card: Card) -> str:
-    records = _records(card.models)
-    lines = []
-    for model, phase, size in dict.fromkeys((r["model"], r["phase"], r["size"]) for r in records):
-        ms = {r["provider"]: r for r in records if (r["model"], r["phase"], r["size"]) == (model, phase, size)}
-        graphs = ms["inductor + CUDA graph"], ms["tpfuse + CUDA graph"]
-        lines.append([
-            model, f"{phase} {size}", f"{ms['inductor']['ms']:.2f}", f"{ms['tpfuse']['ms']:.2f}",
-            f"{graphs[0]['ms']:.3f}", f"**{graphs[1]['ms']:.3f}**", f"{graphs[0]['ms'] / graphs[1]['ms']:.3f}",
-            *(f"{g['boundary_ms']:.3f} + {g['other_ms']:.3f} + {g['idle_ms']:.3f}" for g in graphs),
-            f"{graphs[1]['tokens_per_s']:,.0f}",
-        ])  # fmt: skip
-    head = ["model", "step", "Inductor", "tpfuse", "Inductor, CUDA graph", "tpfuse, CUDA graph", "ratio",
-            "profile Inductor", "profile tpfuse", "tokens/s tpfuse"]  # fmt: skip
-    return table(head, lines)
-
-
-def reduce_overhead(_: Card) -> str:
-    """torch.compile's own CUDA graphs."""
-    records = _records("reduce_overhead_h200_x2.json")
-    lines = []
-    for phase, size in dict.fromkeys((r["phase"], r["size"]) for r in records):
-        ms = {r["provider"]: r["ms"] for r in records if (r["phase"], r["size"]) == (phase, size)}
-        lines.append([f"{phase} {size}"])
-        for way in ("reduce-overhead", "+ CUDA graph"):
-            theirs, ours = ms[f"inductor {way}"], ms[f"tpfuse {way}"]
-            lines[-1] += [f"{theirs:.3f}", f"**{ours:.3f}**", f"{theirs / ours:.3f}"]
-    head = ["step", "Inductor, reduce-overhead", "tpfuse, reduce-overhead", "ratio", "Inductor, captured by hand",
-            "tpfuse, captured by hand", "ratio"]  # fmt: skip
-    return table(head, lines)
-
-
-def overhead(_: Card) -> str:
-    """Host time of an eager call."""
-    records = json.loads((RESULTS / "op_overhead.json").read_text())["records"]
-    lines = []
-    for rows, hidden in dict.fromkeys((r["rows"], r["hidden"]) for r in records):
-        us = {r["what"]: r["host_us"] for r in records if (r["rows"], r["hidden"]) == (rows, hidden)}
-        cells = [f"{us[what]:.0f}" for what in ("operator", "kernel", "unfused")]
-        lines.append([f"{rows}", f"{hidden}", *cells, f"{us['look at the watch']:.1f}"])
-    return table(["rows", "hidden", "eager operator", "of that the kernel's entry",
-                  "unfused: functional all-reduce, add, RMSNorm", "look at the watch"], lines)  # fmt: skip
-
-
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, four, four_summary, virtual, virtual_summary, norm, norm_summary, variants, layers, models,
-    reduce_overhead, overhead
-)}  # fmt: skip
+    linked, shipped, four, side_by_side, four_summary, virtual, virtual_summary, norm, norm_summary, variants
+)} | {
+    "layers": lambda card: model_tables.layers(card.layers),
+    "models": lambda card: model_tables.models(card.models),
+    "models_short": lambda card: model_tables.models_short(card.models),
+    "reduce_overhead": lambda _: model_tables.reduce_overhead("reduce_overhead_h200_x2.json"),
+    "overhead": lambda _: model_tables.overhead("op_overhead.json"),
+}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,7 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from tpfuse.options import _TYPES, Options
+
+pytestmark = pytest.mark.docs  # `make docs-check` runs these
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +29,7 @@ def test_the_readme_links_every_page():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links {target}"
 

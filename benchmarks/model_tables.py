@@ -1,0 +1,72 @@
+"""Tables of whole models, whole layers and host time; benchmarks/tables.py prints them with its own.
+
+Each is made from one results file by its name.
+"""
+
+from __future__ import annotations
+
+import json
+
+from md import RESULTS, records_of, table
+
+
+def layers(file: str) -> str:
+    records = records_of(file)
+    lines = []
+    for world, phase, rows in sorted({(r["world"], r["phase"], r["rows"]) for r in records}):
+        us = {r["provider"]: r["us"] for r in records if (r["world"], r["phase"], r["rows"]) == (world, phase, rows)}
+        shares = [f"{1 - us['no sum'] / us[p]:.1%}" for p in ("unfused", "tpfuse")]
+        ratio = f"{us['unfused'] / us['tpfuse']:.3f}"
+        lines.append([f"{world}", f"{phase} {rows}", f"{us['unfused']:.1f}", f"**{us['tpfuse']:.1f}**", ratio, *shares])
+    return table(["N", "step", "unfused", "tpfuse", "unfused / tpfuse", "sums in unfused", "sums in tpfuse"], lines)
+
+
+def models(file: str) -> str:
+    records = records_of(file)
+    lines = []
+    for model, phase, size in dict.fromkeys((r["model"], r["phase"], r["size"]) for r in records):
+        ms = {r["provider"]: r for r in records if (r["model"], r["phase"], r["size"]) == (model, phase, size)}
+        graphs = ms["inductor + CUDA graph"], ms["tpfuse + CUDA graph"]
+        lines.append([
+            model, f"{phase} {size}", f"{ms['inductor']['ms']:.2f}", f"{ms['tpfuse']['ms']:.2f}",
+            f"{graphs[0]['ms']:.3f}", f"**{graphs[1]['ms']:.3f}**", f"{graphs[0]['ms'] / graphs[1]['ms']:.3f}",
+            *(f"{g['boundary_ms']:.3f} + {g['other_ms']:.3f} + {g['idle_ms']:.3f}" for g in graphs),
+            f"{graphs[1]['tokens_per_s']:,.0f}",
+        ])  # fmt: skip
+    head = ["model", "step", "Inductor", "tpfuse", "Inductor, CUDA graph", "tpfuse, CUDA graph", "ratio",
+            "profile Inductor", "profile tpfuse", "tokens/s tpfuse"]  # fmt: skip
+    return table(head, lines)
+
+
+def models_short(file: str) -> str:
+    """Llama alone, without the profile."""
+    lines = [line.split(" | ") for line in models(file).splitlines() if line.startswith("| llama")]
+    head = ["step", "Inductor", "tpfuse", "Inductor, CUDA graph", "tpfuse, CUDA graph", "ratio"]
+    return table(head, [line[1:7] for line in lines])
+
+
+def reduce_overhead(file: str) -> str:
+    """torch.compile's own CUDA graphs."""
+    records = records_of(file)
+    lines = []
+    for phase, size in dict.fromkeys((r["phase"], r["size"]) for r in records):
+        ms = {r["provider"]: r["ms"] for r in records if (r["phase"], r["size"]) == (phase, size)}
+        lines.append([f"{phase} {size}"])
+        for way in ("reduce-overhead", "+ CUDA graph"):
+            theirs, ours = ms[f"inductor {way}"], ms[f"tpfuse {way}"]
+            lines[-1] += [f"{theirs:.3f}", f"**{ours:.3f}**", f"{theirs / ours:.3f}"]
+    head = ["step", "Inductor, reduce-overhead", "tpfuse, reduce-overhead", "ratio", "Inductor, captured by hand",
+            "tpfuse, captured by hand", "ratio"]  # fmt: skip
+    return table(head, lines)
+
+
+def overhead(file: str) -> str:
+    """Host time of an eager call."""
+    records = json.loads((RESULTS / file).read_text())["records"]
+    lines = []
+    for rows, hidden in dict.fromkeys((r["rows"], r["hidden"]) for r in records):
+        us = {r["what"]: r["host_us"] for r in records if (r["rows"], r["hidden"]) == (rows, hidden)}
+        cells = [f"{us[what]:.0f}" for what in ("operator", "kernel", "unfused")]
+        lines.append([f"{rows}", f"{hidden}", *cells, f"{us['look at the watch']:.1f}"])
+    return table(["rows", "hidden", "eager operator", "of that the kernel's entry",
+                  "unfused: functional all-reduce, add, RMSNorm", "look at the watch"], lines)  # fmt: skip

@@ -1,0 +1,48 @@
+"""The tables of docs/performance.md and docs/measurements/, made from the results files.
+
+    python benchmarks/page_tables.py            # write them into the pages
+    python benchmarks/page_tables.py --check    # status 1 and the names of the pages that would change
+
+A page says where a table goes, and which one of benchmarks/tables.py, for which card:
+
+    <!-- table: linked h200 -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tables import CARDS, TABLES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PLACE = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(page: str) -> str:
+    """`page` with every table that it names as the results files have it; KeyError for an unknown table or card."""
+    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]](CARDS[place[3]])}\n{place[4]}", page)
+
+
+def pages() -> list[Path]:
+    return [page for page in sorted(DOCS.rglob("*.md")) if PLACE.search(page.read_text(encoding="utf-8"))]
+
+
+def main(check: Annotated[bool, typer.Option(help="write nothing; status 1 if a page would change")] = False) -> None:
+    changed = []
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = with_tables(before)
+        if after != before:
+            changed.append(page.name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    print(f"{len(changed)} of {len(pages())} pages {'differ from' if check else 'written from'} the results: {changed}")
+    raise typer.Exit(bool(check and changed))
+
+
+if __name__ == "__main__":
+    typer.run(main)
