@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "tpfuse/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', (HERE / "tpfuse/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 DEMO = ["transformers>=5.0", "accelerate>=1.0", "matplotlib>=3.8", "rich>=13", "numpy"]
 
 setup(
