@@ -10,7 +10,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-[VERSION] = re.findall(r'^__version__ = "(.+)"$', (HERE / "tpfuse/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+INIT = (HERE / "tpfuse/__init__.py").read_text(encoding="utf-8")
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 DEMO = ["transformers>=5.0", "accelerate>=1.0", "matplotlib>=3.8", "rich>=13", "numpy"]
 
 setup(
