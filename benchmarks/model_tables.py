@@ -6,6 +6,7 @@ Each is made from one results file by its name.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from md import RESULTS, records_of, table
 
@@ -43,6 +44,15 @@ def models_short(file: str) -> str:
     lines = [line.split(" | ") for line in models(file).splitlines() if line.startswith("| llama")]
     head = ["step", "Inductor", "tpfuse", "Inductor, CUDA graph", "tpfuse, CUDA graph", "ratio"]
     return table(head, [line[1:7] for line in lines])
+
+
+def steps_with_cuda_graphs(file: str) -> Iterator[tuple[str, float, float, float]]:
+    """(step, Inductor's ms, tpfuse's ms, their ratio) with torch.compile's own CUDA graphs on both sides."""
+    records = records_of(file)
+    for phase, size in dict.fromkeys((r["phase"], r["size"]) for r in records):
+        ms = {r["provider"]: r["ms"] for r in records if (r["phase"], r["size"]) == (phase, size)}
+        theirs, ours = ms["inductor reduce-overhead"], ms["tpfuse reduce-overhead"]
+        yield f"{phase} {size}", theirs, ours, theirs / ours
 
 
 def reduce_overhead(file: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/measurements/, made from the results files.
+"""The tables of README.md, docs/performance.md and docs/measurements/, made from the results files.
 
     python benchmarks/page_tables.py            # write them into the pages
     python benchmarks/page_tables.py --check    # status 1 and the names of the pages that would change
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from tables import CARDS, TABLES
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -28,7 +28,8 @@ def with_tables(page: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [page for page in sorted(DOCS.rglob("*.md")) if PLACE.search(page.read_text(encoding="utf-8"))]
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in every if PLACE.search(page.read_text(encoding="utf-8"))]
 
 
 def main(check: Annotated[bool, typer.Option(help="write nothing; status 1 if a page would change")] = False) -> None:

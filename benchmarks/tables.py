@@ -1,7 +1,8 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
-    python benchmarks/tables.py [--card h100] linked | shipped | four | side_by_side | four_summary | virtual |
-        virtual_summary | norm | norm_summary | variants | layers | models | models_short | reduce_overhead | overhead
+    python benchmarks/tables.py [--card h100] linked | shipped | four | side_by_side | brings | four_summary |
+        virtual | virtual_summary | norm | norm_summary | variants | layers | models | models_short | reduce_overhead |
+        overhead
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -74,6 +75,7 @@ CARDS = {
                  "end_to_end_h100_x2.json", "norm_variants_fine_h100.json",
                  before=(Run("kernels_linked_h100.json", 6),)),
 }  # fmt: skip
+REDUCE_OVERHEAD = "reduce_overhead_h200_x2.json"
 SEPARATE = ("nccl", "symm_mem one-shot", "symm_mem two-shot", "unfused", "functional")
 
 
@@ -126,6 +128,23 @@ def side_by_side(card: Card) -> str:
     names = ("floor", "tpfuse", "best other", "NCCL + Inductor")
     return table(["hidden", "rows", *(f"2 × H100: {names[0]}", *names[1:]),
                   *(f"4 × {card.device.split()[-1]}: {names[0]}", *names[1:])], rows)  # fmt: skip
+
+
+def brings(card: Card) -> str:
+    """At most eight rows for the README: boundaries on 2 and 4 GPUs, and steps of a model with CUDA graphs."""
+    lines = []
+    for runs, device, name in ((CARDS["h100"].linked, H100, "2 H100s"), (card.four, card.device, "4 H200s")):
+        times = _times(runs)
+        for rows in (8, 2048):
+            size = next(size for size in times if size[0] == 4096 and size[2] == rows)
+            mine, other = times[size][_picked(device, size)], times[size]["nccl"]
+            cells = [f"{other:.1f} µs", f"**{mine:.1f} µs**", f"{other / mine:.2f}"]
+            lines.append([f"a boundary, {rows} rows of 4096, {name} (NCCL + Inductor)", *cells])
+    for step, theirs, ours, ratio in model_tables.steps_with_cuda_graphs(REDUCE_OVERHEAD):
+        if step in ("decode 1", "decode 64", "prefill 1024", "prefill 8192"):
+            cells = [f"{theirs:.2f} ms", f"**{ours:.2f} ms**", f"{ratio:.2f}"]
+            lines.append([f"Llama, {step}, 2 H200s, `reduce-overhead`", *cells])
+    return table(["", "Inductor", "tpfuse", "ratio"], lines)
 
 
 def four_summary(card: Card) -> str:
@@ -317,12 +336,12 @@ def variants(card: Card) -> str:
 
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, four, side_by_side, four_summary, virtual, virtual_summary, norm, norm_summary, variants
+    linked, shipped, four, side_by_side, brings, four_summary, virtual, virtual_summary, norm, norm_summary, variants
 )} | {
     "layers": lambda card: model_tables.layers(card.layers),
     "models": lambda card: model_tables.models(card.models),
     "models_short": lambda card: model_tables.models_short(card.models),
-    "reduce_overhead": lambda _: model_tables.reduce_overhead("reduce_overhead_h200_x2.json"),
+    "reduce_overhead": lambda _: model_tables.reduce_overhead(REDUCE_OVERHEAD),
     "overhead": lambda _: model_tables.overhead("op_overhead.json"),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""The pages are whole: the README leads to every page and names every option, the kernels page names every file."""
+"""The pages are whole: the README leads to every page, the guide names every option, the kernels page every file."""
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -34,15 +35,22 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links {target}"
 
 
-def test_the_readme_names_every_option_with_its_default():
-    assert set(_TYPES) <= first_cells("README.md")
+def test_the_guide_names_every_option_with_its_default():
+    assert set(_TYPES) <= first_cells("docs/guide.md")
     for field in dataclasses.fields(Options):
         if field.name in _TYPES and field.name not in ("inductor", "rewrites"):
             shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
-            assert f"| `{field.name}` | {shown} |" in text("README.md")
+            assert f"| `{field.name}` | {shown} |" in text("docs/guide.md")
 
 
 def test_the_kernels_page_names_every_file():
     named = {name for name in first_cells("docs/kernels.md") if name.endswith(".py")}
     files = {str(file.relative_to(ROOT / "kernels")) for file in (ROOT / "kernels").rglob("*.py")}
     assert named == {file for file in files if not file.endswith("__init__.py")}
+
+
+def test_the_api_page_is_made_from_the_docstrings():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs/make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    assert text("docs/api.md") == make_api.page(), "run `python docs/make_api.py`"
