@@ -1,4 +1,11 @@
-"""The pass: recognise, plan, rewrite, on a copy of the graph; the original stays if anything goes wrong."""
+"""The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
+
+    normalise → relayout → fuse → merge → settle → account
+
+Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
+by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
+step that edited the graph says so, and what it `invalidates` is found anew when somebody asks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +14,25 @@ import logging
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from tpfuse.errors import FusionError
 from tpfuse.policy import SharingPolicy
-from tpfuse.report import Boundary, Report
+from tpfuse.report import Boundary, Report, Transfer
 
 from .facts.collectives import Collective, ResolveGroup, find_collectives, is_collective
 from .facts.graph import use_positions
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .plan.sites import REWRITES, Decisions, plan
-from .recognise.hazards import Hazards
+from .recognise.known import Known
 from .recognise.norms import find_norms
-from .recognise.sites import Recognition, recognise
+from .recognise.sites import Recognition
 from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
-from .rewrite.chain import Moved
 from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.normalise import drop_copies
 from .rewrite.relayout import Choice, relayout
@@ -38,6 +45,9 @@ from .verdict.subgraphs import collectives_inside
 from .verdict.verdicts import verdicts
 
 log = logging.getLogger(__name__)
+
+#: The reason where an all-reduce was to be fused, until the layouts of its stream changed.
+LAID_OUT_ANEW = "its boundary was laid out anew, and no norm follows it any more"
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     options = options or PassOptions()
     began = time.perf_counter()
     try:
-        changed, report = _fuse(graph, resolve, options)
+        changed, report = _through_steps(graph, resolve, options)
     except Exception as error:
         changed, report = graph, _report_of_failure(graph, resolve, error)
         if options.strict:
@@ -93,43 +103,178 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     return Outcome(changed, report, seconds, tuple(node.name for node in graph.nodes if is_collective(node)))
 
 
-def _fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
+# -- the way of a graph -----------------------------------------------------------------------------------------------
+
+
+#: New verdicts, by the name of the collective's node in the graph as it came.
+Verdicts = dict[str, Boundary]
+
+
+@dataclass
+class Context:
+    """What the steps share about one graph.
+
+    known: facts about the graph as it is now. boundaries: the verdicts so far, in the order of the collectives of the
+    graph as it came. written: what that communicated, by collective; norms: how many it had. layouts: in which layout
+    rows stay whose collectives vanished. edited: whether the running step changed the graph. rewritten: whether a step
+    before it put something in the place of a collective.
+    """
+
+    known: Known
+    options: PassOptions
+    boundaries: Verdicts = field(default_factory=dict)
+    written: Mapping[str, tuple[Transfer, ...]] = field(default_factory=dict)
+    norms: int = 0
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    edited: bool = False
+    rewritten: bool = False
+    _decided: tuple[Recognition, Decisions] | None = None
+
+    @property
+    def decisions(self) -> Decisions:
+        """What is planned for the graph as it is now."""
+        recognition = self.known.recognition
+        if self._decided is None or self._decided[0] is not recognition:
+            self._decided = recognition, _decide(recognition, self.options)
+        return self._decided[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. `invalidates`: the facts that may not hold any more once it edited the graph."""
+
+    run: Callable[[fx.Graph, Context], Verdicts]
+    invalidates: tuple[str, ...] = Known.FACTS
+
+
+def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> tuple[fx.Graph, Report]:
     inner = collectives_inside(graph, resolve)
     if not any(is_collective(node) for node in graph.nodes):
         steps = find_steps(graph, resolve)
         return graph, Report(inner, len(find_norms(graph)), len(steps) + len(inner), steps=steps)
     changed = copy.deepcopy(graph)
-    use_positions(changed)
-    drop_copies(changed)
-    recognition = recognise(changed, resolve)
-    before = verdicts(recognition, _decide(recognition, options))
-    names = [collective.node.name for collective in recognition.collectives]
-    written = accounting.transfers(changed, resolve)
-    mesh = _mesh(options.policy, options.ranks)
+    context = Context(Known(changed, resolve), options)
+    for step in STEPS:
+        context.edited = False
+        context.boundaries |= step.run(changed, context)
+        if context.edited:
+            context.known.changed(*step.invalidates)
+    changed, original = (changed, graph) if context.rewritten else (graph, None)
+    steps = find_steps(changed, resolve, original)
+    return changed, Report([*context.boundaries.values(), *inner], context.norms, len(steps) + len(inner), steps=steps)
 
+
+def _normalise(graph: fx.Graph, context: Context) -> Verdicts:
+    """Write calls the way the recognisers read them, and say what is to be said of the graph as the program wrote it;
+    that a boundary is fused is said once it is."""
+    use_positions(graph)
+    drop_copies(graph)
+    recognition = context.known.recognition
     accounting.mark(recognition.collectives)
-    moved = _relayout(changed, resolve, options, inference=not recognition.backward)
-    # Recognising again costs less than carrying every node over by hand, and the layouts may have changed.
-    decisions = _decide(recognise(changed, resolve), options)
-    boundaries = _after(before, names, moved, decisions)
+    context.norms = len(recognition.norms)
+    context.written = accounting.transfers(graph, context.known.resolve)
+    names = [collective.node.name for collective in recognition.collectives]
+    found = verdicts(recognition, context.decisions)
+    return {name: replace(boundary, fused=False, rewrite=None) for name, boundary in zip(names, found, strict=True)}
+
+
+def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
+    """Lay the rows of the residual streams out anew where that sends less."""
+    options, known, rank = context.options, context.known, own_rank()
+    if rank is None or options.split or options.as_written or known.hazards.writes:
+        return {}
+    policy = options.policy
+    residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
+    choice = Choice(residual, rows, options.rewrites, inference=not known.backward)
+    moved = relayout(known, rank, names_of_groups(), choice)
+    context.layouts = moved.layouts
+    context.rewritten = bool(moved.verdicts)
+    found: Verdicts = {}
+    for name, boundary in context.boundaries.items():
+        if name in moved.verdicts:
+            rewrite, done, reason = moved.verdicts[name]
+            runs = NO_KERNEL if done else ""
+            found[name] = replace(boundary, rewrite=rewrite, fused=done, reason=reason, runs=runs)
+        elif name in moved.kept:
+            found[name] = replace(boundary, reason=moved.kept[name])
+        if name in moved.demanded:
+            found[name] = replace(found.get(name, boundary), demanded=True)
+    return found
+
+
+def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
+    """Put a fused operation in the place of every boundary that has a plan."""
+    decisions = context.decisions
+    refused = {origin(owed.collective.node): reason for owed, reason in decisions.refusals}
+    found: Verdicts = {}
     for chosen in decisions.plans:
-        apply(changed, chosen)
-    merged = _merge(changed, resolve, options) if recognition.backward and not options.as_written else {}
-    boundaries = _with_merges(boundaries, names, merged)
-    if not decisions.plans and not moved.verdicts and "" not in merged.values():
-        boundaries = accounting.account(boundaries, names, written, written, mesh, {})
-        steps = find_steps(graph, resolve)
-        return graph, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
-    restore_order(changed)
-    if options.batch_invariant:
-        for node in changed.nodes:
-            if calls(node, "tpfuse::all_reduce_norm"):
-                node.update_kwarg("batch_invariant", True)
-    changed.lint()
-    performed = accounting.transfers(changed, resolve)
-    boundaries = accounting.account(boundaries, names, written, performed, mesh, moved.layouts)
-    steps = find_steps(changed, resolve, graph)
-    return changed, Report(boundaries + inner, len(recognition.norms), len(steps) + len(inner), steps=steps)
+        runs = how_it_runs(chosen)
+        for owed in chosen.paid:
+            name = origin(owed.collective.node)
+            rewrite = context.boundaries[name].rewrite or chosen.rewrite
+            found[name] = replace(context.boundaries[name], rewrite=rewrite, fused=True, reason="", runs=runs)
+    for name, boundary in context.boundaries.items():
+        if name not in found and not (boundary.fused or boundary.rewrite or boundary.reason):
+            found[name] = replace(boundary, reason=refused.get(name) or LAID_OUT_ANEW)
+    for chosen in decisions.plans:
+        apply(graph, chosen)
+    context.edited = bool(decisions.plans)
+    context.rewritten |= context.edited
+    return found
+
+
+def _merge(graph: fx.Graph, context: Context) -> Verdicts:
+    """Make the backward pass's all-reduces one where their sums are added up."""
+    options = context.options
+    if not context.known.backward or options.as_written or "merge_all_reduces" not in options.rewrites:
+        return {}
+    found: Verdicts = {}
+    for name, refusal in merge_all_reduces(context.known).items():
+        if name not in context.boundaries:
+            continue  # one that a merge before it put there
+        boundary = context.boundaries[name]
+        if refusal:
+            found[name] = replace(boundary, reason=refusal)
+        else:
+            found[name] = replace(boundary, fused=True, rewrite="merge_all_reduces", reason="")
+            context.rewritten = True
+    return found
+
+
+def _settle(graph: fx.Graph, context: Context) -> Verdicts:
+    """Put what the steps inserted in order, and tell it what the whole graph is told."""
+    if context.rewritten:
+        restore_order(graph)
+        if context.options.batch_invariant:
+            for node in graph.nodes:
+                if calls(node, "tpfuse::all_reduce_norm"):
+                    node.update_kwarg("batch_invariant", True)
+        graph.lint()
+        context.edited = True
+    return {}
+
+
+def _account(graph: fx.Graph, context: Context) -> Verdicts:
+    """What every boundary sent and sends now, and how its rows lie."""
+    performed = accounting.transfers(graph, context.known.resolve) if context.rewritten else context.written
+    layouts = context.layouts if context.rewritten else {}
+    mesh = _mesh(context.options.policy, context.options.ranks)
+    names, boundaries = list(context.boundaries), list(context.boundaries.values())
+    accounted = accounting.account(boundaries, names, context.written, performed, mesh, layouts)
+    return dict(zip(names, accounted, strict=True))
+
+
+STEPS = (
+    Step(_normalise),
+    Step(_relayout),
+    Step(_fuse),
+    Step(_merge),
+    Step(_settle),
+    Step(_account, invalidates=()),
+)
+
+
+# -- what the steps ask -----------------------------------------------------------------------------------------------
 
 
 def _decide(recognition: Recognition, options: PassOptions) -> Decisions:
@@ -143,48 +288,6 @@ def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGr
     if policy is None or rank is None:
         return None
     return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), ranks)
-
-
-def _relayout(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions, inference: bool) -> Moved:
-    rank = own_rank()
-    if rank is None or options.split or options.as_written or Hazards(graph).writes:
-        return Moved()
-    policy = options.policy
-    residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
-    choice = Choice(residual, rows, options.rewrites, inference)
-    return relayout(graph, resolve, rank, names_of_groups(), choice)
-
-
-def _after(before: list[Boundary], names: list[str], moved: Moved, decisions: Decisions) -> list[Boundary]:
-    """The verdicts on the original collectives, once layouts were changed and boundaries fused."""
-    fused = {origin(owed.collective.node): chosen for chosen in decisions.plans for owed in chosen.paid}
-    refused = {origin(owed.collective.node): reason for owed, reason in decisions.refusals}
-    boundaries = []
-    for boundary, name in zip(before, names, strict=True):
-        rewrite, done, reason = moved.verdicts.get(name, (None, False, boundary.reason))
-        runs = NO_KERNEL if done else ""
-        if name in fused:
-            rewrite, done, reason, runs = rewrite or fused[name].rewrite, True, "", how_it_runs(fused[name])
-        elif not done and rewrite is None:
-            anew = "its boundary was laid out anew, and no norm follows it any more"
-            reason = moved.kept.get(name) or reason or refused.get(name) or anew
-        verdict = dict(fused=done, rewrite=rewrite, reason=reason, runs=runs, demanded=name in moved.demanded)
-        boundaries.append(replace(boundary, **verdict))
-    return boundaries
-
-
-def _merge(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions) -> dict[str, str]:
-    return merge_all_reduces(graph, resolve) if "merge_all_reduces" in options.rewrites else {}
-
-
-def _with_merges(boundaries: list[Boundary], names: list[str], merged: dict[str, str]) -> list[Boundary]:
-    """The verdicts once the backward pass's all-reduces were merged; `merged`: name -> '' or why not."""
-    return [
-        replace(boundary, fused=True, rewrite="merge_all_reduces", reason="")
-        if merged.get(name) == ""
-        else replace(boundary, reason=merged.get(name, boundary.reason))
-        for boundary, name in zip(boundaries, names, strict=True)
-    ]
 
 
 def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception) -> Report:

@@ -404,6 +404,19 @@ def new_fake_mode() -> Any:
     return FakeTensorMode()
 
 
+def new_fake_like(val: Any) -> torch.Tensor:
+    """A fake tensor in `val`'s fake mode, with its sizes, strides, dtype and device, and memory of its own.
+
+    If `FakeTensor` can no longer be made so: `val.new_empty_strided(val.shape, val.stride())` under `val.fake_mode`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._mode_utils import no_dispatch
+
+    with no_dispatch():
+        plain = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    return FakeTensor(val.fake_mode, plain, val.device)
+
+
 def operator_schema(target: Any) -> torch.FunctionSchema | None:
     """The schema of an operator (`torch.ops.aten.add.Tensor`); None for anything else.
 

@@ -89,8 +89,15 @@ def whole_norm(node: fx.Node) -> Norm | None:
     return norm
 
 
+#: The operators that an inverse square root ends in, or a division by a square root.
+_ANCHORS = {aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.sqrt.default}
+_ANCHORS |= {in_place for in_place, twin in ops.IN_PLACE_TWINS.items() if twin in _ANCHORS}
+
+
 def written_out_norm(node: fx.Node) -> Norm | None:
     """A norm spelled in elementary operators, anchored at `node` = (mean of squares or variance + eps)^(-1/2)."""
+    if node.target not in _ANCHORS:
+        return None
     inverse = _inverse_square_root(node)
     if inverse is None:
         return None

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.checkpoint import is_astride, is_checkpointed
-from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.collectives import Collective
 from ..facts.graph import (
     depends_on,
     is_call,
@@ -27,7 +27,7 @@ from ..facts.graph import (
 )
 from .divergence import Parting, differs_between_ranks, find_partings
 from .hazards import Hazards
-from .norms import Norm, find_norms
+from .norms import Norm
 from .range import overflow
 from .sums import Sum, Term, decompose
 
@@ -92,19 +92,22 @@ class _Known:
     unfused: set[fx.Node] = field(default_factory=set)
 
 
-def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
-    """Find every collective and norm of `graph`, and pair them up.
+def recognise(
+    graph: fx.Graph,
+    collectives: Sequence[Collective],
+    norms: Sequence[Norm],
+    backward: frozenset[fx.Node],
+    hazards: Hazards | None,
+) -> Recognition:
+    """Pair up the collectives and norms of `graph` (`known.Known` finds all that is asked for here).
 
     Sites come in graph order, and each all-reduce belongs to the first norm that reads it: later norms see the
     residual stream that this one hands on.
     """
-    collectives = find_collectives(graph, resolve)
-    norms = find_norms(graph) if collectives else []
-    backward = backward_nodes(graph)
-    if not norms:
-        return Recognition(tuple(collectives), (), (), frozenset(backward))
+    if hazards is None or not norms:
+        return Recognition(tuple(collectives), (), (), backward)
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
-    known = _Known(eligible, Hazards(graph), find_partings(collectives))
+    known = _Known(eligible, hazards, find_partings(collectives))
     to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
     for norm in norms:
@@ -122,7 +125,7 @@ def recognise(graph: fx.Graph, resolve: ResolveGroup) -> Recognition:
             for owed in site.owed:  # paid once
                 eligible.pop(owed.collective.result, None)
             known.fixed.add(site.hidden)
-    return Recognition(tuple(collectives), tuple(norms), tuple(sites), frozenset(backward))
+    return Recognition(tuple(collectives), tuple(norms), tuple(sites), backward)
 
 
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:

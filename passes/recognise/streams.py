@@ -10,6 +10,7 @@ were gathered over it. Stages of one group follow one another along the residual
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,10 +18,11 @@ from torch import fx
 from tpfuse._torch_private import operator_schema
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import Collective, ResolveGroup, find_collectives, is_collective
+from ..facts.collectives import Collective, is_collective
 from ..facts.graph import is_call, last_dim, region_between, same_shape, same_size, value, why_unusual
 from ..verdict.accounting import origin
-from .norms import Norm, find_norms
+from .known import Known
+from .norms import Norm
 from .sites import hidden_of
 from .sums import Sum, Term, decompose
 
@@ -102,10 +104,9 @@ def moves_rows(graph: fx.Graph) -> bool:
     )
 
 
-def find_streams(graph: fx.Graph, resolve: ResolveGroup, rank: int) -> dict[tuple[int, ...], Stream]:
+def find_streams(known: Known, rank: int) -> dict[tuple[int, ...], Stream]:
     """The streams of every group that pays sums before norms."""
-    collectives = find_collectives(graph, resolve)
-    norms = find_norms(graph)
+    collectives, norms = known.collectives, known.norms
     groups = dict.fromkeys(c.ranks for c in collectives if c.ranks and rank in c.ranks and len(c.ranks) > 1)
     found = {}
     for ranks in groups:
@@ -131,9 +132,9 @@ def _addend(collective: Collective) -> Addend | None:
 
 
 def _stream(
-    norms: list[Norm],
+    norms: Sequence[Norm],
     addends: dict[fx.Node, Addend],
-    collectives: list[Collective],
+    collectives: Sequence[Collective],
     ranks: tuple[int, ...],
     rank: int,
 ) -> Stream:
@@ -223,7 +224,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _readers(
-    norm: Norm, addend: Addend, collectives: list[Collective], ranks: tuple[int, ...], rank: int
+    norm: Norm, addend: Addend, collectives: Sequence[Collective], ranks: tuple[int, ...], rank: int
 ) -> tuple[tuple[fx.Node, ...], tuple[Collective, ...]]:
     """The cuts and the gathers that read the normed rows, seen through views that keep every row as it is."""
     by_node = {c.node: c for c in collectives if c.kind == "all_gather" and not c.problem and c.wait is not None}

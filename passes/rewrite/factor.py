@@ -18,8 +18,9 @@ from typing import Any
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.collectives import Collective
 from ..facts.graph import insert_call, inserting_behind, same_shape, scaled, value
+from ..recognise.known import Known
 from ..recognise.streams import CUT_ROWS, TRIM_ROWS, calls, divides, flat_rows
 from ..recognise.sums import Term, decompose
 from ..verdict.accounting import origin
@@ -47,12 +48,16 @@ class Factored:
     nodes: tuple[fx.Node, ...]
 
 
-def factor_sums(graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str]) -> list[Factored]:
+def factor_sums(known: Known, rank: int, names: dict[tuple[int, ...], str]) -> list[Factored]:
     """Factor every all-reduce that is followed by a cut over a dp group and by nothing else."""
-    collectives = {c.result: c for c in find_collectives(graph, resolve) if c.kind == "all_reduce" and not c.problem}
+    graph = known.graph
+    collectives = {c.result: c for c in known.collectives if c.kind == "all_reduce" and not c.problem}
     cuts = [node for node in graph.nodes if calls(node, CUT_ROWS)]
-    factored = [_factor(graph, cut, collectives, rank, names) for cut in cuts]
-    return [one for one in factored if one is not None]
+    found = [_factor(graph, cut, collectives, rank, names) for cut in cuts]
+    factored = [one for one in found if one is not None]
+    if factored:
+        known.changed()
+    return factored
 
 
 def unfactor(graph: fx.Graph, factored: Factored) -> None:

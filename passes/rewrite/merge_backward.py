@@ -21,10 +21,10 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.collectives import Collective
 from ..facts.graph import insert_call, is_call, same_shape, value
 from ..recognise.hazards import Hazards
-from ..recognise.sites import backward_nodes
+from ..recognise.known import Known
 from ..recognise.sums import Step, linear_inputs
 from .all_reduce_norm import replay
 
@@ -47,32 +47,32 @@ class Merge:
     root: fx.Node
 
 
-def merge_all_reduces(graph: fx.Graph, resolve: ResolveGroup) -> dict[str, str]:
-    """Merge the all-reduces of `graph`'s backward pass. Changes `graph`.
+def merge_all_reduces(known: Known) -> dict[str, str]:
+    """Merge the all-reduces of the graph's backward pass. Changes the graph.
 
     Returns, by the name of the collective's node, '' where it was merged, and one sentence where it met another one
     and was not.
     """
     outcome: dict[str, str] = {}
     while True:
-        merges, refusals = plan_merges(find_sums(graph, resolve), Hazards(graph))
+        merges, refusals = plan_merges(find_sums(known), known.hazards)
         outcome |= refusals
         if not merges:
             return outcome
         for merge in merges:
-            _apply(graph, merge)
+            _apply(known.graph, merge)
             outcome |= {part.collective.node.name: "" for part in merge.parts}
+        known.changed()
 
 
 # -- find -------------------------------------------------------------------------------------------------------------
 
 
-def find_sums(graph: fx.Graph, resolve: ResolveGroup) -> list[tuple[Part, ...]]:
+def find_sums(known: Known) -> list[tuple[Part, ...]]:
     """Where results of two or more of the backward pass's all-reduces meet in one sum. Reads only."""
-    backward = backward_nodes(graph)
     meeting: dict[fx.Node, list[Part]] = {}
-    for collective in find_collectives(graph, resolve):
-        if collective.kind != "all_reduce" or collective.problem or collective.node not in backward:
+    for collective in known.collectives:
+        if collective.kind != "all_reduce" or collective.problem or collective.node not in known.backward:
             continue
         chain = _chain(collective.result)
         if chain:

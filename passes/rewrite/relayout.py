@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.collectives import Collective, ResolveGroup
 from ..facts.graph import region_between, same_size, value
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
-from ..recognise.sites import backward_nodes, recognise
+from ..recognise.known import Known
 from ..recognise.streams import StreamStage, find_streams, moves_rows
 from ..verdict.accounting import origin
 from .chain import Chain, Moved
@@ -44,31 +44,34 @@ class Choice:
     inference: bool = True
 
 
-def relayout(
-    graph: fx.Graph, resolve: ResolveGroup, rank: int, names: dict[tuple[int, ...], str], choice: Choice
-) -> Moved:
-    """Re-lay the residual streams of `graph`. `names`: members -> name of the groups this rank may use; of groups with
-    equal members, the one that comes first in the graph is used, since the graph's ranks are known to meet there."""
-    moved = Moved()
+def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice: Choice) -> Moved:
+    """Re-lay the residual streams of the graph.
+
+    names: members -> name of the groups this rank may use; of groups with equal members, the one that comes first in
+    the graph is used, since the graph's ranks are known to meet there.
+    """
+    moved, graph = Moved(), known.graph
     if not moves_rows(graph):
         return moved
-    written = {c.ranks: c.group_name for c in reversed(find_collectives(graph, resolve)) if c.ranks and c.group_name}
+    written = {c.ranks: c.group_name for c in reversed(known.collectives) if c.ranks and c.group_name}
     names = names | written
-    factored = factor_sums(graph, resolve, rank, names) if "gather_full_tp" in choice.rewrites else []
+    factored = factor_sums(known, rank, names) if "gather_full_tp" in choice.rewrites else []
     for one in factored:
         reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
         moved.verdicts[one.name] = ("gather_full_tp", False, reason)
     if choice.inference:
         _read_sizes_off_inputs(graph)
-        for ranks, stream in find_streams(graph, resolve, rank).items():
-            gathers = {origin(c.node) for c in find_collectives(graph, resolve) if c.kind != "all_reduce"}
+        known.changed()
+        for ranks, stream in find_streams(known, rank).items():
+            gathers = {origin(c.node) for c in known.collectives if c.kind != "all_reduce"}
             left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
             if stream.stages:
                 _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved), factored, choice)
+                known.changed()
             moved.kept |= left
     else:
-        moved.kept |= {c.node.name: IN_TRAINING for c in _gathers_of_rows(graph, resolve)}
-    _keep_whole(graph, resolve, factored, choice, moved)
+        moved.kept |= {c.node.name: IN_TRAINING for c in _gathers_of_rows(known)}
+    _keep_whole(known, factored, choice, moved)
     return moved
 
 
@@ -83,10 +86,9 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
         node.args = node.args if place is None else place
 
 
-def _gathers_of_rows(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]:
+def _gathers_of_rows(known: Known) -> list[Collective]:
     """The forward gathers of rows; an output projection gathers columns, of a tensor that is not flattened."""
-    backward = backward_nodes(graph)
-    found = [c for c in find_collectives(graph, resolve) if c.kind == "all_gather" and c.node not in backward]
+    found = [c for c in known.collectives if c.kind == "all_gather" and c.node not in known.backward]
     return [c for c in found if value(c.node) is not None and value(c.node).dim() == 2]
 
 
@@ -110,18 +112,19 @@ def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None
     chain.sweep()
 
 
-def _keep_whole(graph: fx.Graph, resolve: ResolveGroup, factored: list[Factored], choice: Choice, moved: Moved) -> None:
+def _keep_whole(known: Known, factored: list[Factored], choice: Choice, moved: Moved) -> None:
     """Take factors back where the replica's rows stayed wanted and one all-reduce over the whole group is cheaper."""
-    left = set(graph.nodes)
-    sizes = {one: _sizes_of_factors(one, resolve, choice) for one in factored if one.second in left}
+    left = set(known.graph.nodes)
+    sizes = {one: _sizes_of_factors(one, known.resolve, choice) for one in factored if one.second in left}
     cheaper = [one for one, its in sizes.items() if paid_whole(its) == UNFACTORED]
     if not cheaper:
         return
     # Where a norm reads two sums, the second half joins the other sum's all-reduce and costs nothing more.
-    joined = {o.collective.node for site in recognise(graph, resolve).sites if len(site.owed) > 1 for o in site.owed}
+    joined = {o.collective.node for site in known.recognition.sites if len(site.owed) > 1 for o in site.owed}
     for one in cheaper:
         if one.second not in joined:
-            unfactor(graph, one)
+            unfactor(known.graph, one)
+            known.changed()
             moved.verdicts.pop(one.name)
             moved.kept[one.name] = _why_whole(choice)
             if choice.rows is not None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tpfuse.passes.facts.groups import resolve_group
 from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.recognise.known import Known
 from tpfuse.passes.rewrite.merge_backward import find_sums, plan_merges
 
 from ..graphs import all_reduce, executed_collectives, fake_world, fused, on_ranks, relative_error, trace
@@ -198,7 +199,7 @@ def test_every_rank_decides_alike():
             row, column = rows[rank // 2], columns[rank % 2]
 
             graph = trace(across(row, column), *(parts[0] for parts in gradients(0, torch.float32, 2))).graph
-            merges, refusals = plan_merges(find_sums(graph, resolve_group))
+            merges, refusals = plan_merges(find_sums(Known(graph, resolve_group)))
             plans.append(([[part.collective.node.name for part in merge.parts] for merge in merges], list(refusals)))
     assert plans == [([["all_reduce", "all_reduce_2"]], ["all_reduce_1"])] * 4
 
