@@ -1,6 +1,7 @@
 """How much of the compile time is ours, and whether it grows linearly with the number of layers.
 
     python benchmarks/compile_time.py [--layers 2 8 32 80] [--repeats 3] [--output benchmarks/results/compile_time.json]
+    python benchmarks/compile_time.py --layers 80 --against ../another/checkout     the two by turns, and their ratio
 
 A Llama-like decoder stack, cut over eight ranks of which only this one exists (fake process group: tracing and
 rewriting see what a real rank sees, and nothing is sent). Forward graph, inference. Each depth is compiled by Inductor
@@ -34,6 +35,7 @@ WORLD = 8
 HIDDEN, HEADS, INTERMEDIATE, TOKENS = 256, 8, 512, 16
 #: What is asked of the passes: their share of the compile time, and how much dearer a layer may be in a deep model.
 SHARE, GROWTH = 0.05, 1.5
+TREE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "compile_time.json"
 
 
@@ -143,10 +145,11 @@ def measure(layers: int) -> dict[str, Any]:
     }
 
 
-def in_fresh_process(layers: int) -> dict[str, Any]:
+def in_fresh_process(layers: int, tree: Path = TREE) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", str(layers)]
+        environment["PYTHONPATH"] = str(tree)
+        command = [sys.executable, str(tree / "benchmarks" / "compile_time.py"), "--one", str(layers)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -182,15 +185,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against(other: Path, all_layers: list[int], repeats: int) -> dict[str, Any]:
+    """This tree and another one by turns: the medians of both, and what this one takes of the other's pass time."""
+    rows = []
+    for layers in all_layers:
+        print(f"compiling {layers} layers on both trees ...", file=sys.stderr, flush=True)
+        pairs = [(in_fresh_process(layers, other), in_fresh_process(layers)) for _ in range(repeats)]
+        before, now = (medians(list(runs)) for runs in zip(*pairs, strict=True))
+        row: dict[str, Any] = {"layers": layers, "before": before, "now": now}
+        row["ratio"] = round(now["passes_s"] / before["passes_s"], 3)
+        row["ratio_without_gc"] = round(
+            (now["passes_s"] - now["collecting_s"]) / (before["passes_s"] - before["collecting_s"]), 3
+        )
+        rows.append(row)
+    return {"machine": cpu_machine(), "repeats": repeats, "rows": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32, 80])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--against", type=Path, help="another checkout, compiled by turns with this one")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(measure(arguments.one)))
+        return 0
+    if arguments.against is not None:
+        document = against(arguments.against.resolve(), arguments.layers, arguments.repeats)
+        write(arguments.output.with_name("compile_time_against.json"), document)
+        for row in document["rows"]:
+            print(f"{row['layers']} layers: {row['ratio']} of the pass time ({row['ratio_without_gc']} without gc)")
         return 0
     rows = []
     for layers in arguments.layers:

@@ -159,8 +159,10 @@ def same_strides(a: fx.Node, b: fx.Node) -> bool:
 def use_positions(graph: fx.Graph) -> None:
     """Write arguments by position where the operator's schema has them so: the passes read them off `node.args`."""
     for node in graph.nodes:
+        if node.op != "call_function" or not node.kwargs:
+            continue
         schema = operator_schema(node.target)
-        if node.op != "call_function" or schema is None or not node.kwargs:
+        if schema is None:
             continue
         args, kwargs = list(node.args), dict(node.kwargs)
         for parameter in schema.arguments[len(args) :]:
@@ -259,8 +261,14 @@ def fake_result(node: fx.Node) -> Any:
 
     if node.target is ops.operator.getitem:
         return node.args[0].meta["val"][node.args[1]]
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda arg: arg.meta["val"])
-    leaves = tensor_leaves((args, kwargs))
+    given: list[Any] = []
+
+    def fake(arg: fx.Node) -> Any:
+        given.append(arg.meta["val"])
+        return given[-1]
+
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake)
+    leaves = given if all(isinstance(v, torch.Tensor) for v in given) else tensor_leaves(given)
     modes = {id(mode): mode for v in leaves if (mode := getattr(v, "fake_mode", None))}
     if len(modes) == 1 and all(hasattr(v, "fake_mode") for v in leaves):
         (mode,) = modes.values()

@@ -100,13 +100,15 @@ def _transfer(node: fx.Node, resolve: ResolveGroup) -> Transfer | None:
 
 def performs(node: fx.Node) -> str | None:
     """The kind of collective that `node` performs, or None."""
+    collective = is_collective(node)
+    if not collective and getattr(node.target, "namespace", "") != "tpfuse":
+        return None
     schema = operator_schema(node.target)
     if node.op != "call_function" or schema is None:
         return None
-    name = schema.name
-    if not is_collective(node):
-        return OURS.get(name)
-    name = name.split("::")[-1]
+    if not collective:
+        return OURS.get(schema.name)
+    name = schema.name.split("::")[-1]
     return next((kind for kind in ops.COLLECTIVE_KINDS if name.startswith(kind)), name)
 
 

@@ -40,7 +40,8 @@ _LARGEST_CONSTANT = 65_536
 
 
 def communicates(node: fx.Node) -> bool:
-    return is_collective(node) or any(calls(node, f"tpfuse::{name}") for name in FUSED)
+    ours = getattr(node.target, "namespace", "") == "tpfuse"  # every node is asked, and few are
+    return is_collective(node) or (ours and any(calls(node, f"tpfuse::{name}") for name in FUSED))
 
 
 def communicating(graph: fx.Graph) -> list[fx.Node]:
