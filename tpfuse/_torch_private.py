@@ -7,14 +7,18 @@ collectives and of symmetric memory, and the names of operators (`torch.ops.aten
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import inspect
 import re
+import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,18 +234,73 @@ def joint_graph_clean_up(gm: fx.GraphModule) -> None:
     remove_noop_ops(gm.graph)
 
 
-def compile_stopped_at_graph_break(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo ended this graph because of a graph break.
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place at which Dynamo could not go on. reason: its own words, several lines; place: `file:line in function`."""
 
-    If `compile_subgraph_reason` goes: explain can no longer tell, and says nothing about breaks.
+    reason: str
+    place: str
+
+
+def ending_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break that ended a Dynamo graph; None where it ended with its function.
+
+    If `compile_subgraph_reason` goes: None, and reports say nothing about breaks.
     """
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return bool(getattr(reason, "graph_break", False))
+    return _as_break(getattr(gm, "compile_subgraph_reason", None))
 
 
-def graph_break_reason(gm: fx.GraphModule) -> str:
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return str(getattr(reason, "reason", "")).strip().splitlines()[0] if reason is not None else ""
+def breaks_since(known: int) -> tuple[list[GraphBreak], int]:
+    """The graph breaks of this process from number `known` on, and how many there are now; Dynamo forgets them at
+    `torch.compiler.reset`, and counting begins anew.
+
+    If `graph_break_reasons` goes: none, as for `ending_break`.
+    """
+    try:
+        from torch._dynamo.utils import graph_break_reasons
+    except ImportError:
+        return [], 0
+    new = graph_break_reasons[known if known <= len(graph_break_reasons) else 0 :]
+    return [found for reason in new if (found := _as_break(reason)) is not None], len(graph_break_reasons)
+
+
+def _as_break(reason: Any) -> GraphBreak | None:
+    if not getattr(reason, "graph_break", False):
+        return None
+    stack = getattr(reason, "user_stack", None) or ()
+    frame = stack[-1] if stack else None
+    place = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame is not None else ""
+    return GraphBreak(str(getattr(reason, "reason", "")).strip(), place)
+
+
+def callers() -> tuple[list[str], list[str]]:
+    """The program's own functions on the stack while Dynamo compiles, innermost first: those that were to be compiled
+    and run outside of any graph, and the forwards of modules that call what was compiled.
+
+    If `compile_wrapper` is renamed: ([], []), and reports say less about what is around a graph.
+    """
+    frames: list[tuple[types.FrameType, bool]] = []
+    outermost = 0
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
+            outermost = len(frames)
+        elif not name.startswith(_NO_PROGRAM) and not name.startswith("<"):
+            frames.append((frame, "forward" in frame.f_code.co_name))
+        frame = frame.f_back
+    inside = [_where(frame) for frame, _ in frames[:outermost]]
+    return inside, [_where(frame) for frame, is_forward in frames[outermost:] if is_forward]
+
+
+def _where(frame: types.FrameType) -> str:
+    code = frame.f_code
+    name = getattr(code, "co_qualname", code.co_name)
+    return f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
+
+
+#: Files whose functions are not the program's.
+_NO_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(contextlib.__file__)))
 
 
 def custom_graph_pass() -> type:

@@ -30,6 +30,7 @@ from .report import Report, record
 from .runtime import report_store
 from .runtime.ballots import Place
 from .runtime.cache_key import cache_key
+from .runtime.endings import Surroundings, surroundings, with_surroundings
 from .runtime.guard import guard
 
 #: Why a graph is compiled a second time, at its first run.
@@ -73,8 +74,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     options = with_recorded_policy(options, gm)
     marks = take_marks(gm)
     spare = copy_graph(gm)
+    around = surroundings(gm)
     tracing = private.tracing_again(example_inputs)
-    compiled, report = _compiled(gm, example_inputs, options)
+    compiled, report = _compiled(gm, example_inputs, options, around)
 
     def written() -> tuple[Callable[..., Any], Report]:
         """The same graph with everything sent as the program wrote it; called at the graph's first run."""
@@ -82,7 +84,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         kernels = any(step.kernel for step in report.steps)
         as_written = replace(options, as_written=DIFFER, rewrites=() if kernels else options.rewrites)
         with tracing():
-            again, its_report = _compiled(copy_graph(spare), example_inputs, as_written)
+            again, its_report = _compiled(copy_graph(spare), example_inputs, as_written, around)
         return checking(again, spare, marks), its_report
 
     place = Place(*private.compilation())
@@ -90,7 +92,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 
 
 def _compiled(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, around: Surroundings
 ) -> tuple[Callable[..., Any], Report]:
     """What the inner compiler makes of the graph, and the report on it, which is recorded and meets the options."""
     fusion, patches = assemble(options)
@@ -104,6 +106,7 @@ def _compiled(
         # A warm cache: nothing was traced, so the pass did not run, or not to its end.
         report = report_store.load(name) or trace_report(spare, example_inputs, options)
     check_groups(report, options.policy, options.ranks)
+    report = with_surroundings(report, around)
     record(report)
     check(report, options)
     return compiled, report

@@ -17,6 +17,7 @@ from .passes.facts.groups import resolve_group
 from .passes.pipeline import PassOptions, fuse
 from .policy import SharingPolicy
 from .report import Report
+from .runtime.endings import surroundings, with_surroundings
 
 
 class _Explained(Exception):
@@ -51,15 +52,16 @@ def explain(
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
 
     def report_and_stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        around = surroundings(gm)
         try:
             stated = with_recorded_policy(parsed, gm)
             report = trace_report(gm, example_inputs, stated)
             check_groups(report, stated.policy, stated.ranks)
         except TPFuseError as error:
             raise private.raised_through_dynamo(error) from error.__cause__
-        if private.compile_stopped_at_graph_break(gm):
-            why = private.graph_break_reason(gm)
-            note = f"the model has a graph break here, and what follows was not looked at: {why}"
+        report = with_surroundings(report, around)
+        if around.ending is not None:
+            note = "what follows the graph break was not looked at"
             report = dataclasses.replace(report, notes=[*report.notes, note])
         raise private.raised_through_dynamo(_Explained(report))
 

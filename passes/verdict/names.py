@@ -53,10 +53,40 @@ def module_name(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """`L['self'].model.layers[0].mlp` -> `model.layers.0.mlp`."""
-    path = re.sub(r"^.*\.cell_contents\.?|^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
-    path = re.sub(r"_modules\['(\w+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), path)
-    return re.sub(r"\.+", ".", path).strip(".").replace("_orig_mod.", "")
+    """`L['self'].model.layers[0].mlp` -> `model.layers.0.mlp`: the way from the compiled module, as `named_modules`
+    spells it. What only Dynamo spells out (`__dict__`, `_modules`, cells of closures) goes, and so does the wrapper
+    that `torch.compile` makes around a whole model."""
+    names = [first or second for _, first, second in _PART.findall(_ROOT.sub("", path))]
+    names = [name for name in names if name not in _SPELLED_OUT]
+    while names and names[0] == "_orig_mod":
+        names.pop(0)
+    return ".".join(names)
+
+
+#: Where a way begins: a local or global name, a cell of a closure, `self`.
+_ROOT = re.compile(r"^.*\.cell_contents(?![\w'\"])|^[LG]\[(['\"]).*?\1\]|^L__self___?|^self(?=\.|$)")
+#: `name`, `['name']` or `[0]`.
+_PART = re.compile(r"\[(['\"]?)(.*?)\1\]|([^.\[\]]+)")
+_SPELLED_OUT = ("__dict__", "_modules")
+
+
+def place(node: fx.Node) -> str:
+    """`aten.relu.default in model.layers.0 (model.py:12)`: an operator, and where in the program it stands."""
+    module, line = module_name(node), _line(node)
+    return f"{_operator(node)}{f' in {module}' if module else ''}{f' ({line})' if line else ''}"
+
+
+def _operator(node: fx.Node) -> str:
+    kernel = node.kwargs.get("kernel_idx")
+    name = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
+    name = str(node.target) if "." in str(node.target) and "<" not in str(node.target) else name
+    return name if kernel is None else f"{name} (a Triton kernel of the program)"
+
+
+def _line(node: fx.Node) -> str:
+    """`model.py:12`: the innermost line of the program that `node` comes from; '' if unknown."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 
 def _stack(node: fx.Node) -> list[tuple[str, object]]:

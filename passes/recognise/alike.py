@@ -1,0 +1,128 @@
+"""Find what looks like a norm in a spelling that is not recognised. Reads only.
+
+What counts: a value of rows, multiplied or divided by a root of a statistic over the same rows' hidden units
+
+    y = f(h) * g(sqrt(s(h)))      s: a reduction over the last dimension; f, g: row by row
+
+in whatever operators, and any operator that is called a norm and reads the rows. It is for the report, and for
+`strict`: nothing is rewritten on the strength of a likeness.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import fx
+
+from tpfuse._torch_private import operator_schema
+
+from ..facts import aten_ops as ops
+from ..facts.collectives import is_collective
+from ..facts.graph import last_dim, same_size, tensor_inputs, value
+
+#: Operators that mix rows or units, by the beginning of their names: a walk over row-wise operators ends there.
+ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "scaled_dot_product", "softmax", "sort")
+_ROOTS = ("sqrt", "rsqrt")
+#: Reductions that hold a root.
+_ROOTED = ("linalg_vector_norm", "norm", "std")
+_ROW, _STATISTIC, _ROOT = "row", "statistic", "root"
+_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Alike:
+    """`node`: where rows are scaled (or the operator that is called a norm); `statistic`: the reduction over the hidden
+    units that they are scaled by a root of, or None."""
+
+    node: fx.Node
+    statistic: fx.Node | None
+
+
+def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collection[fx.Node] = ()) -> Alike | None:
+    """The first in graph order that reads `result` over row-wise operators; None where there is none.
+
+    recognised: what recognised norms read; behind these they are the answer. ignored: nodes that are not looked at.
+    """
+    hidden = last_dim(result)
+    if hidden is None:
+        return None
+    known: dict[fx.Node, tuple[str, fx.Node | None]] = {result: (_ROW, None)}
+    pending = list(result.users)
+    heapq.heapify(pending)
+    seen = set(pending)
+    while pending and len(seen) < _LIMIT:
+        node = heapq.heappop(pending)
+        if node.op != "call_function" or node in ignored or is_collective(node):
+            continue
+        read = [known[parent] for parent in node.all_input_nodes if parent in known]
+        found = _what(node, read, hidden)
+        if isinstance(found, Alike):
+            return found
+        if found is None:
+            continue
+        known[node] = found
+        if node in recognised:
+            continue
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(pending, user)
+    return None
+
+
+def is_end(node: fx.Node) -> bool:
+    """Whether `node` mixes rows or units, or makes something else than numbers of them."""
+    val = value(node)
+    return operator_name(node).startswith(ENDS) or (val is not None and val.dtype not in ops.FLOATS)
+
+
+def operator_name(node: fx.Node) -> str:
+    """ "rsqrt" for aten.rsqrt.default."""
+    schema = operator_schema(node.target)
+    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _what(
+    node: fx.Node, read: list[tuple[str, fx.Node | None]], hidden: object
+) -> Alike | tuple[str, fx.Node | None] | None:
+    """What `node` is, given what it reads: one more value of rows, a statistic of rows, a root of one, or the norm."""
+    name = operator_name(node)
+    statistics = [(kind, of) for kind, of in read if kind != _ROW]
+    rooted = next((of for kind, of in statistics if kind == _ROOT), None)
+    if len(statistics) == len(read):
+        if is_end(node):
+            return None
+        kind, of = next(((kind, of) for kind, of in statistics if kind == _ROOT), statistics[0])
+        return (_ROOT if _takes_root(node, name) else kind), of
+    if _reduces(node, hidden, len(read)):
+        return (_ROOT if name.startswith(_ROOTED) else _STATISTIC), node
+    if "norm" in name and not name.startswith(_ROOTED):
+        return Alike(node, None)
+    if is_end(node):
+        return None
+    if value(node) is None:  # several results: rows, statistics of them, or both
+        return (_ROW, None) if isinstance(node.meta.get("val"), (tuple, list)) else None
+    if not same_size(last_dim(node), hidden):
+        return None
+    if rooted is not None and node.target in ops.MULS | ops.DIVS | set(ops.IN_PLACE_TWINS):
+        return Alike(node, rooted)
+    return _ROW, None
+
+
+def _takes_root(node: fx.Node, name: str) -> bool:
+    exponent = node.args[1] if len(node.args) > 1 else None
+    return name.rstrip("_") in _ROOTS or (name.startswith("pow") and exponent in (0.5, -0.5))
+
+
+def _reduces(node: fx.Node, hidden: object, read: int) -> bool:
+    """Whether `node` makes one number of every row."""
+    val, inputs = value(node), tensor_inputs(node)
+    if node.target is ops.operator.getitem:
+        inputs = tensor_inputs(inputs[0])
+    if val is None or node.target in ops.SELECTIONS or not inputs or value(inputs[0]) is None:
+        return False
+    if operator_name(node).startswith(ENDS) and read < len(inputs):
+        return False
+    return same_size(val.numel() * hidden, value(inputs[0]).numel()) and not same_size(hidden, 1)

@@ -1,0 +1,115 @@
+"""Why a collective stays as it is: one sentence that says what stands there, and never a guess. Reads only."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import fx
+
+from ..facts.collectives import Collective
+from ..facts.graph import same_shape, value
+from ..recognise.norms import Norm
+from ..recognise.sums import gated_inputs, linear_inputs
+from .names import module_name, place
+from .reach import Reached
+
+#: The beginning of the reason for a sum that no norm reads before the graph ends. What ends it is not in the graph, so
+#: the backend, which sees it, adds to this.
+LEAVES = "the all-reduced value, or what is made of it row by row, leaves the graph before any norm reads it"
+
+
+def reason_for(collective: Collective, refused: str, reached: Reached, backward: bool, training: bool) -> str:
+    """`refused`: the plan's word on it, or ''. `training`: whether the graph has a backward pass."""
+    if collective.problem:
+        return collective.problem
+    if refused and reached.product is None and reached.alike is None:
+        return refused
+    if backward:
+        return "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
+    if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
+        return "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
+    if collective.kind != "all_reduce":
+        return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
+    if reached.alike is not None:
+        return _unrecognised(reached)
+    if reached.product is not None:
+        return (
+            f"{place(reached.product)} reads the all-reduced value before any norm does, so the sum has to be finished "
+            "by itself"
+        )
+    if reached.norm is not None:
+        return _in_the_way(collective, reached, reached.norm)
+    return _no_norm(reached)
+
+
+def _unrecognised(reached: Reached) -> str:
+    node, statistic = reached.alike.node, reached.alike.statistic
+    if statistic is None:
+        return (
+            f"{place(node)} reads it, an operator that is called a norm and that tpfuse cannot see into; as nn.RMSNorm "
+            "or nn.LayerNorm it could be fused"
+        )
+    return (
+        f"what reads it looks like a norm in a spelling that is not recognised: {place(node)}, by a root of "
+        f"{place(statistic)}; as nn.RMSNorm or nn.LayerNorm it could be fused"
+    )
+
+
+def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> str:
+    obstacle = reached.obstacle
+    if obstacle is not None and _spreads(obstacle, collective.result):
+        return (
+            f"{place(obstacle)} spreads the all-reduced value over another dimension before the norm; more would be "
+            "sent if the sum were taken afterwards, so it is finished first"
+        )
+    if obstacle is not None:
+        return (
+            f"{place(obstacle)} stands between the all-reduce and the norm; only views, casts, additions, "
+            "multiplications and sums of rows are looked through"
+        )
+    return norm.problem or _where_the_sum_ends(reached, norm)
+
+
+def _where_the_sum_ends(reached: Reached, norm: Norm) -> str:
+    """The step on a way of linear operators at which the recogniser could not go on."""
+    for below, node in pairwise(reached.path):
+        inputs = [child for child, *_ in linear_inputs(node)]
+        if len(inputs) > 1 and not same_shape(below, node):
+            return (
+                f"{place(node)} broadcasts the all-reduced value of shape {_shape(below)} to {_shape(node)} before the "
+                "norm; give both sides one shape before they are added"
+            )
+        if not inputs and len({child for child, _ in gated_inputs(node)}) > 1:
+            return (
+                f"{place(node)} stands between the all-reduce and the norm and multiplies two values that are both "
+                "made of all-reduced sums"
+            )
+    way = ", ".join(place(node) for node in reached.path[1:]) or "nothing"
+    where = module_name(norm.output) or "the graph"
+    return f"the norm in {where} reads it over {way}, and tpfuse did not take it into that norm's sum: a gap in tpfuse"
+
+
+def _no_norm(reached: Reached) -> str:
+    if reached.limited:
+        return "no norm was found among the first few hundred operators that read the all-reduced value"
+    if reached.returned:
+        return LEAVES
+    if not reached.ends:
+        return "no norm reads the all-reduced value: nothing in the graph does"
+    places = list(dict.fromkeys(map(place, reached.ends)))
+    more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+    return f"no norm reads the all-reduced value: it goes into {', '.join(places[:2])}{more}"
+
+
+def _spreads(node: fx.Node, result: fx.Node) -> bool:
+    """Whether `node` repeats what it reads along a dimension that `result` does not have."""
+    if value(node) is None or value(result) is None or value(node).dim() <= value(result).dim():
+        return False
+    return any(value(n) is not None and not same_shape(n, node) for n in node.all_input_nodes)
+
+
+def _shape(node: fx.Node) -> list[str]:
+    return [int(size) if isinstance(size, int) else str(size) for size in value(node).shape]
+
+
+__all__ = ["LEAVES", "reason_for"]

@@ -1,0 +1,153 @@
+"""What ends a compiled graph: graph breaks and nested regions, in words, for the notes and reasons of its report.
+
+The pass sees a graph and not what is around it. Dynamo does, and says so while it compiles: why a graph ends, where in
+the program, and whose forward runs outside of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from .. import _torch_private as private
+from .._torch_private import GraphBreak
+from ..passes.verdict.reasons import LEAVES
+from ..report import Report
+
+#: What to do about breaks that stand in well-known places, by a word of Dynamo's reason.
+_ADVICE = (
+    ("mark_dirty", "write the function without mark_dirty: return a new tensor, as "
+     "torch.distributed._functional_collectives.all_reduce(x, 'sum', group) does"),
+    ("async_op", "call the collective without async_op=True, or torch.distributed._functional_collectives.all_reduce, "
+     "which waits only where its result is read"),
+    ("warnings.warn", "torch._dynamo.config.reorderable_logging_functions.add(warnings.warn) keeps it out of the way"),
+    ("Reorderable", "torch._dynamo.config.reorderable_logging_functions.add(...) with that function keeps it out of "
+     "the way"),
+    ("Data-dependent branching", "torch.where or torch.cond keep the branch in the graph"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is around a graph that Dynamo hands over.
+
+    ending: the break that ends it, or None. before: other breaks since the last graph. outside: functions that were to
+    be compiled and call this graph from outside of any. callers: forwards of modules that call what was compiled.
+    regions: places of nested compile regions with collectives.
+    """
+
+    ending: GraphBreak | None = None
+    before: Sequence[GraphBreak] = field(default=())
+    outside: Sequence[str] = field(default=())
+    callers: Sequence[str] = field(default=())
+    regions: Sequence[str] = field(default=())
+
+
+class _Seen:
+    """How many of the process's graph breaks some report has named."""
+
+    def __init__(self) -> None:
+        self.breaks = 0
+
+
+#: How many breaks before a graph its report names.
+_NOTED = 3
+#: REGISTRY: Dynamo's list of breaks only grows; each is named in one report.
+_SEEN = _Seen()
+
+
+def surroundings(gm: fx.GraphModule) -> Surroundings:
+    """To be asked while Dynamo compiles `gm`, once for each graph."""
+    ending = private.ending_break(gm)
+    new, _SEEN.breaks = private.breaks_since(_SEEN.breaks)
+    outside, callers = private.callers()
+    if ending is not None:  # of two words on one place the longer one explains it
+        ending = max([found for found in new if found.place == ending.place] or [ending], key=lambda b: len(b.reason))
+    before = tuple(found for found in new if ending is None or found.place != ending.place)
+    return Surroundings(ending, before[-_NOTED:], tuple(outside), tuple(callers), _regions(gm))
+
+
+def unnamed_breaks() -> list[GraphBreak]:
+    """Graph breaks that no report names, since no graph followed them."""
+    return private.breaks_since(_SEEN.breaks)[0]
+
+
+def with_surroundings(report: Report, around: Surroundings) -> Report:
+    """The report with notes on what ends the graph, and reasons that say so."""
+    return replace(
+        report,
+        boundaries=[
+            replace(b, reason=f"{LEAVES}; {_beyond(around)}") if b.reason == LEAVES else b for b in report.boundaries
+        ],
+        notes=[*report.notes, *_notes(around)],
+    )
+
+
+def _beyond(around: Surroundings) -> str:
+    if around.ending is not None:
+        return f"a graph break ends the graph at {_short(around.ending.place)}, see the notes of the report"
+    if around.regions:
+        return "a nested compile region is a graph of its own, see the notes of the report"
+    if around.outside:
+        return f"{around.outside[0]} calls this graph and runs outside of any, because Dynamo broke or skipped it"
+    if around.callers:
+        return (
+            f"{around.callers[0]} calls it and is not compiled: where the norm follows there, compile the whole model "
+            "instead of each block"
+        )
+    return "a norm that follows it in code outside can only be fused if both are compiled together"
+
+
+def _notes(around: Surroundings) -> Iterable[str]:
+    if around.ending is not None:
+        yield (
+            f"a graph break ends this graph at {around.ending.place}, and what follows is in another one, so no "
+            f"boundary is fused across it: {in_words(around.ending)}"
+        )
+    for found in dict.fromkeys(around.before):
+        yield f"a graph break stands before this graph, at {found.place}: {in_words(found)}"
+    if around.outside and around.ending is None and not around.before:
+        yield (
+            f"this graph is a part of what was to be compiled: {' ← '.join(around.outside[:4])} runs outside of any "
+            "graph, because Dynamo broke or skipped it (a hook that it does not trace, a disabled function; "
+            "TORCH_LOGS=graph_breaks tells more)"
+        )
+    for region in around.regions:
+        yield (
+            f"{region} is a nested compile region: a graph of its own, compiled once for all its calls, so a sum "
+            "inside it and a norm outside, or the reverse, are not fused; called without nested_compile_region they are"
+        )
+
+
+def in_words(found: GraphBreak) -> str:
+    """Dynamo's reason, its explanation, and what to do."""
+    lines = [re.sub(r" at 0x[0-9a-f]+", "", line.strip()) for line in found.reason.splitlines()]
+    said = [line for line in lines[:1] if line]
+    said += [line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")]
+    hints = [line.removeprefix("Hint:").strip() for line in lines if line.startswith("Hint:")]
+    advice = next((what for word, what in _ADVICE if word in found.reason), hints[0] if hints else "")
+    sentences = [part.rstrip(".") for part in [*said, f"what to do: {advice}" if advice else ""] if part]
+    return ". ".join(dict.fromkeys(sentences)) or "Dynamo gives no reason"
+
+
+def _short(place: str) -> str:
+    return place.rsplit("/", 1)[-1]
+
+
+def _regions(gm: fx.GraphModule) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        if "invoke_subgraph" in str(node.target) and node.args and isinstance(node.args[0], fx.Node):
+            inner = getattr(gm, str(node.args[0].target), None)
+            if isinstance(inner, fx.GraphModule) and any("all_reduce" in str(n.target) for n in inner.graph.nodes):
+                found.setdefault(f"{node.args[0].target}, called {_line(node)},".replace(" ,", ","))
+    return tuple(found)
+
+
+def _line(node: fx.Node) -> str:
+    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [line.strip() for line in trace if line.strip().startswith("File ")]
+    return f"at {_short(places[-1].split(chr(34))[1])}:{places[-1].split('line ')[1].split(',')[0]}" if places else ""
