@@ -286,7 +286,7 @@ def callers() -> tuple[list[str], list[str]]:
         name = frame.f_code.co_filename
         if name.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
             outermost = len(frames)
-        elif not name.startswith(_NO_PROGRAM) and not name.startswith("<"):
+        elif name.endswith("nn/modules/container.py") or not name.startswith((*_NO_PROGRAM, "<")):
             frames.append((frame, "forward" in frame.f_code.co_name))
         frame = frame.f_back
     inside = [_where(frame) for frame, _ in frames[:outermost]]

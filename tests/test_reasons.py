@@ -1,0 +1,152 @@
+"""Reasons and notes say what stands there: the operator, the line, the graph break, and the names of named_modules."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import tpfuse
+from tpfuse.passes.verdict.names import clean_path
+
+from .graphs import fake_world
+
+HIDDEN = 16
+
+
+def all_reduce(x):
+    return funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+
+class Block(nn.Module):
+    def __init__(self, after=lambda self, x: self.norm(x + all_reduce(self.down(x)))):
+        super().__init__()
+        self.norm, self.down, self.after = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False), after
+
+    def forward(self, x):
+        return self.after(self, x)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.base_model = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["base_model"], name)
+
+    def forward(self, x):
+        return self.base_model(x)
+
+
+def reports_of(model, **options):
+    before = len(tpfuse.reports())
+    with fake_world(2), torch.no_grad():
+        torch.compile(model, backend="tpfuse", options={"inner": "aot_eager", **options})(torch.randn(2, 3, HIDDEN))
+    return tpfuse.reports()[before:]
+
+
+def by_deviation(self, x):
+    h = x + all_reduce(self.down(x))
+    return (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-6)
+
+
+def by_the_largest(self, x):
+    h = x + all_reduce(self.down(x))
+    return h / h.abs().amax(-1, keepdim=True)
+
+
+def test_an_unrecognised_norm_is_named_with_its_line():
+    (report,) = reports_of(Block(by_deviation))
+    (boundary,) = report.unfused
+    assert "looks like a norm" in boundary.reason and "test_reasons.py:" in boundary.reason
+    assert boundary.feeds_norm and boundary.norm is None
+
+
+def test_strict_sees_an_unrecognised_norm():
+    with pytest.raises(tpfuse.FusionError, match="looks like a norm"):
+        reports_of(Block(by_deviation), strict=True)
+
+
+def test_a_scale_without_a_root_is_no_norm():
+    (report,) = reports_of(Block(by_the_largest), strict=True)
+    assert not report.unfused[0].feeds_norm
+
+
+def broken(self, x):
+    z = all_reduce(self.down(x))
+    torch._dynamo.graph_break()
+    return self.norm(x + z)
+
+
+def waited_for_by_hand(self, x):
+    y = self.down(x)
+    work = dist.all_reduce(y, async_op=True)
+    work.wait()
+    return self.norm(x + y)
+
+
+def warned(self, x):
+    import warnings
+
+    z = all_reduce(self.down(x))
+    warnings.warn("slow", stacklevel=1)
+    return self.norm(x + z)
+
+
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        (broken, "graph_break()"),
+        (waited_for_by_hand, "call the collective without async_op=True"),
+        (warned, "reorderable_logging_functions.add(warnings.warn)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_break_is_noted_with_its_place(after, said):
+    first = reports_of(Block(after))[0]
+    (note,) = first.notes
+    assert "test_reasons.py:" in note and f"in {after.__name__}" in note and said in note
+    assert all("a graph break ends the graph at test_reasons.py:" in boundary.reason for boundary in first.unfused)
+
+
+def test_a_module_whose_hook_is_not_traced_is_a_part_of_what_was_compiled():
+    model = nn.Sequential(Block(lambda self, x: x + all_reduce(self.down(self.norm(x)))), Block())
+    for block in model:
+        block.register_forward_pre_hook(torch.compiler.disable(lambda module, args: None))
+    report = reports_of(model)[0]
+    assert any("is a part of what was to be compiled" in note for note in report.notes)
+    assert "compile the whole model" not in str(report)
+
+
+@pytest.mark.parametrize("wrapped", [lambda m: Wrapper(Wrapper(m)), lambda m: checkpoint_wrapper(m)])
+def test_modules_have_the_names_of_named_modules(wrapped):
+    model = wrapped(nn.Sequential(Block()))
+    (report,) = reports_of(model)
+    assert [b.module for b in report.boundaries] == [n for n, m in model.named_modules() if isinstance(m, Block)]
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("L['self'].__dict__['_modules']['base_model'].layers[0].mlp", "base_model.layers.0.mlp"),
+        ("G['model'].layers.0", "layers.0"),
+        ("L['fn'].__closure__[0].cell_contents.layers.0", "layers.0"),
+        ("G['compiled']._orig_mod.layers.0", "layers.0"),
+        ("L['self'].d['a-b'].layers.0", "d.a-b.layers.0"),
+        ("selfattn.q", "selfattn.q"),
+        ("L['self']", ""),
+    ],
+)
+def test_a_path_of_dynamo_is_a_name(path, name):
+    assert clean_path(path) == name
+
+
+def test_a_product_behind_the_sum_is_named():
+    (report,) = reports_of(Block(lambda self, x: F.relu(all_reduce(x)) @ self.down.weight))
+    assert "no norm reads the all-reduced value: it goes into aten.mm.default" in report.unfused[0].reason
