@@ -116,7 +116,7 @@ class Context:
 
     known: facts about the graph as it is now. boundaries: the verdicts so far, in the order of the collectives of the
     graph as it came. written: what that communicated, by collective; norms: how many it had. layouts: in which layout
-    rows stay whose collectives vanished. edited: whether the running step changed the graph. rewritten: whether a step
+    rows stay whose collectives vanished. notes: sentences about the whole graph. edited: whether the running step changed the graph. rewritten: whether a step
     before it put something in the place of a collective.
     """
 
@@ -126,6 +126,7 @@ class Context:
     written: Mapping[str, tuple[Transfer, ...]] = field(default_factory=dict)
     norms: int = 0
     layouts: Mapping[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     edited: bool = False
     rewritten: bool = False
     _decided: tuple[Recognition, Decisions] | None = None
@@ -161,7 +162,8 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
             context.known.changed(*step.invalidates)
     changed, original = (changed, graph) if context.rewritten else (graph, None)
     steps = find_steps(changed, resolve, original)
-    return changed, Report([*context.boundaries.values(), *inner], context.norms, len(steps) + len(inner), steps=steps)
+    boundaries = [*context.boundaries.values(), *inner]
+    return changed, Report(boundaries, context.norms, len(steps) + len(inner), context.notes, steps)
 
 
 def _normalise(graph: fx.Graph, context: Context) -> Verdicts:
@@ -181,13 +183,13 @@ def _normalise(graph: fx.Graph, context: Context) -> Verdicts:
 def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
     """Lay the rows of the residual streams out anew where that sends less."""
     options, known, rank = context.options, context.known, own_rank()
-    if rank is None or options.split or options.as_written or known.hazards.writes:
+    if rank is None or options.split or options.as_written:
         return {}
     policy = options.policy
     residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
     choice = Choice(residual, rows, options.rewrites, inference=not known.backward)
     moved = relayout(known, rank, names_of_groups(), choice)
-    context.layouts = moved.layouts
+    context.layouts, context.notes = moved.layouts, moved.notes
     context.rewritten = bool(moved.verdicts)
     found: Verdicts = {}
     for name, boundary in context.boundaries.items():

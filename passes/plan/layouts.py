@@ -107,13 +107,19 @@ class Stage:
 
     addend: "owed_attn", "owed_whole", "own_rows" or "all_rows". wants: the set of what the normed value's readers
     want, of "all_rows", "own_rows", "dp_rows". linked: the residual is the previous stage's. outside: the residual
-    stream behind this stage is read with all rows by something that is no stage.
+    stream behind this stage is read with all rows by something that is no stage. fixed: the only layout the stage can
+    have, or None. arriving: how many of the values it adds come from no stage and as own rows, so that each has to be
+    gathered before all rows can be added. apart: rows do not divide, or no group is the product of the two: what would
+    be one collective over the whole group is one over each factor.
     """
 
     addend: str
     wants: frozenset[str]
     linked: bool
     outside: bool
+    fixed: str | None = None
+    arriving: int = 0
+    apart: bool = False
 
 
 _PAID = {
@@ -136,6 +142,11 @@ _WANTED = {
     ("dp_rows", SCATTERED): (Step("all_gather", "whole"),),
 }
 MOVED = (Step("all_gather", "attention"),)
+#: The steps over the whole group that `_PAID` and `_WANTED` have, where no such step can be taken.
+_APART = {
+    Step("reduce_scatter", "whole"): (Step("reduce_scatter", "dp"), Step("reduce_scatter", "attention")),
+    Step("all_gather", "whole"): (Step("all_gather", "attention"), Step("all_gather", "dp")),
+}
 
 
 def normalised(steps: tuple[Step, ...], sizes: Sizes) -> tuple[Step, ...]:
@@ -172,7 +183,10 @@ def wanted(want: str, layout: str, sizes: Sizes) -> tuple[Step, ...]:
 def stage_steps(stage: Stage, layout: str, sizes: Sizes) -> tuple[Step, ...]:
     """The collectives of one stage in `layout` (the table in the module's docstring)."""
     after = [step for want in sorted(stage.wants) for step in wanted(want, layout, sizes)]
-    return (*paid(stage.addend, layout, sizes), *after)
+    steps = (*paid(stage.addend, layout, sizes), *after)
+    if stage.apart:
+        steps = normalised(tuple(part for step in steps for part in _APART.get(step, (step,))), sizes)
+    return steps
 
 
 def stage_cost(stage: Stage, layout: str, sizes: Sizes) -> float:
@@ -181,24 +195,25 @@ def stage_cost(stage: Stage, layout: str, sizes: Sizes) -> float:
 
 
 def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[str]:
-    """A layout for every stage: the cheapest chain ("auto"), or one layout throughout ("replicated", "scattered").
+    """A layout for every stage: the cheapest chain ("auto"), or one layout wherever it can be ("replicated",
+    "scattered").
 
     Ties go to `TP_ATTN_FULL`, where the residual never has to be gathered.
     """
-    if residual != "auto":
-        return [TP_ATTN_FULL if residual == "replicated" else SCATTERED] * len(stages)
+    preferred = {"replicated": (TP_ATTN_FULL,), "scattered": (SCATTERED,)}.get(residual, RESIDUAL_LAYOUTS)
     gather = total_us(normalised(MOVED, sizes), sizes)
     best: dict[str, tuple[float, list[str]]] = {TP_ATTN_FULL: (0.0, [])}
     for stage in stages:
         following: dict[str, tuple[float, list[str]]] = {}
-        for layout in RESIDUAL_LAYOUTS:
+        for layout in preferred if stage.fixed is None else (stage.fixed,):
             options = []
             for before, (cost, path) in best.items():
-                came_scattered = stage.linked and before == SCATTERED
-                moved = gather if came_scattered and layout == TP_ATTN_FULL else 0.0
-                outside = gather if stage.outside and layout == SCATTERED else 0.0
-                options.append((cost + moved + outside + stage_cost(stage, layout, sizes), [*path, layout]))
+                gathered = stage.arriving + (stage.linked and before == SCATTERED) if layout == TP_ATTN_FULL else 0
+                gathered += stage.outside and layout == SCATTERED
+                options.append((cost + gathered * gather + stage_cost(stage, layout, sizes), [*path, layout]))
             following[layout] = min(options, key=lambda option: option[0])
         best = following
     full, scattered = best.get(TP_ATTN_FULL), best.get(SCATTERED)
-    return (scattered if scattered is not None and scattered[0] < full[0] - 1e-9 else full)[1]
+    if full is None or (scattered is not None and scattered[0] < full[0] - 1e-9):
+        full = scattered
+    return full[1]

@@ -36,6 +36,22 @@ class _Write:
     surely: bool
 
 
+@dataclass(frozen=True)
+class Moving:
+    """A part of the graph, from `first` to `last`, that is to be built anew behind it.
+
+    read: what it reads; kept: those of them of which a copy in another layout may still be read up to `until`. made:
+    its values, whose readers are handed new ones.
+    """
+
+    first: fx.Node
+    read: tuple[fx.Node, ...]
+    kept: tuple[fx.Node, ...]
+    made: set[fx.Node]
+    last: fx.Node
+    until: fx.Node
+
+
 class Hazards:
     """The writes, changes of mode and random operators of one graph."""
 
@@ -54,6 +70,11 @@ class Hazards:
             if is_random(node):
                 self.random.append(node)
         self.memory = _Memory(graph) if self.writes else None
+
+    @property
+    def effects(self) -> set[fx.Node]:
+        """The nodes that are there for what they do: those that change modes, or write to what others may read."""
+        return {write.node for write in self.writes if not writes_to_temporary(write.node)} | set(self.modes)
 
     def problem(
         self, read: Iterable[fx.Node], paid: set[fx.Node], inside: Iterable[fx.Node], out: fx.Node, last: fx.Node
@@ -83,6 +104,34 @@ class Hazards:
         cells = self.memory.cells(nodes)
         found = (w for w in self.writes if first < w.node < last and self.memory.cells(w.written) & cells)
         return next((_name(write.node) for write in found), "")
+
+    def stays(self, moving: Moving) -> str:
+        """Why a part of the graph cannot be built anew behind itself, its values laid out in another way, or ''."""
+        first, last = moving.first, moving.last
+        mode = next((node for node in self.modes if first < node < last), None)
+        if mode is not None:
+            return f"{_name(mode)} changes how operators work between the collective and the norm"
+        if self.memory is None:
+            return ""
+        cells = self.memory.cells
+        read, kept, made = cells(moving.read), cells(moving.kept), cells(moving.made)
+        moved: set[fx.Node] | None = None
+        for write in self.writes:
+            if not first < write.node:
+                continue
+            target = cells(write.written)
+            if (target & read and write.node < last) or (target & kept and write.node < moving.until):
+                return f"{_name(write.node)} writes in place to what its boundary reads ({_names(write.written)})"
+            if not write.surely or writes_to_temporary(write.node):
+                continue
+            if target & made:
+                return f"{_name(write.node)} writes in place to what its boundary computes ({_names(write.written)})"
+            if write.node < last:
+                moved = _computed_from({first}, last) if moved is None else moved
+                overtaken = cells(parent for node in moved for parent in tensor_inputs(node))
+                if write.node in moved or target & overtaken:
+                    return f"{_name(write.node)} writes in place between its collective and the norm"
+        return ""
 
     def _reorders_random(self, moved: set[fx.Node], last: fx.Node) -> bool:
         here = [node for node in self.random if node < last]
@@ -166,6 +215,10 @@ def _name(node: fx.Node) -> str:
     return str(node.target) if not callable(node.target) else getattr(node.target, "__name__", str(node.target))
 
 
+def _names(written: tuple[fx.Node, ...]) -> str:
+    return ", ".join(str(node) for node in written)
+
+
 # -- who shares memory ------------------------------------------------------------------------------------------------
 
 
@@ -238,4 +291,4 @@ def _leads_to(node: fx.Node, out: fx.Node) -> bool:
     return False
 
 
-__all__ = ["Hazards"]
+__all__ = ["Hazards", "Moving"]

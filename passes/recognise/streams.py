@@ -11,7 +11,7 @@ were gathered over it. Stages of one group follow one another along the residual
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -48,7 +48,9 @@ class StreamStage:
     """One norm of the chain. `previous` is the index of the stage whose hidden states are the residual, or None.
 
     cuts: readers of the normed value that take the own rows of it; gathers: all-gathers that follow it (over the
-    replicas' group in the full form, over the attention group in the scattered form).
+    replicas' group in the full form, over the attention group in the scattered form). read_as_is: whether anything else
+    reads it, in the layout it is written in. problem: why the stage keeps that layout, or ''; the stages behind it take
+    its hidden states as they are.
     """
 
     norm: Norm
@@ -59,6 +61,8 @@ class StreamStage:
     previous: int | None
     cuts: tuple[fx.Node, ...]
     gathers: tuple[Collective, ...]
+    read_as_is: bool
+    problem: str = ""
 
     @property
     def scattered_form(self) -> bool:
@@ -83,8 +87,8 @@ class StreamStage:
 
 @dataclass(frozen=True)
 class Stream:
-    """The stages of one group, in graph order. left: why other boundaries of the stream keep their layout, by the name
-    of their collective."""
+    """The stages of one group, in graph order. left: why some of them keep their layout, by the name of each collective
+    that they pay."""
 
     stages: list[StreamStage]
     left: dict[str, str]
@@ -145,31 +149,35 @@ def _stream(
     for norm in norms:
         hidden = hidden_of(norm, set(addends))
         total = decompose(hidden, set(addends) - taken, set(hidden_at))
-        if norm.problem or total.problem or not total.plain or hidden in hidden_at or not total.owed:
+        if hidden in hidden_at or not total.owed:
             continue
         if any(why_unusual(node, "") for node in (hidden, norm.output, *(term.leaf for term in total.terms))):
             continue
-        names = [origin(addends[term.leaf].collective.node) for term in total.owed]
-        if len(total.owed) > 1:
-            # Behind a boundary that keeps its layout, so do all that follow.
-            reason = next((left[name] for name in names if name in left), "two collectives meet before its norm")
-            left = dict.fromkeys(names, reason) | left
-            continue
-        (term,) = total.owed
+        term = total.owed[0]
         addend = addends[term.leaf]
         links = [hidden_at[t.leaf] for t in total.replicated if t.leaf in hidden_at]
         previous = links[0] if len(links) == 1 else None
-        cuts, gathers = _readers(norm, addend, collectives, ranks, rank)
-        stage = StreamStage(norm, hidden, total, addend, term, previous, cuts, gathers)
-        reason = _unfit(stage, len(ranks))
-        if reason:
-            left.setdefault(names[0], reason)
-            continue
-        left.pop(names[0], None)
-        taken.add(term.leaf)
+        readers = _readers(norm, addend, collectives, ranks, rank)
+        stage = StreamStage(norm, hidden, total, addend, term, previous, *readers)
+        stage = replace(stage, problem=_no_line(stage) or _unfit(stage, len(ranks)))
+        if stage.problem:
+            left |= {origin(addends[t.leaf].collective.node): stage.problem for t in total.owed}
+        taken |= {t.leaf for t in total.owed}
         hidden_at[hidden] = len(stages)
         stages.append(stage)
     return Stream(stages, left)
+
+
+def _no_line(stage: StreamStage) -> str:
+    """Why the hidden states are not one collective's result and a residual, or ''."""
+    total = stage.total
+    if stage.norm.problem or total.problem:
+        return stage.norm.problem or total.problem
+    if len(total.owed) > 1:
+        return "two collectives meet before its norm"
+    if not total.plain:
+        return "a multiplication, a mask or a choice of rows stands between the collective and the norm"
+    return ""
 
 
 def _unfit(stage: StreamStage, parts: int) -> str:
@@ -179,7 +187,9 @@ def _unfit(stage: StreamStage, parts: int) -> str:
     have one row for each; and nothing else may read the steps in between, since they are repeated on own rows.
     """
     hidden, addend, inside = stage.hidden, stage.addend, stage.total.interior
-    if addend.kind != "scattered" and any(user not in inside for user in addend.leaf.users if not _is_size(user)):
+    alone = addend.leaf is hidden  # the sum itself is the hidden state; whatever reads it is handed the rows it wants
+    readers = [] if addend.kind == "scattered" or alone else [u for u in addend.leaf.users if not _is_size(u)]
+    if any(user not in inside for user in readers):
         return f"something besides the addition before the norm reads the result of the {addend.collective.kind}"
     if any(user not in inside for node in inside if node is not hidden for user in node.users):
         return "something besides the norm reads a value that stands between the collective and the norm"
@@ -225,11 +235,13 @@ def _is_size(node: fx.Node) -> bool:
 
 def _readers(
     norm: Norm, addend: Addend, collectives: Sequence[Collective], ranks: tuple[int, ...], rank: int
-) -> tuple[tuple[fx.Node, ...], tuple[Collective, ...]]:
-    """The cuts and the gathers that read the normed rows, seen through views that keep every row as it is."""
+) -> tuple[tuple[fx.Node, ...], tuple[Collective, ...], bool]:
+    """The cuts and the gathers that read the normed rows, seen through views that keep every row as it is; and whether
+    anything else does."""
     by_node = {c.node: c for c in collectives if c.kind == "all_gather" and not c.problem and c.wait is not None}
     cuts: list[fx.Node] = []
     gathers: list[Collective] = []
+    others = False
     pending = [norm.output]
     while pending:
         for user in pending.pop().users:
@@ -239,7 +251,9 @@ def _readers(
                 cuts.append(user)
             elif user in by_node and (by_node[user].ranks == ranks) == (addend.kind == "scattered"):
                 gathers.append(by_node[user])
-    return tuple(cuts), tuple(gathers)
+            elif not _is_size(user):
+                others = True
+    return tuple(cuts), tuple(gathers), others
 
 
 def divides(parts: int, size: object) -> bool:

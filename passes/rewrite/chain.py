@@ -26,7 +26,9 @@ from ..facts.graph import (
     same_size,
     scaled,
     value,
+    writes_to_temporary,
 )
+from ..recognise.hazards import Hazards
 from ..recognise.streams import StreamStage
 
 aten, c10d = ops.aten, ops.c10d
@@ -37,13 +39,14 @@ class Moved:
     """What happened to the original collectives, by node name: (rewrite, fused, reason).
 
     layouts: for those that moved, in which layout the rows stay. kept: why others stay as they were written; demanded:
-    those among them that stay because the policy, as it is declared, asks for it.
+    those among them that stay because the policy, as it is declared, asks for it. notes: sentences about the whole.
     """
 
     verdicts: dict[str, tuple[str, bool, str]] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     demanded: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 class Chain:
@@ -62,6 +65,7 @@ class Chain:
         ranks: tuple[int, ...],
         rank: int,
         moved: Moved,
+        hazards: Hazards,
     ):
         self.graph, self.stages, self.moved = graph, stages, moved
         self.names, self.ranks, self.rank = names, ranks, rank
@@ -74,6 +78,7 @@ class Chain:
         #: What a rebuilt stage reads of values that keep their layout: their own rows, and the rows they are part of.
         self.cuts: dict[fx.Node, fx.Node] = {}
         self.gathers: dict[fx.Node, fx.Node] = {}
+        self.hazards = hazards
         #: Nodes that stay, off which sizes may be read; later ones may be computed from what earlier stages hand out.
         self.staying = [node for node in graph.nodes if node.op == "placeholder"]
 
@@ -142,10 +147,10 @@ class Chain:
         if node in self.full:
             return self.full[node]
         if node not in self.gathers:
-            self.gathers[node] = self._whole(node) or self._gathered(self.own.get(node, node), stage)
+            self.gathers[node] = self.whole_of(node) or self._gathered(self.own.get(node, node), stage)
         return self.gathers[node]
 
-    def _whole(self, node: fx.Node) -> fx.Node | None:
+    def whole_of(self, node: fx.Node) -> fx.Node | None:
         """The tensor of which `node` is this rank's even share of the rows, if the graph has it."""
         while node.target in (aten.slice.Tensor, ops.operator.getitem, aten.clone.default, aten.alias.default):
             whole = self._cut_from(node)
@@ -287,12 +292,15 @@ class Chain:
 
     def sweep(self) -> None:
         """Sweep what nobody reads any more; collectives only where they were replaced."""
+        effects = self.hazards.effects
         for node in reversed(list(self.graph.nodes)):
             ours = not node.users and (node in self.replaced or node in self.inserted)
-            if node.op == "call_function" and (ours or _is_dead(node)):
+            if node.op == "call_function" and node not in effects and (ours or _is_dead(node)):
                 self.graph.erase_node(node)
 
 
 def _is_dead(node: fx.Node) -> bool:
     """Whether nobody reads what `node` computes, and computing it does nothing else."""
-    return not node.users and not is_collective(node) and node.target is not ops.WAIT and not node.is_impure()
+    if node.users or is_collective(node) or node.target is ops.WAIT:
+        return False
+    return not node.is_impure() or writes_to_temporary(node)

@@ -20,6 +20,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import insert_call, inserting_behind, same_shape, scaled, value
+from ..recognise.hazards import Hazards, Moving
 from ..recognise.known import Known
 from ..recognise.streams import CUT_ROWS, TRIM_ROWS, calls, divides, flat_rows
 from ..recognise.sums import Term, decompose
@@ -48,12 +49,13 @@ class Factored:
     nodes: tuple[fx.Node, ...]
 
 
-def factor_sums(known: Known, rank: int, names: dict[tuple[int, ...], str]) -> list[Factored]:
-    """Factor every all-reduce that is followed by a cut over a dp group and by nothing else."""
+def factor_sums(known: Known, rank: int, names: dict[tuple[int, ...], str], kept: dict[str, str]) -> list[Factored]:
+    """Factor every all-reduce that is followed by a cut over a dp group and by nothing else. What a write in place
+    forbids is said in `kept`."""
     graph = known.graph
     collectives = {c.result: c for c in known.collectives if c.kind == "all_reduce" and not c.problem}
     cuts = [node for node in graph.nodes if calls(node, CUT_ROWS)]
-    found = [_factor(graph, cut, collectives, rank, names) for cut in cuts]
+    found = [_factor(graph, cut, collectives, rank, names, known.hazards, kept) for cut in cuts]
     factored = [one for one in found if one is not None]
     if factored:
         known.changed()
@@ -80,6 +82,8 @@ def _factor(
     collectives: dict[fx.Node, Collective],
     rank: int,
     names: dict[tuple[int, ...], str],
+    hazards: Hazards,
+    kept: dict[str, str],
 ) -> Factored | None:
     """Rewrite one `cut_rows(path(wait(all_reduce(x))) + bias...)`, if it is one."""
     source, parts, index = cut.args
@@ -92,16 +96,22 @@ def _factor(
     vectors = total.replicated
     if groups is None or any(value(v.leaf).dim() != 1 for v in vectors) or term.scale != 1.0:
         return None
-    inside = total.interior | {cut}
-    if any(user not in inside for node in [term.leaf, *total.interior] for user in node.users if not _is_size(user)):
-        return None
     if value(source) is None or not divides(parts, flat_rows(source)) or not _is_flat_path(term):
         return None
-    dp, attention = groups
     readers = [user for user in cut.users if not _is_size(user)]
     trim = readers[0] if len(readers) == 1 and calls(readers[0], TRIM_ROWS) else None
     end = trim if trim is not None else cut
     like = collective.node
+    read = (collective.input, *(vector.leaf for vector in vectors))
+    made = {like, term.leaf, *total.interior, cut} - {end}
+    why = hazards.stays(Moving(like, read, (), made, end, end))
+    if why:
+        kept[origin(like)] = f"its sum is paid over the whole group: {why}"
+        return None
+    inside = total.interior | {cut}
+    if any(user not in inside for node in [term.leaf, *total.interior] for user in node.users if not _is_size(user)):
+        return None
+    dp, attention = groups
     new: list[fx.Node] = []
     with inserting_behind(graph, end):
         partial = collective.input

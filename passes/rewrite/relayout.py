@@ -18,13 +18,15 @@ from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup
 from ..facts.graph import region_between, same_size, value
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
+from ..recognise.hazards import Moving
 from ..recognise.known import Known
 from ..recognise.streams import StreamStage, find_streams, moves_rows
 from ..verdict.accounting import origin
+from ..verdict.names import module_name
 from .chain import Chain, Moved
 from .factor import Factored, factor_sums, unfactor
 from .to_replicated import fuse_scattered, replicate
-from .to_scattered import scatter
+from .to_scattered import crosses_at_once, scatter
 
 IN_TRAINING = (
     "in a training graph the residual stream keeps its layout: the backward pass reads the rows that forward had, so "
@@ -55,7 +57,7 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
         return moved
     written = {c.ranks: c.group_name for c in reversed(known.collectives) if c.ranks and c.group_name}
     names = names | written
-    factored = factor_sums(known, rank, names) if "gather_full_tp" in choice.rewrites else []
+    factored = factor_sums(known, rank, names, moved.kept) if "gather_full_tp" in choice.rewrites else []
     for one in factored:
         reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
         moved.verdicts[one.name] = ("gather_full_tp", False, reason)
@@ -66,7 +68,7 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
             gathers = {origin(c.node) for c in known.collectives if c.kind != "all_reduce"}
             left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
             if stream.stages:
-                _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved), factored, choice)
+                _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved, known.hazards), factored, choice)
                 known.changed()
             moved.kept |= left
     else:
@@ -98,18 +100,86 @@ def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None
     dp = [len(g.ranks) for stage in stages if not stage.scattered_form for g in stage.gathers]
     dp += [seconds[stage.addend.collective.node].parts for stage in stages if stage.addend.collective.node in seconds]
     sizes = _sizes(stages[0].hidden, len(chain.ranks), max(dp, default=1), choice)
+    bound = _bound(chain, choice)
     inside = {node for stage in stages for node in stage.total.interior}
-    planned = [_stage(stage, inside, stage.addend.collective.node in seconds) for stage in stages]
-    for stage, layout in zip(stages, choose(planned, sizes, choice.residual), strict=True):
+    planned = [_stage(chain, stage, inside, bound[stage].layout, seconds) for stage in stages]
+    layouts = choose(planned, sizes, choice.residual)
+    _say_preference(chain, bound, layouts, choice)
+    for stage, layout in zip(stages, layouts, strict=True):
         chain.arrive(stage)
-        own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
-        layout = _allowed(chain, stage, layout, choice.rewrites)
-        if layout != own:
+        if layout != _written_in(stage):
             (scatter if layout == SCATTERED else replicate)(chain, stage)
-        elif stage.scattered_form and "reduce_scatter_norm" in choice.rewrites:
+        elif stage.scattered_form and bound[stage].fusible and "reduce_scatter_norm" in choice.rewrites:
             fuse_scattered(chain, stage)
     chain.hand_out_hidden()
     chain.sweep()
+
+
+def _written_in(stage: StreamStage) -> str:
+    """The layout that the stage has in the graph as it was written."""
+    return SCATTERED if stage.scattered_form else TP_ATTN_FULL
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """layout: the only one that a stage can have, or None; why; fusible: whether anything may become of the stage."""
+
+    layout: str | None = None
+    why: str = ""
+    fusible: bool = True
+
+
+def _bound(chain: Chain, choice: Choice) -> dict[StreamStage, _Bound]:
+    """What binds each stage to the layout it is written in."""
+    until = max(stage.norm.output for stage in chain.stages)
+    found: dict[StreamStage, _Bound] = {}
+    start = list(chain.staying)
+    for stage in chain.stages:
+        chain.arrive(stage)
+        name, written = origin(stage.addend.collective.node), _written_in(stage)
+        stays = stage.problem or chain.hazards.stays(_moving(stage, until))
+        why = stays or _why_written(chain, stage, choice.rewrites)
+        if why and not stage.problem and (stays or "switched off" not in why):
+            chain.moved.kept[name] = KEPT + why
+        found[stage] = _Bound(written if why else None, why, not stays)
+    chain.staying = start
+    return found
+
+
+def _why_written(chain: Chain, stage: StreamStage, rewrites: tuple[str, ...]) -> str:
+    rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
+    if rewrite not in rewrites:
+        return f"the rewrite {rewrite} is switched off"
+    if stage.scattered_form and not stage.clonable:
+        return "its hidden states are reshaped before or inside the norm"
+    if not chain.knows_sizes(stage):
+        return "a symbolic size of its hidden states can be read off no value that stays in the graph"
+    return ""
+
+
+def _say_preference(chain: Chain, bound: dict[StreamStage, _Bound], layouts: list[str], choice: Choice) -> None:
+    """A declared layout that some boundaries cannot have is said, with the reason."""
+    wanted = {"replicated": TP_ATTN_FULL, "scattered": SCATTERED}.get(choice.residual)
+    if wanted is None:
+        return
+    others = [stage for stage, layout in zip(chain.stages, layouts, strict=True) if layout != wanted]
+    reasons: dict[str, list[str]] = {}
+    for stage in others:
+        reasons.setdefault(bound[stage].why, []).append(module_name(stage.addend.collective.node) or "a boundary")
+    chain.moved.notes += [
+        f"residual={choice.residual!r} is declared, and the residual stream stays "
+        f"{'scattered' if wanted == TP_ATTN_FULL else 'replicated'} behind {', '.join(dict.fromkeys(modules))}: {why}"
+        for why, modules in reasons.items()
+    ]
+
+
+def _moving(stage: StreamStage, until: fx.Node) -> Moving:
+    norm, addend = stage.norm, stage.addend
+    leaves = [term.leaf for term in stage.total.replicated]
+    read = [addend.source, *leaves, *(n for n in (norm.weight, norm.bias, norm.eps) if isinstance(n, fx.Node))]
+    made = {addend.collective.node, addend.collective.result, addend.leaf, stage.hidden, *stage.total.interior}
+    made |= region_between(norm.output, {stage.hidden}) | {*stage.cuts, *(g.result for g in stage.gathers)}
+    return Moving(addend.collective.node, tuple(read), tuple(leaves), made, norm.output, until)
 
 
 def _keep_whole(known: Known, factored: list[Factored], choice: Choice, moved: Moved) -> None:
@@ -153,29 +223,28 @@ def _sizes(hidden: fx.Node, attn: int, dp: int, choice: Choice) -> Sizes:
     return Sizes(attn, dp, (choice.rows or NOMINAL_ROWS) * width * val.element_size())
 
 
-def _allowed(chain: Chain, stage: StreamStage, layout: str, rewrites: tuple[str, ...]) -> str:
-    """The layout, or the one the stage is written in where it cannot change, or the rewrite for it is switched off."""
-    own = SCATTERED if stage.scattered_form else TP_ATTN_FULL
-    if layout == own or (stage.scattered_form and not stage.clonable):
-        return own
-    if not chain.knows_sizes(stage):
-        reason = KEPT + "a symbolic size of its hidden states can be read off no value that stays in the graph"
-        chain.moved.kept[origin(stage.addend.collective.node)] = reason
-        return own
-    rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
-    return layout if rewrite in rewrites else own
-
-
-def _stage(stage: StreamStage, inside: set[fx.Node], factored: bool) -> Stage:
+def _stage(
+    chain: Chain, stage: StreamStage, inside: set[fx.Node], fixed: str | None, seconds: dict[fx.Node, Factored]
+) -> Stage:
     wants = set()
     if stage.cuts:
         wants.add("own_rows")
     if stage.gathers:
         wants.add("all_rows" if stage.scattered_form else "dp_rows")
-    elif not stage.cuts:
+    if stage.read_as_is:
         wants.add("own_rows" if stage.scattered_form else "all_rows")
-    owed = "owed_whole" if factored else "owed_attn"
+    owed = "owed_whole" if stage.addend.collective.node in seconds else "owed_attn"
     kind = {"owed": owed, "scattered": "owed_attn", "gathered": "own_rows"}[stage.addend.kind]
-    chain = region_between(stage.norm.output, {stage.hidden})
-    outside = any(user not in inside and user not in chain for user in stage.hidden.users)
-    return Stage(kind, frozenset(wants), stage.previous is not None, outside and not stage.scattered_form)
+    region = region_between(stage.norm.output, {stage.hidden})
+    outside = any(user not in inside and user not in region for user in stage.hidden.users)
+    hidden_states = {other.hidden for other in chain.stages}
+    arriving = [t.leaf for t in stage.residuals if stage.scattered_form and t.leaf not in hidden_states]
+    return Stage(
+        kind,
+        frozenset(wants),
+        stage.previous is not None,
+        outside and not stage.scattered_form,
+        fixed,
+        sum(chain.whole_of(leaf) is None for leaf in arriving),
+        apart=not stage.scattered_form and not crosses_at_once(chain, stage),
+    )

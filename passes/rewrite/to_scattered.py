@@ -65,7 +65,7 @@ def _owed_over(chain: Chain, stage: StreamStage) -> tuple[fx.Node, str]:
     dp_name = argument(first, "group_name")
     dp = next((members for members, name in chain.names.items() if name == dp_name), ())
     whole = _whole_group(chain, dp)
-    if whole is None or not divides(chain.parts, value(source).shape[0]):
+    if whole is None or not _even(chain, source):
         return source, group
     chain.replaced |= {first, source}
     return first.args[0], whole
@@ -81,6 +81,17 @@ def _whole_group(chain: Chain, dp: tuple[int, ...]) -> str | None:
             if dp == members[own_attn::attn] and chain.ranks == members[own_dp * attn : (own_dp + 1) * attn]:
                 return name
     return None
+
+
+def crosses_at_once(chain: Chain, stage: StreamStage) -> bool:
+    """Whether what crosses the replicas around the stage, scattered, is one collective over the whole group."""
+    into = [g for g in stage.gathers if _whole_group(chain, g.ranks) is None or not _even(chain, g.input)]
+    source = stage.addend.source
+    return not into and (source.target is not ops.WAIT or _even(chain, source))
+
+
+def _even(chain: Chain, node: fx.Node) -> bool:
+    return divides(chain.parts, value(node).shape[0])
 
 
 def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
@@ -101,7 +112,7 @@ def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
 def _gather_whole(chain: Chain, gather: Collective, y: fx.Node) -> None:
     """Gather the rows of every replica straight from the scattered rows, where the shares are even."""
     whole = _whole_group(chain, gather.ranks)
-    if whole is None or not divides(chain.parts, value(gather.input).shape[0]):
+    if whole is None or not _even(chain, gather.input):
         return
     count = chain.parts * len(gather.ranks)
     node = insert_call(chain.graph, c10d.all_gather_into_tensor.default, (y, count, whole), like=gather.node)

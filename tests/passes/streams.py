@@ -119,8 +119,9 @@ def _as_rank(program: Program, mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ..
 
 
 def run_together(graphs: Sequence[fx.GraphModule], mesh: Mesh, given: Sequence[Any]) -> list[list[Tensor]]:
-    """Run every rank's graph, in step. They are one graph but for the names of groups and the rows that are a rank's
-    own; each rank cuts the rows that its graph says."""
+    """Run every rank's graph, in step, on copies of what is given. They are one graph but for the names of groups and
+    the rows that are a rank's own; each rank cuts the rows that its graph says."""
+    given = copy.deepcopy(given)
     together = copy.deepcopy(graphs[0])
     for nodes in zip(*(graph.graph.nodes for graph in (together, *graphs)), strict=True):
         assert len({node.target for node in nodes if node.op == "call_function"}) <= 1, "ranks part"

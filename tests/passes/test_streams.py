@@ -67,8 +67,10 @@ def test_rows_that_are_rearranged_together_with_the_residual_keep_their_layout()
         return (rms(x, weight),)
 
     report, executed = check(program, PAIR, inputs(PAIR, 3, 4), own_rows_policy("scattered"))
-    (reason,) = {b.reason for b in report.boundaries if b.collective == "all_gather"}
-    assert "keeps its layout here: the residual is rearranged" in reason
+    (note,) = report.notes
+    assert "residual='scattered' is declared" in note and "the residual is rearranged" in note
+    # The stages behind it take their own rows of what it hands on.
+    assert [b.rewrite for b in report.boundaries] == ["all_reduce_norm", "scatter_dense"]
     assert executed == {"all_reduce": 1, "all_gather": 1}
 
 
