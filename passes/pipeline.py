@@ -116,8 +116,8 @@ class Context:
 
     known: facts about the graph as it is now. boundaries: the verdicts so far, in the order of the collectives of the
     graph as it came. written: what that communicated, by collective; norms: how many it had. layouts: in which layout
-    rows stay whose collectives vanished. notes: sentences about the whole graph. edited: whether the running step changed the graph. rewritten: whether a step
-    before it put something in the place of a collective.
+    rows stay whose collectives vanished. notes: sentences about the whole graph. edited: whether the running step
+    changed the graph. rewritten: whether a step before it put something in the place of a collective.
     """
 
     known: Known

@@ -230,7 +230,7 @@ def flat_rows(node: fx.Node) -> object:
 
 
 def _is_size(node: fx.Node) -> bool:
-    return node.target is ops.aten.sym_size.int
+    return node.target in (ops.aten.sym_size.int, ops.aten.sym_numel.default, ops.aten.sym_stride.int)
 
 
 def _readers(
