@@ -94,6 +94,9 @@ class Stream:
     left: dict[str, str]
 
 
+NO_STREAM = Stream([], {})
+
+
 def calls(node: object, name: str) -> bool:
     """Whether `node` calls the operator called `name`."""
     target = getattr(node, "target", None)

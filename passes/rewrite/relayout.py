@@ -20,7 +20,7 @@ from ..facts.graph import region_between, same_size, value
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from ..recognise.hazards import Moving
 from ..recognise.known import Known
-from ..recognise.streams import StreamStage, find_streams, moves_rows
+from ..recognise.streams import NO_STREAM, StreamStage, find_streams, moves_rows
 from ..verdict.accounting import origin
 from ..verdict.names import module_name
 from .chain import Chain, Moved
@@ -64,12 +64,15 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
     if choice.inference:
         _read_sizes_off_inputs(graph)
         known.changed()
-        for ranks, stream in find_streams(known, rank).items():
+        streams = find_streams(known, rank)
+        for ranks in list(streams):
+            stream = streams.get(ranks, NO_STREAM)
             gathers = {origin(c.node) for c in known.collectives if c.kind != "all_reduce"}
             left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
             if stream.stages:
                 _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved, known.hazards), factored, choice)
                 known.changed()
+                streams = find_streams(known, rank)  # what one chain's stages were may be gone
             moved.kept |= left
     else:
         moved.kept |= {c.node.name: IN_TRAINING for c in _gathers_of_rows(known)}
