@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from .compat import INTERPRETED, tl, triton
+from .words import CHANNELS, POISON
 
 GONE, MARK, LATE = 1, 2, 8  # words of the watch
-POISON = 0x7FC07FC0  # NaN in every dtype: two of them in the 16-bit formats
 POLLS = 32 if INTERPRETED else 16384
 
 _TIMED, _POLLS = tl.constexpr(not INTERPRETED), tl.constexpr(POLLS)
 _GONE, _MARK, _LATE = (tl.constexpr(word) for word in (GONE, MARK, LATE))
+_CHANNELS, _NAN = tl.constexpr(CHANNELS), tl.constexpr(POISON)
 
 
 @triton.jit
@@ -45,11 +46,12 @@ def out_of_patience(words, polls, began, watch_ptr):
 
 @triton.jit
 def report(missing, source, epoch, watch_ptr):
-    """Note that the words marked `missing`, which rank `source` had to send, did not come; set the rank's dead mark.
+    """Note that the words marked `missing`, which rank `source` had to send, did not come; set the rank's dead marks.
     Both of one shape."""
     stamp = ((epoch >> 2) & 0x3FFFFFFF) + 1
     zero = tl.zeros(missing.shape, tl.int32)
     tl.store(watch_ptr + _LATE + source, zero + stamp, mask=missing)
     tl.store(watch_ptr + _GONE + zero, zero + 1, mask=missing)
-    address = tl.load((watch_ptr + _MARK).to(tl.pointer_type(tl.int64), bitcast=True))
-    tl.store(address.to(tl.pointer_type(tl.int32)) + zero, zero + 1, mask=missing)
+    first = tl.load((watch_ptr + _MARK).to(tl.pointer_type(tl.int64), bitcast=True)).to(tl.pointer_type(tl.int32))
+    if tl.sum(missing.to(tl.int32)) > 0:
+        tl.store(first + 2 * tl.arange(0, _CHANNELS), tl.full([_CHANNELS], _NAN, tl.int32))

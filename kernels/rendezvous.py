@@ -25,7 +25,8 @@ from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
 from .symmetric.timeout import gave_up, raise_if_late, set_timeout
-from .symmetric.workspace import DEFAULT_SLOT_BYTES, STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
+from .symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, buffer_words, from_buffers, initialise
+from .words import STATE_WORDS
 
 log = logging.getLogger(__name__)
 WORLDS = (2, 4, 8)

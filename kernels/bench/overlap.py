@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..add_norm import NORMS, AddNormOut
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
-from ..device import CHANNELS, SENTINEL
 from ..symmetric.barrier import barrier
 from ..symmetric.barrier import fits as barrier_fits
 from ..symmetric.one_shot import fits as one_shot_fits
@@ -32,6 +31,7 @@ from ..symmetric.operands import Operands
 from ..symmetric.two_shot import fits as two_shot_fits
 from ..symmetric.two_shot import two_shot
 from ..symmetric.workspace import Workspace
+from ..words import CHANNELS, SENTINEL
 
 EPS = 1e-6
 PLANTS = ("slot", "epoch", "flag")
@@ -213,7 +213,7 @@ def _plant_kernel(buffer_ptr, state_ptr, slot_words, words, flags, KIND: tl.cons
     if KIND == 1:
         tl.debug_barrier()  # every warp has read the epoch
         before = (epoch & -4) - 4 + slot
-        tl.store(state_ptr + tl.arange(0, _CHANNELS), tl.zeros([_CHANNELS], tl.int32) + before)
+        tl.store(state_ptr + 2 * tl.arange(0, _CHANNELS), tl.zeros([_CHANNELS], tl.int32) + before)
     if KIND == 2:
         at = tl.arange(0, _CHANNELS * WORLD)
         tl.store(buffer_ptr + flags + at, tl.zeros([_CHANNELS * WORLD], tl.int32) + ((epoch & -4) + 4))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..symmetric.operands import Launch
-from ..symmetric.workspace import CHANNELS, DEFAULT_SLOT_BYTES, Workspace, virtual_ranks
+from ..symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, virtual_ranks
+from ..words import CHANNELS
 
 Bind = Callable[[Workspace], Any]
 

@@ -14,26 +14,14 @@ from __future__ import annotations
 
 from ...errors import OpError
 from ..compat import next_power_of_2, tl, triton
-from ..device import (
-    advance_epoch,
-    as_words,
-    count_of,
-    finish_row,
-    is_dead,
-    load_addends,
-    load_eps,
-    load_scales,
-    nothing,
-    peer,
-    unpack,
-)
-from ..patience import POISON, POLLS, out_of_patience, report
+from ..device import finish_row, load_addends, load_eps, load_scales, nothing
+from ..patience import POLLS, out_of_patience, report
+from ..words import CHANNELS, advance_epoch, as_words, begin_call, count_of, peer, unpack
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
-from .workspace import CHANNELS, DEAD, Workspace
+from .workspace import Workspace
 
-_CHANNELS, _DEAD, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(DEAD), tl.constexpr(POLLS)
-_NAN = tl.constexpr(POISON)
+_CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
 
 
 @triton.jit
@@ -104,8 +92,7 @@ def _barrier_kernel(
     NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0) + first
-    epoch = tl.load(state_ptr + pid)
-    mark = tl.load(state_ptr + _DEAD)
+    epoch, mark = begin_call(state_ptr, pid)
     stage = tl.multiple_of(stages + ((epoch >> 2) & 1) * stage_words, 4)
     at = tl.arange(0, W)
     cols = tl.arange(0, EL)
@@ -118,7 +105,7 @@ def _barrier_kernel(
         later = row + programs
         width = tl.where(later < rows, ROW_WORDS, 0)
         following = tl.load(as_words(x_ptr) + later * ROW_WORDS + at, mask=at < width, other=0)
-        words = tl.where(is_dead(mark), _NAN, words)
+        words |= mark  # NaN if the rank is dead
         tl.store(mine + row * ROW_WORDS + at, words, mask=at < ROW_WORDS)
         words = following
         row = later
@@ -154,7 +141,7 @@ def _barrier_kernel(
         row = later
     if not ROTATE:
         _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch, watch_ptr, WORLD)
-    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+    advance_epoch(state_ptr, epoch, pid, programs)
 
 
 def refusal(op: Operands, ws: Workspace) -> str:

@@ -13,24 +13,13 @@ from functools import lru_cache
 from ...errors import OpError
 from ..add_norm import NORMS
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
-from ..device import (
-    CHANNELS,
-    MAX_SPLIT,
-    advance_epoch,
-    as_words,
-    finish_row,
-    load_eps,
-    load_row,
-    load_words,
-    other_ranks,
-    peer,
-    slot_of,
-)
+from ..device import finish_row, load_eps, load_row
+from ..words import INBOXES, MAX_SPLIT, advance_epoch, as_words, begin_call, load_words, other_ranks, peer, slot_of
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear, receive_sum
-from .workspace import DEAD, Workspace
+from .workspace import Workspace
 
-_CHANNELS, _DEAD = tl.constexpr(CHANNELS), tl.constexpr(DEAD)
+_INBOXES = tl.constexpr(INBOXES)
 
 
 @triton.jit
@@ -66,7 +55,7 @@ def _take(
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT, rank, epoch, watch_ptr,
+        row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT, rank, epoch, watch_ptr, SPIN,
     )  # fmt: skip
     tl.debug_barrier()  # every warp has read its words
     clear(base, W, PW, stride, rank, WORLD)
@@ -85,8 +74,7 @@ def _one_shot_kernel(
     part = pid % SPLIT
     row = pid // SPLIT
     step = programs // SPLIT
-    epoch = tl.load(state_ptr + pid)
-    mark = tl.load(state_ptr + _DEAD)
+    epoch, mark = begin_call(state_ptr, pid)
     slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     at = tl.arange(0, W)
     x_part = as_words(x_ptr) + part * PW
@@ -96,7 +84,7 @@ def _one_shot_kernel(
     _push(own, bases, out + row * ROW_WORDS, at, PW, WORLD)
     mine = peer(peers_ptr, rank) + slot
     eps = load_eps(eps_ptr, eps)
-    inbox = state_ptr + _CHANNELS
+    inbox = state_ptr + _INBOXES
     if MANY:
         # One row ahead, no more: what peers push is then read while it is in the cache, and links are not idle while
         # rows are finished. All ranks take equally many programs, so each finds the row it waits for pushed.
@@ -118,7 +106,7 @@ def _one_shot_kernel(
             sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
             epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
         )  # fmt: skip
-    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+    advance_epoch(state_ptr, epoch, pid, programs)
 
 
 def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0, *,

@@ -13,75 +13,17 @@ Either gives up as `watch` says.
 from __future__ import annotations
 
 from ..compat import tl, triton
-from ..device import SENTINEL, unpack
-from ..patience import GONE, LATE, MARK, POISON, POLLS, out_of_patience, report
+from ..patience import POLLS, out_of_patience, report
+from ..spin import QUAD, QUAD_REGISTERS, constraints, spin_ptx
+from ..words import POISON, SENTINEL, unpack
 
 _SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
 
 
-def _spin_ptx(sources: int) -> str:
-    """PTX that loads 4 words from each of `sources` ranks until no word is SENTINEL, or until the wait has lasted too
-    long: then it notes in the watch whose words did not come, and puts POISON in their place.
-
-    Outputs $0 ... $(4 * sources - 1). Inputs of one source: its address, the watch, the epoch, its rank. Of several:
-    the address of source 0, the address to use in place of the own rank's, bytes between sources, own rank; the watch,
-    the epoch. A label inside braces is local, so the text may appear several times in a kernel.
-    """
-    n = 4 * sources
-    watch, epoch = (n + 1, n + 2) if sources == 1 else (n + 4, n + 5)
-    lines = ["{", ".reg .pred p, q;", f".reg .b64 t, a<{sources}>;", ".reg .b32 polls, began, now, limit, gone;"]
-    if sources == 1:
-        lines.append(f"mov.b64 a0, ${n};")
-    else:
-        for s in range(sources):
-            lines.append(f"mad.lo.s64 a{s}, ${n + 2}, {s}, ${n};")
-            lines.append(f"setp.eq.s32 p, ${n + 3}, {s};")
-            lines.append(f"selp.b64 a{s}, ${n + 1}, a{s}, p;")
-    lines += ["mov.b32 polls, 0;", "mov.b32 began, 0;", "AGAIN:"]
-    for s in range(sources):
-        out = ", ".join(f"${4 * s + i}" for i in range(4))
-        lines.append(f"ld.volatile.global.v4.b32 {{{out}}}, [a{s}];")
-    lines += [*_any_empty("p", range(n)), "@!p bra DONE;"]
-    lines += ["add.u32 polls, polls, 1;", f"and.b32 now, polls, {POLLS - 1};"]
-    lines += ["setp.ne.u32 q, now, 0;", "@q bra AGAIN;"]
-    # Once in a while: the time, the limit, and whether somebody else gave up.
-    lines += ["mov.u64 t, %globaltimer;", "shr.u64 t, t, 20;", "cvt.u32.u64 now, t;"]
-    lines += ["setp.eq.u32 q, began, 0;", "selp.b32 began, now, began, q;", "sub.u32 now, now, began;"]
-    assert GONE == 1  # so that one load brings both
-    lines.append(f"ld.volatile.global.v2.b32 {{limit, gone}}, [${watch}];")
-    # Signed: a clock that was read too low, or a beginning too high, must not look like a wait of fifty days.
-    lines += ["setp.lt.s32 q, now, limit;", "setp.eq.and.u32 q, gone, 0, q;", "@q bra AGAIN;"]
-    lines += ["mov.b32 gone, 1;", f"st.volatile.global.b32 [${watch} + {4 * GONE}], gone;"]
-    lines += [f"ld.volatile.global.b64 t, [${watch} + {4 * MARK}];", "st.volatile.global.b32 [t], gone;"]
-    lines += [f"shr.u32 now, ${epoch}, 2;", "add.u32 now, now, 1;"]
-    for s in range(sources):
-        words = range(4 * s, 4 * s + 4)
-        lines.append(f"mov.b32 limit, {f'${n + 3}' if sources == 1 else s};")
-        if sources > 1:  # the own rank's place was taken by the next rank
-            lines += [f"setp.eq.s32 q, ${n + 3}, {s};", f"selp.b32 limit, {(s + 1) % sources}, limit, q;"]
-        lines.append(f"mad.wide.u32 t, limit, 4, ${watch};")
-        lines += [*_any_empty("p", words), f"@p st.volatile.global.b32 [t + {4 * LATE}], now;"]
-        for i in words:
-            lines += [f"setp.eq.s32 p, ${i}, {SENTINEL};", f"selp.b32 ${i}, {POISON}, ${i}, p;"]
-    return "\n".join([*lines, "DONE:", "}"])
-
-
-def _any_empty(predicate: str, words: range) -> list[str]:
-    first, *rest = words
-    lines = [f"setp.eq.s32 {predicate}, ${first}, {SENTINEL};"]
-    return lines + [f"setp.eq.or.s32 {predicate}, ${i}, {SENTINEL}, {predicate};" for i in rest]
-
-
-def _constraints(sources: int) -> str:
-    # outputs are written before the inputs are used for the last time: "&" keeps their registers apart
-    inputs = ["l", "l", "r", "r"] if sources == 1 else ["l", "l", "l", "r", "l", "r"]
-    return ",".join(["=&r"] * (4 * sources) + inputs)
-
-
 # Two ranks have one peer. More ranks read one peer twice, in place of the own part: the number of sources and the
 # order of the sum stay constants.
-_SPIN1, _SPIN4, _SPIN8 = (tl.constexpr(_spin_ptx(n)) for n in (1, 4, 8))
-_REGS1, _REGS4, _REGS8 = (tl.constexpr(_constraints(n)) for n in (1, 4, 8))
+_SPIN4, _SPIN8 = (tl.constexpr(spin_ptx(n)) for n in (4, 8))
+_REGS4, _REGS8 = (tl.constexpr(constraints(n)) for n in (4, 8))
 _INT = tl.int32
 _INTS1, _INTS4, _INTS8 = (tl.constexpr((_INT,) * (4 * n)) for n in (1, 4, 8))
 
@@ -122,7 +64,7 @@ def receive(base, W: tl.constexpr, width, source, SHARE: tl.constexpr, epoch, wa
         at = tl.where(at < width, at, 0)
         here = (base + at).to(tl.int64)
         sent = tl.inline_asm_elementwise(
-            _SPIN1, _REGS1, [here, watch_ptr.to(tl.int64), epoch, source + at // SHARE], _INTS1, False, 1
+            QUAD, QUAD_REGISTERS, [here, watch_ptr.to(tl.int64), epoch, source + at // SHARE], _INTS1, False, 1
         )
         words = _quad(sent, 0)
     else:
@@ -140,7 +82,7 @@ def receive_block(base, N: tl.constexpr, stride, W: tl.constexpr, width, epoch, 
         at = tl.where(at < width, at, 0)
         here = (base + source * stride + at[None, :]).to(tl.int64)
         quads = tl.inline_asm_elementwise(
-            _SPIN1, _REGS1, [here, watch_ptr.to(tl.int64), epoch, source], _INTS1, False, 1
+            QUAD, QUAD_REGISTERS, [here, watch_ptr.to(tl.int64), epoch, source], _INTS1, False, 1
         )
         left, right = tl.join(quads[0], quads[2]), tl.join(quads[1], quads[3])
         words = tl.join(left, right).reshape(N, W)

@@ -5,10 +5,10 @@ host memory; shared memory under the interpreter).
 
     word 0       how long one wait may last, in units of 2^20 ns (about a millisecond)    written by the host
     word 1       not 0: a wait was given up, so all others end at their next look here    written by either
-    words 2, 3   the address of the rank's dead mark (see `workspace`)                    written by the host
+    words 2, 3   the address of the rank's first dead mark (see `workspace`)              written by the host
     word 8 + q   not 0: data of rank q did not come; 1 + the number of the call           written by the device
 
-A kernel that gives up puts NaN in place of what did not come, says so here, sets the rank's dead mark, and ends. From
+A kernel that gives up puts NaN in place of what did not come, says so here, sets the rank's dead marks, and ends. From
 its next call on the rank sends NaN only. What peers sent too late stays in the slots, and a later call may take it for
 fresh; the rank's own NaN keeps that from being a number, on every rank. The workspace is of no more use, and
 `raise_if_late` says so.
@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError, PeerTimeoutError
-from ..patience import GONE, LATE, MARK, POISON, POLLS
+from ..patience import GONE, LATE, MARK, POLLS
+from ..words import POISON
 
 __all__ = [
     "DEFAULT_TIMEOUT", "GONE", "LATE", "MARK", "POISON", "POLLS", "TIMEOUT_VARIABLE", "WATCH_WORDS", "gave_up",

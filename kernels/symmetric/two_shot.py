@@ -12,28 +12,14 @@ from __future__ import annotations
 
 from ...errors import OpError
 from ..compat import next_power_of_2, tl, triton
-from ..device import (
-    SENTINEL,
-    advance_epoch,
-    as_words,
-    finish_row,
-    is_dead,
-    load_eps,
-    load_row,
-    pack,
-    peer,
-    slot_of,
-    unpack,
-)
-from ..patience import POISON
+from ..device import finish_row, load_eps, load_row
+from ..words import SENTINEL, advance_epoch, as_sent, as_words, begin_call, pack, peer, slot_of, unpack
 from .one_shot import constants, default_warps
 from .operands import Launch, Operands, launch_options, prepare
 from .receive import clear_one, receive, receive_block
-from .workspace import CHANNELS, DEAD, Workspace
+from .workspace import Workspace
 
 _SENTINEL = tl.constexpr(SENTINEL)
-_CHANNELS, _DEAD = tl.constexpr(CHANNELS), tl.constexpr(DEAD)
-_NAN = tl.constexpr(POISON)
 
 
 @triton.jit
@@ -41,7 +27,7 @@ def _scatter(x_row, targets, C: tl.constexpr, CHUNK: tl.constexpr, WORLD: tl.con
     """Chunk q of one row to the q-th of `targets` [WORLD, 1], the own chunk to oneself; NaN if the rank is dead."""
     at = tl.arange(0, C)[None, :]
     words = tl.load(x_row + tl.arange(0, WORLD)[:, None] * CHUNK + at, mask=at < CHUNK, other=0)
-    tl.store(targets + at, tl.where(is_dead(mark), _NAN, tl.where(words == _SENTINEL, 0, words)), mask=at < CHUNK)
+    tl.store(targets + at, as_sent(words, mark), mask=at < CHUNK)
 
 
 @triton.jit
@@ -51,9 +37,8 @@ def _reduce(pieces, targets, stride, like_ptr, epoch, watch_ptr, mark, C: tl.con
     these columns, so the order, a fixed one, need not be the rank order for all ranks to hold the same."""
     at = tl.arange(0, C)[None, :]
     words = receive_block(pieces, WORLD, stride, C, CHUNK, epoch, watch_ptr, SPIN)
-    total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr)
-    # A dead rank's own piece, which is NaN, may lie under late words of a peer's call of another shape.
-    total = tl.where(is_dead(mark), _NAN, total)
+    # A dead rank sends no number: its own piece, NaN, may lie under late words of a peer's call of another shape.
+    total = pack(tl.sum(unpack(words, like_ptr), axis=0), like_ptr, mark)
     tl.store(targets + at, tl.broadcast_to(total[None, :], (WORLD, C)), mask=at < CHUNK)
 
 
@@ -73,9 +58,9 @@ def _finish(
     residual, pre_bias, weight, bias = load_row(
         residual_row, pre_bias_ptr, weight_ptr, bias_ptr, weight_offset, cols, mask
     )
-    s = unpack(receive(there, W, ROW_WORDS, 0, CHUNK, epoch, watch_ptr, SPIN), like_ptr)
+    words = receive(there, W, ROW_WORDS, 0, CHUNK, epoch, watch_ptr, SPIN)
     # Sums of other ranks that came late would pass for fresh ones: no column of a dead rank's row is a number.
-    s = tl.where(is_dead(mark), float("nan"), s)
+    s = unpack(words | mark, like_ptr)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
@@ -105,8 +90,7 @@ def _two_shot_kernel(
 ):  # fmt: skip
     CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
-    epoch = tl.load(state_ptr + pid)
-    mark = tl.load(state_ptr + _DEAD)
+    epoch, mark = begin_call(state_ptr, pid)
     slot = tl.multiple_of(slot_of(epoch) * slot_words, 4)
     totals = slot + rows * ROW_WORDS  # the second part of the slot: whole rows of sums
     x_words = as_words(x_ptr)
@@ -148,7 +132,7 @@ def _two_shot_kernel(
             epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
         )  # fmt: skip
         _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
-    advance_epoch(state_ptr, epoch, pid, programs, _CHANNELS)
+    advance_epoch(state_ptr, epoch, pid, programs)
 
 
 def refusal(op: Operands, ws: Workspace) -> str:

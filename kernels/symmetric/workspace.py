@@ -6,11 +6,11 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
     2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel); 1 before that
 
-`state` is the owner's alone: CHANNELS epochs (always equal to each other; the slot in the low two bits, the count of
-calls above), then two sets of inboxes through which the programs of one row talk to each other, then the dead mark: not
-SENTINEL once a kernel of this rank gave up a wait; the rank sends only NaN from its next call on. At rest every word of
-slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and tells the host of those that did not come
-(see `watch`).
+`state` is the owner's alone: CHANNELS pairs of an epoch (always equal to each other; the slot in the low two bits, the
+count of calls above) and a dead mark (not 0 once a kernel of this rank gave up a wait; the rank sends only NaN from
+its next call on), then two sets of inboxes through which the programs of one row talk to each other. At rest every
+word of slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and tells the host of those that did
+not come (see `timeout`).
 
 The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of
 several ranks that live on a single device, or on CPU tensors in shared memory. docs/kernels.md has the protocol.
@@ -26,18 +26,16 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..device import CHANNELS, INBOX_WORDS, SENTINEL
+from ..words import CHANNELS, INBOXES, MARKS, SENTINEL, STATE_WORDS
 from .timeout import MARK, new_watch
 
 SLOTS = 3
-DEAD = CHANNELS + 2 * INBOX_WORDS  # the word of `state` that is the dead mark
-STATE_WORDS = DEAD + 4  # whole 16 bytes
 DEFAULT_SLOT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """One rank's view. Made by `from_buffers` alone, which tells the watch where the dead mark is.
+    """One rank's view. Made by `from_buffers` alone, which tells the watch where the dead marks are.
 
     `peers`: int64 [world], addresses of all ranks' buffers; `max_blocks`: most programs that may be resident at once,
     lowered by a harness whose ranks share one device; `owner` keeps the mapping alive; `device_name`: under which name
@@ -78,8 +76,8 @@ def initialise(buffer: Tensor, state: Tensor, slot_words: int) -> None:
     """Bring buffer and state to rest. Every rank must have done so before any rank launches a kernel."""
     buffer[: SLOTS * slot_words].fill_(SENTINEL)
     buffer[SLOTS * slot_words :].fill_(1)
-    state[:CHANNELS].zero_()
-    state[CHANNELS:].fill_(SENTINEL)
+    state[:INBOXES].zero_()
+    state[INBOXES:].fill_(SENTINEL)
 
 
 def from_buffers(
@@ -95,7 +93,7 @@ def from_buffers(
     peers = listed.to(buffer.device) if peers is None else peers.copy_(listed)
     stage = stage_words_of(slot_words, world)
     watch = new_watch(buffer.device) if watch is None else watch
-    watch[MARK : MARK + 2] = torch.tensor([state.data_ptr() + 4 * DEAD]).view(torch.int32)
+    watch[MARK : MARK + 2] = torch.tensor([state[MARKS].data_ptr()]).view(torch.int32)
     return Workspace(rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, watch, owner)
 
 

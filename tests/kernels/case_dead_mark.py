@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tpfuse.kernels.device import SENTINEL
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import gave_up, set_timeout
-from tpfuse.kernels.symmetric.workspace import CHANNELS, DEAD
+from tpfuse.kernels.words import EPOCHS, MARKS, POISON
 
 from .case_protocol import Call, launch
 from .protocol import Seat, run
@@ -52,7 +51,7 @@ def seats_of(kernel: str) -> int:
 
 def marked(seat: Seat, kernel: str) -> list[str]:
     if seat.ws.rank == 1:
-        seat.ws.state[DEAD] = 1
+        seat.ws.state[MARKS] = POISON
     return [judge(make(seat, call), seat, call) for call in calls_of(kernel, 2)]
 
 
@@ -62,7 +61,7 @@ def test_with_the_mark_set_every_result_on_every_rank_is_nan(kernel: str, world:
     assert {word for rank in answers for words in rank for word in words} == {"nan"}
 
 
-def in_turn(seat: Seat, kernel: str, turn: Any) -> tuple[list[str], bool, int]:
+def in_turn(seat: Seat, kernel: str, turn: Any) -> tuple[list[str], bool, set[bool]]:
     """Rank 0 makes each call before the others begin it, so that it gives up, and finds their words three calls
     later."""
     out = []
@@ -75,7 +74,7 @@ def in_turn(seat: Seat, kernel: str, turn: Any) -> tuple[list[str], bool, int]:
         turn.wait()
         if seat.ws.rank != 0:
             out.append(judge(make(seat, call), seat, call))
-    return out, gave_up(seat.ws.watch), int(seat.ws.state[DEAD])
+    return out, gave_up(seat.ws.watch), set((seat.ws.state[MARKS] == POISON).tolist())
 
 
 @pytest.mark.parametrize(("world", "kernel"), CASES)
@@ -84,8 +83,8 @@ def test_words_that_came_late_are_never_taken_for_fresh_ones(kernel: str, world:
     turn = multiprocessing.get_context("fork").Barrier(world * seats)
     answers = run(world, in_turn, kernel, turn, programs_per_rank=seats, rest=False)
     for rank, programs in enumerate(answers):
-        for words, gone, mark in programs:
-            assert gone == (rank == 0) and (mark != SENTINEL) == (rank == 0)
+        for words, gone, dead in programs:
+            assert gone == (rank == 0) and dead == {rank == 0}
             assert words[0] == "nan" or (rank != 0 and words[0] == "right")  # rank 0 had sent its x
             assert set(words[1:]) == {"nan"}, f"rank {rank}: {words}"
 
@@ -95,8 +94,8 @@ def other_shape(seat: Seat, turn: Any) -> bool:
     cover the NaN that rank 1 has put into its own slot. What rank 1 then sends to rank 0 as the sum of its columns."""
     (late, ahead), words = (Call("one_shot", 2, 64, torch.float32), Call("two_shot", 1, 64, torch.float32)), 64
     if seat.ws.rank == 1:
-        seat.ws.state[DEAD] = 1
-        seat.ws.state[:CHANNELS] = 3 << 2
+        seat.ws.state[MARKS] = POISON
+        seat.ws.state[EPOCHS] = 3 << 2
         turn.wait()
         launch(ahead, seat)  # waits for the words of rank 0, and takes the late ones for them
     else:

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.device import SENTINEL
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.two_shot import two_shot
-from tpfuse.kernels.symmetric.workspace import CHANNELS
+from tpfuse.kernels.words import EPOCHS, SENTINEL
 
 from .protocol import Seat, run
 
@@ -182,7 +181,7 @@ def test_a_call_without_rows_leaves_the_epoch_alone() -> None:
 
 def play_late(seat: Seat, calls: list[Call], epoch: int) -> list[Any]:
     """As if a great many calls had been made."""
-    seat.ws.state[:CHANNELS] = epoch
+    seat.ws.state[EPOCHS] = epoch
     return play(seat, calls)
 
 

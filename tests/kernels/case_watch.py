@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tpfuse.errors import OptionError, PeerTimeoutError
-from tpfuse.kernels.device import SENTINEL
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import GONE, LATE, gave_up, late_ranks, new_watch, raise_if_late, set_timeout
 from tpfuse.kernels.symmetric.two_shot import two_shot
-from tpfuse.kernels.symmetric.workspace import CHANNELS, DEAD
+from tpfuse.kernels.words import EPOCHS, MARKS, POISON
 
 from .case_protocol import Call, equal_on_all_ranks, play
 from .protocol import Seat, run
@@ -77,7 +76,7 @@ def half_a_row(seat: Seat) -> tuple[bool, bool, bool] | None:
         return None
     out, _ = one_shot(Call(rows=1, options={"norm": "layer_norm"}).operands(seat.ws.rank), seat.ws, 2, first=0).run()
     named = seat.ws.rank in late_ranks(seat.ws.watch)
-    return bool(out.y[:, :32].isnan().all()), named, int(seat.ws.state[DEAD]) != SENTINEL
+    return bool(out.y[:, :32].isnan().all()), named, bool((seat.ws.state[MARKS] == POISON).all())
 
 
 def test_programs_of_a_row_do_not_wait_for_each_other_for_ever() -> None:
@@ -99,7 +98,7 @@ def test_a_late_peer_within_the_limit_is_waited_for() -> None:
 
 def first_barrier_before_the_wrap(seat: Seat, epoch: int) -> tuple[list, bool]:
     """Rank 1 is late, so that rank 0 meets flags that nobody has raised yet."""
-    seat.ws.state[:CHANNELS] = epoch
+    seat.ws.state[EPOCHS] = epoch
     if seat.ws.rank == 1:
         time.sleep(0.3)
     return play(seat, [Call("barrier", 3, seed=1), Call("barrier_twice", 2, seed=2), Call("barrier", 5, seed=3)])

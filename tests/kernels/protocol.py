@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from tpfuse.kernels.symmetric.timeout import new_watch
-from tpfuse.kernels.symmetric.workspace import STATE_WORDS, Workspace, buffer_words, from_buffers, initialise
+from tpfuse.kernels.symmetric.workspace import SLOTS, Workspace, buffer_words, from_buffers, initialise
+from tpfuse.kernels.words import EPOCHS, INBOXES, MARKS, SENTINEL, STATE_WORDS
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
 
 def check_rest(rank: int, buffer: torch.Tensor, state: torch.Tensor, slot_words: int) -> None:
     """At rest every slot and inbox is empty, and all channels agree on the epoch."""
-    from tpfuse.kernels.device import SENTINEL
-    from tpfuse.kernels.symmetric.workspace import CHANNELS, SLOTS
-
     assert (buffer[: SLOTS * slot_words] == SENTINEL).all(), f"rank {rank} left words in a slot"
-    assert (state[CHANNELS:] == SENTINEL).all(), f"rank {rank} left words in an inbox"
-    assert (state[:CHANNELS] == state[0]).all(), f"rank {rank}'s channels disagree on the epoch"
+    assert (state[INBOXES:] == SENTINEL).all(), f"rank {rank} left words in an inbox"
+    assert (state[MARKS] == 0).all(), f"rank {rank} is dead"
+    assert (state[EPOCHS] == state[0]).all(), f"rank {rank}'s channels disagree on the epoch"

@@ -18,7 +18,7 @@ from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.timeout import GONE, gave_up, late_ranks, raise_if_late, set_timeout
 from tpfuse.kernels.symmetric.two_shot import two_shot
-from tpfuse.kernels.symmetric.workspace import CHANNELS
+from tpfuse.kernels.words import CHANNELS
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
