@@ -3,8 +3,9 @@
 `draw(seed)` gives a function `program(m, x, y, k, j, p, q)`: x is replicated, y is partial, k and p are a rank's own
 numbers, j and q are the same on all ranks; `m` is a `Block`, whose attributes named `own` differ between ranks. A
 program is a few rounds of: partial values, one to three sums of them, steps on each sum, an addition, steps on that, a
-norm. Where a step takes a slice start, a mask, a factor, a divisor, a weight, it may be a rank's own or not. All ranks
-run the same collectives with the same shapes, so eager mode is right whatever is drawn.
+norm. Some rounds are sequence-parallel: each rank gets the sums of its own rows, and gathers what comes of them. Where
+a step takes a slice start, a mask, a factor, a divisor, a weight, it may be a rank's own or not. All ranks run the same
+collectives with the same shapes, so eager mode is right whatever is drawn.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 BATCH, ROWS, HIDDEN, INNER = 2, 8, 16, 24
 #: Partial sums this large cancel: what each rank adds is far from the sum. float16 ends at 65504.
 APART = {torch.float32: 1e3, torch.bfloat16: 1e2, torch.float16: 3.3e4, torch.float64: 1e3}
+C10D = torch.ops._c10d_functional
+WAIT = C10D.wait_tensor
 OWN_INTS = ("dist.get_rank()", "R", "k", "m.own_int", "m.cfg.own_int")
 SAME_INTS = ("1", "ONE", "j", "m.same_int", "m.cfg.same_int")
 
@@ -96,6 +99,19 @@ def by_hand_layer(h, weight, bias, eps, acc):
     return y if bias is None else y + bias
 
 
+def ar(v, group):
+    return WAIT(C10D.all_reduce(v, "sum", group))
+
+
+def rs(v, group):
+    """This rank's rows of a sum, of those of the first dimension."""
+    return WAIT(C10D.reduce_scatter_tensor(v, "sum", dist.get_world_size(), group))
+
+
+def ag(v, group):
+    return WAIT(C10D.all_gather_into_tensor(v, dist.get_world_size(), group))
+
+
 class Block(nn.Module):
     """This rank's part of two layers, and constants of which those named `own` are this rank's own."""
 
@@ -121,7 +137,10 @@ class Block(nn.Module):
         self.program = program
 
     def partial(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(x)))
+        return F.linear(F.silu(F.linear(x, self.up.weight)), self.down.weight)
+
+    def second_of(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.second.weight)
 
     def forward(self, x, k, j, p, q):
         return self.program(self, x, self.partial(x), k, j, p, q)
@@ -151,11 +170,17 @@ def draw(seed: int, short: bool = False) -> Drawn:
     which compiles in a third of the time."""
     rng = random.Random(seed)
     dtype = rng.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
+    # Of numbers of their own, so that the other programs do not depend on them.
+    scattered = random.Random(f"rows of {seed}").random() < 0.25
     dynamic = rng.random() < 0.3
     two_calls = dynamic and rng.random() < 0.4
+    if scattered:  # a symbolic number of rows in W parts costs minutes
+        dynamic = two_calls = False
     train = rng.random() < (0.2 if short else 0.4)
     turns = 1 if short else rng.choice((1, 1, 2))
-    text = _Writer(rng, dtype, sized=not two_calls).program(turns)
+    writer = _Writer(rng, dtype, sized=not two_calls)
+    writer.scattered = scattered
+    text = writer.program(turns)
     return Drawn(seed, text, dtype, train, dynamic, two_calls)
 
 
@@ -168,6 +193,8 @@ class _Writer:
         self.count = 0
         #: Whether rows were chosen before: a second choice of them might find too few.
         self.few = False
+        #: Whether a round may be sequence-parallel.
+        self.scattered = False
         #: How much of what is drawn is a rank's own: in some programs nothing is, and there everything fuses.
         self.own_share = rng.choice((0.0, 0.3, 0.6))
 
@@ -185,7 +212,10 @@ class _Writer:
         for turn in range(turns):
             if turn:
                 source = self._partial(out, cube)
-            stream, out, sums, cube, full = self._round(stream, source, cube, full)
+            if self.scattered and cube and full:
+                stream, out, sums = self._scattered_round(stream, source)
+            else:
+                stream, out, sums, cube, full = self._round(stream, source, cube, full)
             self.few = self.few or not full
             given += [*sums, stream]
         results = ["out0"]
@@ -205,13 +235,14 @@ class _Writer:
         return "def program(m, x, y, k, j, p, q):\n" + "".join(f"    {line}\n" for line in lines)
 
     def _partial(self, of: str, cube: bool) -> str:
-        layers = [f"m.partial({of})", f"m.second({of})", f"m.partial(Copied.apply({of}))", f"m.second({of}).tanh()"]
+        copied = f"Copied.apply({of})"
+        layers = [f"m.partial({of})", f"m.second_of({of})", f"m.partial({copied})", f"m.second_of({of}).tanh()"]
         if cube:
             layers += [
-                f"m.second(Copied.apply({of})) + m.partial(Copied.apply({of}))",
-                f"m.second(Selected.apply({of})) + m.partial(Selected.apply({of}))",
-                f"m.second(Scaled.apply({of})) * m.partial(Scaled.apply({of}))",
-                f"m.second({of}) + Gather.apply({of}).unflatten(0, (W, -1)).mean(0).sin()"
+                f"m.second_of(Copied.apply({of})) + m.partial(Copied.apply({of}))",
+                f"m.second_of(Selected.apply({of})) + m.partial(Selected.apply({of}))",
+                f"m.second_of(Scaled.apply({of})) * m.partial(Scaled.apply({of}))",
+                f"m.second_of({of}) + Gather.apply({of}).unflatten(0, (W, -1)).mean(0).sin()"
                 f" + Gather.apply({of})[: {of}.shape[0]]",
             ]
         return self.let(self.rng.choice(layers), "y")
@@ -352,6 +383,31 @@ class _Writer:
             out = self.let(f"{base} + {out}")
         return (out if post else h), out, paid, still, full_now
 
+    def _scattered_round(self, stream: str, source: str) -> tuple[str, str, list[str]]:
+        """A round on each rank's own rows, where steps may well be its own."""
+        sums, terms = [], []
+        for index in range(self.rng.choice((1, 1, 2))):
+            partial = source if not index else f"{source}{self.rng.choice(('.sin()', '.flip(0)', ' * 2'))}"
+            if self.rng.random() < 0.25:
+                partial = f"({partial} + m.apart)"
+            rows = f"{partial}.flatten(0, 1)"
+            if index and self.rng.random() < 0.5:
+                sums.append(self.let(f"ar({rows}, 0)", "s"))
+                v = self.let(f"{sums[-1]}.chunk(W)[R]")
+            else:
+                v = self.let(f"rs({rows})", "s")
+                sums.append(v)
+            for _ in range(self.rng.choice((0, 0, 1))):
+                v = self._step(v, False, "y")
+            terms.append(v)
+        base = self.let(f"{stream}.flatten(0, 1).chunk(W)[R]")
+        h = self.let(f" {self.rng.choice('++-')} ".join(self.rng.sample([base, *terms], len(terms) + 1)), "h")
+        if self.rng.random() < 0.2:
+            h = self._step(h, False, base)
+        n = self.let(self._norm(h), "n")
+        whole = [self.let(f"ag({v}).unflatten(0, {stream}.shape[:2])") for v in (h, n)]
+        return whole[0], whole[1], sums
+
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
@@ -363,17 +419,33 @@ def groups(rank: int, world: int) -> list[str]:
     return [dist.group.WORLD.group_name, *(group.group_name for group in made)]
 
 
-def block(drawn: Drawn, rank: int, world: int, names: list[str], dtype: torch.dtype) -> Block:
-    """The program as a module, in `dtype`."""
+def block(
+    drawn: Drawn, rank: int, world: int, names: list[str], dtype: torch.dtype, rounding: float = 0.0
+) -> Block:
+    """The program as a module, in `dtype`. `rounding`: by which share each number that is sent is moved up or down, as
+    one more rounding of all partial sums might."""
+    signs = torch.Generator().manual_seed(rank)
 
-    def ar(v, kind):
-        return funcol.all_reduce(v, "sum", names[kind])
+    def sent(v):
+        if not rounding:
+            return v
+        return v * (1 + rounding * (2 * torch.randint(2, v.shape, generator=signs, dtype=v.dtype) - 1))
+
+    def summed(v, kind):
+        return ar(sent(v), names[kind])
+
+    def scattered(v):
+        return rs(sent(v), names[0])
+
+    def gathered(v):
+        return ag(v, names[0])
 
     # Dynamo looks globals up in the module that a function says it is of.
     home = sys.modules[f"program_{drawn.seed}"] = ModuleType(f"program_{drawn.seed}")
     known = {name: value for name, value in globals().items() if not name.startswith("__")}
     acc = torch.promote_types(dtype, torch.float32)
-    vars(home).update(known, ar=ar, R=rank, ONE=1, W=world, H=HIDDEN, ACC=acc)
+    known.update(ar=summed, rs=scattered, ag=gathered, R=rank, ONE=1, W=world, H=HIDDEN, ACC=acc)
+    vars(home).update(known)
     exec(compile(drawn.text, f"<program {drawn.seed}>", "exec"), vars(home))
     return Block(home.program, rank, world, APART[drawn.dtype]).to(dtype)
 

@@ -26,7 +26,8 @@ def outcomes(world: int, seeds, folder, timeout: float, **how) -> list[dict]:
 def check(found: list[dict], short: bool) -> None:
     wrong = sorted({seed for rank in found for seed in rank["wrong"]})
     said = "\n".join(f"{draw(seed, short)}{[rank['wrong'].get(seed) for rank in found]}" for seed in wrong)
-    assert not wrong, f"(tensor, error, error of the unfused graph) on each rank of {wrong}:\n{said}"
+    what = "(tensor, error, that of the unfused graph, that of one more rounding)"
+    assert not wrong, f"{what} on each rank of {wrong}:\n{said}"
     # One program's rounding is luck, that of all of them is not.
     assert geometric_mean([ratio for rank in found for ratio in rank["ratios"]]) < 1.1
     # What all ranks have alike is fused, what they have not is not.
@@ -45,7 +46,7 @@ def test_without_the_ranks_agreement_numbers_are_wrong(tmp_path):
     """That the programs can tell: two whose ranks send the same tensors, changed in different ways."""
     for rank in outcomes(2, (14, 49), tmp_path, 280, short=True, agree=False):
         assert set(rank["wrong"]) == {14, 49}
-        assert min(error for tensors in rank["wrong"].values() for _, error, _ in tensors) > 0.05
+        assert min(error for tensors in rank["wrong"].values() for _, error, *_ in tensors) > 0.05
 
 
 @pytest.mark.nightly

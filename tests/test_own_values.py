@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import tpfuse
 from tpfuse.passes.recognise.range import overflow
@@ -14,7 +15,8 @@ from tpfuse.report import Step
 from tpfuse.runtime.plan_check import Record
 from tpfuse.runtime.same_values import with_values
 
-from .rank_programs import all_reduce, worst_error
+from .graphs import trace
+from .rank_programs import HIDDEN, all_reduce, worst_error
 from .ranks import run_processes
 
 
@@ -57,7 +59,7 @@ def selected(m, x, y):
 
 
 def chunked(m, x, y):
-    return m.norm((x + all_reduce(y)).chunk(dist.get_world_size(), 1)[dist.get_rank()])
+    return m.norm((x + all_reduce(y))[:, :4].chunk(dist.get_world_size(), 1)[dist.get_rank()])
 
 
 def indexed(m, x, y):
@@ -107,6 +109,43 @@ def check(ranks: list[dict]) -> None:
 def test_what_is_a_ranks_own_never_moves_in_front_of_a_sum():
     options = {"inner": "aot_eager", "plan_timeout": 100.0}
     check(run_processes(2, errors, options, (of_a_fill, of_a_weight), (False,)))
+
+
+def plain(x, y, w):
+    return F.rms_norm(x + all_reduce(y), (HIDDEN,), w)
+
+
+def gated(x, y, w):
+    return F.rms_norm(x + all_reduce(y) * torch.full((6, 1), 1.0 + dist.get_rank()), (HIDDEN,), w)
+
+
+def added(x, y, w):
+    return F.rms_norm(x + all_reduce(y) * (1 + dist.get_rank()) + all_reduce(y.sin()), (HIDDEN,), w)
+
+
+def traced_by_hand(rank: int) -> dict:
+    """By program: how far its graph is from float64 after fuse_graph, what was fused, and what is with alike=True."""
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(3))
+    y = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(rank))
+    args = (x, y, torch.ones(HIDDEN))
+    found = {}
+    for program in (plain, gated, added):
+        graph, vouched = trace(program, *args), trace(program, *args)
+        fused = [b.fused for b in tpfuse.fuse_graph(graph, strict=True).boundaries]
+        alike = [b.fused for b in tpfuse.fuse_graph(vouched, strict=True, alike=True).boundaries]
+        exact = program(*(t.double() for t in args))
+        found[program.__name__] = float((graph(*args) - exact).norm() / exact.norm()), fused, alike
+    return found
+
+
+def test_fuse_graph_changes_nothing_that_is_sent_unless_ranks_are_said_to_be_alike():
+    for found in run_processes(2, traced_by_hand):
+        assert {name: how for name, (_, *how) in found.items()} == {
+            "plain": [[True], [True]],
+            "gated": [[False], [True]],
+            "added": [[False, True], [True, True]],
+        }
+        assert max(error for error, *_ in found.values()) < 5e-6
 
 
 @pytest.mark.nightly

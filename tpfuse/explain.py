@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from . import _torch_private as private
@@ -77,15 +78,32 @@ def explain(
     return Report(notes=["nothing was compiled: the model has no operation that Dynamo could put into a graph"])
 
 
-def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None, *, strict: bool = False) -> Report:
+#: What `fuse_graph` says of boundaries that it leaves because nobody said that the ranks are alike.
+NOT_ASKED = (
+    "fuse_graph cannot ask the other ranks whether they do the same to it; where the graphs of all ranks, their"
+    " constants, gates and masks are alike, pass alike=True"
+)
+
+
+def fuse_graph(
+    graph_module: fx.GraphModule,
+    policy: SharingPolicy | None = None,
+    *,
+    strict: bool = False,
+    alike: bool | None = None,
+) -> Report:
     """Rewrite `graph_module` in place and say what was done.
 
     For graphs of make_fx, torch.export or another compiler's pipeline: aten operators and functional collectives,
     with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
-    Ranks do not compare what they decided, as they do under the backend: the caller vouches that the graphs of all
-    ranks are alike, and that gates, masks, numbers and choices of rows in them are the same on every rank.
+    Ranks do not compare what they decided, as they do under the backend, and one rank's graph does not show whether the
+    others' are like it. `alike`: whether the caller vouches that they are, and that gates, masks, numbers and choices
+    of rows in them are the same on every rank. False: what is sent stays as the graph has it, so a boundary is fused
+    where nothing but an addition stands between its one sum and the norm; sums are not merged, no step moves in front
+    of one, no layout changes. None: False where this process has peers (a process group of several ranks that is not
+    a fake one); without any, one graph stands for all ranks, and they are alike.
 
     Raises: nothing for a graph that cannot be fused (the report says why); PlanError for anything but a GraphModule;
     PolicyError for anything but a policy, and where the graph's groups are not those of `policy`; with `strict=True`,
@@ -95,9 +113,17 @@ def fuse_graph(graph_module: fx.GraphModule, policy: SharingPolicy | None = None
         raise PlanError(f"fuse_graph(graph_module={type(graph_module).__name__}): allowed: a torch.fx.GraphModule")
     if policy is not None and not isinstance(policy, SharingPolicy):
         raise PolicyError(f"fuse_graph(policy={policy!r}): allowed: a tpfuse.SharingPolicy, or None")
-    outcome = fuse(graph_module.graph, resolve_group, PassOptions(strict=strict, policy=policy))
+    if alike is None:
+        alike = not _has_peers()
+    options = PassOptions(strict=strict, policy=policy, as_written="" if alike else NOT_ASKED)
+    outcome = fuse(graph_module.graph, resolve_group, options)
     check_groups(outcome.report, policy)
     if outcome.graph is not graph_module.graph:
         graph_module.graph = outcome.graph
         graph_module.recompile()
     return outcome.report
+
+
+def _has_peers() -> bool:
+    world = private.default_group()
+    return world is not None and world.size() > 1 and dist.get_backend(world) != "fake"

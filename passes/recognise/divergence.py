@@ -39,7 +39,7 @@ class Parting:
 
     partial: frozenset[fx.Node]
     finished: dict[fx.Node, tuple[int, ...] | None]
-    same: dict[tuple[tuple[int, ...], bool], set[fx.Node]] = field(default_factory=dict)
+    same: dict[tuple[int, ...], set[fx.Node]] = field(default_factory=dict)
 
 
 def find_partings(collectives: Iterable[Collective]) -> Parting:
@@ -55,16 +55,15 @@ def find_partings(collectives: Iterable[Collective]) -> Parting:
     return Parting(frozenset(partial), finished)
 
 
-def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting, sums_only: bool = False) -> str:
-    """A noun phrase that names why `node` may differ between `ranks`, or ''. `sums_only`: random numbers and a rank's
-    own rows do not count.
+def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
+    """A noun phrase that names why `node` may differ between `ranks`, or ''.
 
     Follows `node` towards the inputs, up to finished all-reduces and all-gathers. Those over other groups make it the
     same on all of `ranks` only together: a gather over the replicas, of what is summed over each replica's ranks.
     """
     pending: list[tuple[fx.Node, frozenset[tuple[int, ...]]]] = [(node, frozenset())]
     seen = set()
-    same = parting.same.setdefault((ranks, sums_only), set())
+    same = parting.same.setdefault(ranks, set())
     while pending:
         current, groups = pending.pop()
         if not groups and current in same:
@@ -80,12 +79,12 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
         if (current, groups) in seen or current.op != "call_function":
             continue
         seen.add((current, groups))
-        if not sums_only and is_random(current):
+        if is_random(current):
             return (
                 f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of"
                 " masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary fuses"
             )
-        if not sums_only and any(word in _name(current) for word in _SCATTERING):
+        if any(word in _name(current) for word in _SCATTERING):
             return f"a value that differs between ranks ({current.target} gives each rank its own rows)"
         pending.extend((parent, groups) for parent in current.all_input_nodes)
     same |= {current for current, groups in seen if not groups}

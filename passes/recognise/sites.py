@@ -49,7 +49,6 @@ class Owed:
 class Site:
     """A norm over `hidden` = all-reduced sums + replicated addends; `problem` says why it cannot be fused, if so.
 
-    `own_addend`: what is added may be a rank's own, so every rank has to finish all rows itself.
     `left`: sums that the norm reads as well and that have to be finished by themselves, each with the reason.
     `add_after` is the addition of a residual to the normed value (post-norm models), `residual_after` that residual.
     `astride`: in a graph that is still to be split into forward and backward, an activation checkpoint treats parts of
@@ -64,7 +63,6 @@ class Site:
     problem: str = ""
     astride: bool = False
     left: tuple[tuple[Owed, str], ...] = ()
-    own_addend: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,18 +158,9 @@ def _site(norm: Norm, known: _Known) -> Site | None:
             break
         left += stuck
     add_after, residual_after = _add_after(norm, total)
-    addends = [term.leaf for term in total.replicated] + ([residual_after] if residual_after is not None else [])
-    own = any(_is_a_ranks_own(site, node, known.parting) for node in addends)
-    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left), own_addend=own)
+    site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left))
     problem = norm.problem or total.problem or site_problem(site, total, stuck)
     return replace(site, problem=problem or _hazard(site, total, known.hazards))
-
-
-def _is_a_ranks_own(site: Site, node: fx.Node, parting: Parting) -> bool:
-    """Whether an addend may differ between the ranks that are summed over. Random masks on the residual stream are the
-    user's to keep equal: where they are not, ranks compute with different hidden states, fused or not."""
-    groups = dict.fromkeys(owed.collective.ranks for owed in site.owed)
-    return any(differs_between_ranks(node, ranks, parting, sums_only=True) for ranks in groups)
 
 
 def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:

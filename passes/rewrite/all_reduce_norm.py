@@ -214,8 +214,6 @@ def _insert_fused(
             "want_sum": wanted.total,
             "stats": wanted.mean or wanted.rstd,
             "group_name": collective.group_name,
-            # One summation order means one shot: no rank finishes a row for another one.
-            **({"batch_invariant": True} if plan.site.own_addend else {}),
         },
     )
     carry_meta(collective.node, fused)
