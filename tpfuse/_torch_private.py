@@ -569,3 +569,51 @@ def replace_total_norm(total_norm: Any) -> None:
         torch.nn.utils.get_total_norm = known
     if getattr(clip_grad, "get_total_norm", None) is original:
         clip_grad.get_total_norm = known
+
+
+def backward_task() -> int:
+    """The number of the backward pass that runs now.
+
+    If it goes: 0, and sums of gradients are agreed upon once for all passes; replicas must then use the same parameters.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def backward_reaches(leaf: torch.Tensor) -> tuple[bool, bool]:
+    """Whether the backward pass that runs now gives a leaf a gradient, and whether `torch.autograd.grad` asked for it.
+
+    If it goes: (True, False); replicas must then use the same parameters.
+    """
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return torch._C._will_engine_execute_node(node), False  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        if "autograd.grad" not in str(error):
+            raise
+        return True, True
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Run `callback` at the end of the backward pass that runs now.
+
+    If it goes: a final callback of a hook on the loss.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def post_accumulate_hooks(leaf: torch.Tensor) -> bool:
+    """Whether something takes a leaf's gradient as soon as it is accumulated (an optimizer in backward).
+
+    If `_post_accumulate_grad_hooks` goes: True, and replicas must use the same parameters.
+    """
+    return bool(getattr(leaf, "_post_accumulate_grad_hooks", None))
+
+
+def wrapped_in_ddp() -> bool:
+    """Whether a forward of DistributedDataParallel is running.
+
+    If `_active_ddp_module` goes: True, and replicas must use the same parameters.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from tpfuse.parallel.hf_plan import ancestors, routed_block_of
 from tpfuse.parallel.mesh import Group, Groups
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role
+from tpfuse.parallel.used import UsedParameters
 
 
 def owner_of(model: nn.Module, parameter: str) -> nn.Module:
@@ -47,8 +48,8 @@ def owed_sums(model: nn.Module, done: list[Done], roles: Mapping[str, Role], gro
 
 
 @dataclass(frozen=True)
-class SumGradient:
-    """Hook on a parameter: sums its gradient over a group. A cut whose slices several ranks hold is summed by slice."""
+class Total:
+    """Sums one gradient over a group. A cut whose slices several ranks hold is summed by slice."""
 
     group: Group
     cut: Cut | None = None
@@ -59,6 +60,17 @@ class SumGradient:
         return self.cut.take(all_reduce(self.cut.spread(grad), self.group.name))
 
 
+@dataclass(frozen=True)
+class SumGradient:
+    """Hook on a parameter, which is number `number` of those whose gradients replicas sum: gives the sum."""
+
+    used: UsedParameters = field(compare=False)
+    number: int
+
+    def __call__(self, grad: Tensor | None) -> Tensor:
+        return self.used.gradient(self.number, grad)
+
+
 def sum_gradients(model: nn.Module) -> None:
     """Registers the hooks that sum partial gradients, on parameters that have none yet.
 
@@ -67,43 +79,47 @@ def sum_gradients(model: nn.Module) -> None:
     """
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
     sums: dict[nn.Module, list[tuple[str, SumGradient]]] = {}
+    numbers: dict[int, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if state.groups.whole.size > 1:
             remember(parameter, state.cuts.get(name), state.groups)
-        if not parameter.requires_grad or (total := _sum_of(name, state)) is None:
+        if not parameter.requires_grad or (total := _total_of(name, state)) is None:
             continue
-        _sum_once(parameter, total)
-        sums.setdefault(owner_of(model, name), []).append((name.rpartition(".")[2], total))
-    for module, totals in sums.items():
-        hooks = forward_pre_hooks(module)
-        if not any(isinstance(hook, SumsOfOwn) for hook in hooks.values()):
-            module.register_forward_pre_hook(SumsOfOwn(tuple(totals)))
+        if id(parameter) not in numbers:
+            numbers[id(parameter)] = state.used.add(name, parameter, total)
+        hook = SumGradient(state.used, numbers[id(parameter)])
+        _sum_once(parameter, hook)
+        sums.setdefault(owner_of(model, name), []).append((name.rpartition(".")[2], hook))
+    for module, hooks in sums.items():
+        if not any(isinstance(hook, SumsOfOwn) for hook in forward_pre_hooks(module).values()):
+            module.register_forward_pre_hook(SumsOfOwn(tuple(hooks)))
 
 
-def _sum_of(name: str, state: Parallelized) -> SumGradient | None:
+def _total_of(name: str, state: Parallelized) -> Total | None:
     cut = state.cuts.get(name)
     if cut is not None and not cut.disjoint:
-        return SumGradient(state.groups.whole, cut)
+        return Total(state.groups.whole, cut)
     owed = state.owed.get(name)
-    return SumGradient(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
+    return Total(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
 
 
-def _sum_once(parameter: Tensor, total: SumGradient) -> None:
-    if not any(isinstance(hook, SumGradient) for hook in backward_hooks(parameter).values()):
-        parameter.register_hook(total)
+def _sum_once(parameter: Tensor, hook: SumGradient) -> None:
+    if not any(isinstance(known, SumGradient) for known in backward_hooks(parameter).values()):
+        parameter.register_hook(hook)
 
 
 @dataclass(frozen=True)
 class SumsOfOwn:
     """Before a module's forward: its own parameters of which a sum is owed have their hooks, new ones as well."""
 
-    totals: tuple[tuple[str, SumGradient], ...]
+    hooks: tuple[tuple[str, SumGradient], ...]
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():
             return
-        for leaf, total in self.totals:
+        for leaf, hook in self.hooks:
             parameter = getattr(module, leaf, None)
             # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
             if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):
-                _sum_once(parameter, total)
+                hook.used.called(parameter, hook.number)
+                _sum_once(parameter, hook)

@@ -35,6 +35,7 @@ from tpfuse.parallel.collectives import (
 from tpfuse.parallel.mesh import Group
 from tpfuse.parallel.rows import announced_rows, trim_rows
 from tpfuse.parallel.rows_check import RowsCheck
+from tpfuse.parallel.used import UsedParameters, agree_before
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class AllRows:
     dp: Group
     max_rows: int | None
     check: RowsCheck = field(compare=False)
+    used: UsedParameters = field(compare=False)
     inner: CopyIn
     owes: ReduceOut | None = None
     share: ShareOut | None = None
@@ -136,6 +138,7 @@ class AllRows:
         own = scatter_rows(_flat(y), dp.size, dp.index, dp.name, even=True)
         if padded is not None:
             own = trim_rows(own, _rows(x))
+        own = agree_before(own, self.used)
         return rest(own.view(*x.shape[:-1], y.shape[-1]))
 
     def _padded(self, x: Tensor) -> int | None:

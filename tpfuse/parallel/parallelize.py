@@ -38,6 +38,7 @@ from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.rows_check import RowsCheck
 from tpfuse.parallel.structure import inferred_roles, uncut_mixers
+from tpfuse.parallel.used import UsedParameters
 from tpfuse.policy import SharingPolicy
 
 
@@ -89,9 +90,10 @@ def parallelize(
     # Nothing was changed up to here, and nothing is refused from here on.
     groups = create_whole_group(mesh, groups)
     _apply(model, cuts)
-    sites = _put_boundaries(model, planned, done, edges, policy, groups)
+    used = UsedParameters(groups.dp)
+    sites = _put_boundaries(model, planned, done, edges, policy, groups, used)
     model._tpfuse_policy = policy  # type: ignore[assignment]
-    model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups))  # type: ignore[assignment]
+    model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups), used)  # type: ignore[assignment]
     sum_gradients(model)
     log_summary(model)
     if verify:
@@ -189,8 +191,9 @@ def _refuse_nothing_but_edges(
 
 
 def _put_boundaries(
-    model: nn.Module, planned: Planned, done: list[Done], edges: list[ModuleCut], policy: SharingPolicy, groups: Groups
-) -> tuple[Site, ...]:
+    model: nn.Module, planned: Planned, done: list[Done], edges: list[ModuleCut], policy: SharingPolicy, groups: Groups,
+    used: UsedParameters,
+) -> tuple[Site, ...]:  # fmt: skip
     """Hooks and classes around the modules that were cut, and the record of them on the modules; returns the sites."""
     modules, roles = dict(model.named_modules()), {name: role for name, role, _ in done}
     check = RowsCheck()
@@ -199,7 +202,7 @@ def _put_boundaries(
     for name, role, cut in done:
         cut.rewrite()
         in_block = routed_block_of(name, roles) is not None
-        _hook(name, modules[name], role, cut, groups, policy, check, in_block)
+        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block)
         if planned.trusted and role.kind == "attention":
             install(modules[name], IdleAttention())
         if not in_block:
@@ -346,7 +349,7 @@ def _apply(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
 
 def _hook(
     name: str, module: nn.Module, role: Role, cut: ModuleCut, groups: Groups, policy: SharingPolicy, check: RowsCheck,
-    nested: bool,
+    used: UsedParameters, nested: bool,
 ) -> None:  # fmt: skip
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
@@ -370,7 +373,7 @@ def _hook(
         return
     share = ShareOut(group) if goes_on else None
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
-        install(module, AllRows(name, groups.dp, policy.max_rows, check, CopyIn(group), owes, share))
+        install(module, AllRows(name, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
     if after := owes or share:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpfuse.parallel.cut_modules import ModuleCut
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.roles import Kind, Role
+from tpfuse.parallel.used import UsedParameters
 from tpfuse.policy import SharingPolicy
 
 #: One module that is cut: its qualified name, its role, and how.
@@ -39,3 +40,4 @@ class Parallelized:
     sites: tuple[Site, ...]
     cuts: Mapping[str, Cut]
     owed: Mapping[str, str]
+    used: UsedParameters = field(compare=False)
