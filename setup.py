@@ -43,6 +43,7 @@ setup(
             "pytest-xdist",
             "expecttest",
             "hypothesis>=6.100",
+            "peft>=0.17",
             "build",
             "ruff",
         ],

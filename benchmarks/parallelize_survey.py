@@ -83,7 +83,10 @@ FIELDS = {
         attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
         mamba_d_state=8, mamba_dt_rank=8,
     ),
-    "KimiLinearConfig": dict(LATENT, layer_types=["linear_attention", "full_attention"]),
+    "KimiLinearConfig": dict(
+        LATENT, layer_types=["linear_attention", "full_attention"], linear_head_dim=8, linear_num_heads=8,
+        bos_token_id=1, eos_token_id=2,
+    ),
     "Lfm2Config": dict(layer_types=["conv", "full_attention"]),
     "Lfm2MoeConfig": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "Llama4Config": dict(text_config=dict(TINY, intermediate_size_mlp=128), vision_config=dict(
@@ -102,7 +105,11 @@ FIELDS = {
     "Qwen3NextConfig": LINEAR,
     "Qwen3_5MoeTextConfig": LINEAR,
     "Qwen3_5TextConfig": LINEAR,
-    "Qwen4ExpTextConfig": LINEAR,
+    "Qwen4ExpTextConfig": dict(
+        LINEAR, layer_types=["linear_attention", "indexed_attention"], hc_count=2, hc_lowrank=8,
+        ngram_vocab_size_base=64, split_ngram_parts=2, heads_per_ngram=2, indexer_n_heads=4, indexer_kv_heads=1,
+        indexer_head_dim=8, indexer_budget=4, indexer_compress_ratio=2,
+    ),
     "YoutuConfig": LATENT,
 }  # fmt: skip
 

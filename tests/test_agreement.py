@@ -215,8 +215,29 @@ def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic)
         run_threads(4, lambda r: run_rows(r, models[r], SharingPolicy(4, 2, 4), [batches_of((2, 1))], backend, dynamic))
 
 
-def test_the_check_leaves_nothing_in_the_graph():
-    """Equal rows on the first call; afterwards no collective but the boundaries' own, also in graphs compiled later."""
+def run_too_many(rank, model, policy, batches, backend):
+    parallelize(model, mesh_of(policy), policy)
+    options = {"inner": "aot_eager"} if backend is tpfuse_backend else None
+    run = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
+    replica = rank // policy.attn_tp_size
+    with torch.no_grad():
+        run(batches[0][replica])
+        with pytest.raises(Exception, match=r"replica 1 has 9 rows; SharingPolicy.max_rows allows 7"):
+            run(batches[1][replica])
+        return run(batches[0][replica]).shape
+
+
+@compiles_in_threads
+@pytest.mark.parametrize("backend", [tpfuse_backend, "aot_eager"])
+def test_too_many_rows_on_one_replica_are_one_error_in_compiled_code(backend):
+    torch._dynamo.reset()
+    models = [build(lambda: Model(routed=False)) for _ in range(4)]
+    policy, batches = SharingPolicy(4, 2, 4, max_rows=7), [batches_of((2, 1)), batches_of((2, 3))]
+    run_threads(4, lambda r: run_too_many(r, models[r], policy, batches, backend))
+
+
+def test_the_replicas_meet_once_in_a_run_and_outside_of_the_graph():
+    """One gather more than the boundaries' own, also in graphs compiled later."""
     policy = SharingPolicy(4, 2, 4, residual="replicated")
     torch._dynamo.reset()
     with fake_world(4):
@@ -225,4 +246,4 @@ def test_the_check_leaves_nothing_in_the_graph():
         with torch.no_grad():
             seen = [executed_collectives(model, batches_of((n,))[0])["all_gather"] for n in (2, 2, 3)]
     # One gather over the replicas for each dense layer. (Fake collectives give zeros; four layers would not matter.)
-    assert seen == [3, 2, 2]
+    assert seen == [3, 3, 3]

@@ -1,5 +1,6 @@
 """A decorated model under every policy: equal to the unsharded one, gradients included, on 2, 4 and 8 ranks."""
 
+import contextlib
 import copy
 import functools
 
@@ -164,19 +165,39 @@ def test_unannounced_unequal_rows_are_refused_at_every_call():
     run_threads(4, lambda r: run_unequal(r, models[r], SharingPolicy(4, 2, 4), batches_of((2, 1))))
 
 
-def run_wrong_rows(rank, model, policy, batches, counts):
+def run_wrong(rank, model, policy, calls, words):
+    """Every call but the last is right; that one raises the same error on every rank."""
     parallelize(model, mesh_of(policy), policy)
-    with rows(counts):
-        model(batches[rank // policy.attn_tp_size])
+    replica = rank // policy.attn_tp_size
+    for sequences, counts in calls[:-1]:
+        with rows(counts[replica]) if counts else contextlib.nullcontext():
+            model(batches_of(sequences)[replica])
+    sequences, counts = calls[-1]
+    with rows(counts[replica]) if counts else contextlib.nullcontext(), pytest.raises(PolicyError, match=words) as seen:
+        model(batches_of(sequences)[replica])
+    return str(seen.value)
 
 
-@pytest.mark.parametrize(
-    ("counts", "words"), [((3, 6), r"6 rows.*announced 3.*replica 0|3 rows.*announced 6"), ((6, 3, 0), "2 counts")]
-)
-def test_wrong_announcements_are_refused(counts, words):
+#: (policy's max_rows, what each replica calls the model with: sequences of 3 rows, and the rows it announces, words)
+WRONG = {
+    "too many rows on one replica": (7, [((2, 1), None), ((1, 3), None)], "replica 1 has 9 rows.*max_rows allows 7"),
+    "unequal rows after equal ones": (None, [((2, 2), None), ((2, 1), None)], r"replicas hold \[6, 3\] rows"),
+    "one replica announces other rows": (
+        None, [((2, 1), [(6, 3)] * 2), ((2, 1), [(6, 3), (6, 5)])], "replica 1 has 3 rows.*announced 5 for dp replica 1"
+    ),
+    "the replicas the wrong way round": (None, [((2, 1), [(3, 6)] * 2)], "6 rows.*announced 3 for dp replica 0"),
+    "other announcements that are right for each": (None, [((2, 1), [(6, 2), (7, 3)])], r"pad to \[6, 7\] rows"),
+    "counts for other replicas on one": (None, [((2, 1), [(6, 3), (6, 3, 0)])], "announced 3 counts; allowed: one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_rows_that_are_wrong_on_one_replica_are_one_error_on_all(case):
+    max_rows, calls, words = case
     models = [build(Model) for _ in range(4)]
-    with pytest.raises(RuntimeError, match=words):
-        run_threads(4, lambda r: run_wrong_rows(r, models[r], SharingPolicy(4, 2, 4), batches_of((2, 1)), counts))
+    policy = SharingPolicy(4, 2, 4, max_rows=max_rows)
+    said = run_threads(4, lambda r: run_wrong(r, models[r], policy, calls, words))
+    assert len(set(said)) == 1
 
 
 def run_gloo(rank, dense):

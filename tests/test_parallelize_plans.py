@@ -10,7 +10,7 @@ import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.policy_harness import build, loss_of, relative, run_threads
+from tests.policy_harness import Model, build, loss_of, relative, run_threads
 from tests.test_parallelize_families import config_of, model_of
 from tpfuse.errors import PlanError
 from tpfuse.parallel.parallelize import parallelize
@@ -175,3 +175,13 @@ def test_generation_with_a_cache():
     want = plain.generate(ids, max_new_tokens=4, do_sample=False)
     for got in run_threads(2, lambda r: run_generate(r, models[r], ids)):
         assert torch.equal(got, want)
+
+
+def test_a_compiled_model_is_refused_with_what_to_do(mesh):
+    with pytest.raises(PlanError, match=r"OptimizedModule around Stack.*torch.compile\(tpfuse.parallelize.*_orig_mod"):
+        parallelize(torch.compile(build(Stack)), mesh, SharingPolicy(4, 2), plan=STACK_PLAN)
+
+
+def test_an_empty_plan_for_a_decorated_model_is_refused(mesh):
+    with pytest.raises(PlanError, match=r"names nothing, but layers.0.attn has a role by its decorator"):
+        parallelize(build(Model), mesh, SharingPolicy(4, 2), plan={})

@@ -105,7 +105,7 @@ def grad_of(rank, models):
     model = gradients(rank, models, SharingPolicy(2, 2, 1), [])
     loss = model(rows(rank), adapter=rank).sum()
     parameters = [p for layer in model.layers for p in layer.adapters[rank].parameters()]
-    with pytest.raises(PolicyError, match=r"different parameters in this backward pass \(layers.0.adapters.0.weight on"):
+    with pytest.raises(PolicyError, match=r"different parameters in this backward .*layers.0.adapters.0.weight on"):
         torch.autograd.grad(loss, parameters)
 
 

@@ -574,7 +574,7 @@ def replace_total_norm(total_norm: Any) -> None:
 def backward_task() -> int:
     """The number of the backward pass that runs now.
 
-    If it goes: 0, and sums of gradients are agreed upon once for all passes; replicas must then use the same parameters.
+    If it goes: 0, and replicas agree once, for all passes; they must then use the same parameters.
     """
     return torch._C._current_graph_task_id()
 

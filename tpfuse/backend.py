@@ -73,6 +73,8 @@ def tpfuse(
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     options = with_recorded_policy(options, gm)
     marks = take_marks(gm)
+    if any(mark.says.fault for mark in marks):
+        return checking(lambda *_: (), gm, marks)  # raises; a graph for these rows would never run
     spare = copy_graph(gm)
     around = surroundings(gm)
     tracing = private.tracing_again(example_inputs)

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tpfuse.errors import PlanError
+from tpfuse.parallel.adapters import base_of, pairs_of, refuse_unknown
 from tpfuse.parallel.calls import chunks_of, names_configured, reduces_features
 from tpfuse.parallel.cuts import Cut, Units, make_cut
 from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
@@ -75,6 +76,7 @@ def cut_module(
         _check_block(name, module, role)
     if over is None:
         return out
+    refuse_unknown(name, module)
     if role.kind == "moe":
         out.sum_at_output = True
         if _norm_inside(module, role):
@@ -134,7 +136,8 @@ def cut_module(
 def _refuse_miscut(out: ModuleCut, name: str, module: nn.Module, role: Role) -> None:
     if out.wide_norms:
         return  # they see all features, which a module alone does not
-    cuts = {leaf: out.cuts[join(name, f"{leaf}.weight")] for leaf in (*role.colwise, *role.rowwise)}
+    targets = {leaf: module.get_submodule(leaf) for leaf in (*role.colwise, *role.rowwise)}
+    cuts = {leaf: out.cuts[_weight(join(name, leaf), target)] for leaf, target in targets.items()}
     problem = miscut(module, {n: cuts[n] for n in role.colwise}, {n: cuts[n] for n in role.rowwise}, out.attributes)
     if problem:
         raise PlanError(
@@ -203,7 +206,7 @@ def _find_wide_norms(
             continue
         named = [col for col, width in widths.items() if width == weight.shape[0] and col[0] == leaf[0]]
         if named and weight.shape[0] != getattr(module, "head_dim", None) and role.packed.get(named[0], 1) == 1:
-            out.wide_norms.append((child, out.cuts[join(name, f"{named[0]}.weight")].counts[0]))
+            out.wide_norms.append((child, out.cuts[_weight(join(name, named[0]), targets[named[0]])].counts[0]))
 
 
 def _of_other_width(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> set[str]:
@@ -305,7 +308,7 @@ def _cut_rowwise(
         _add(out, name, target, weight.ndim - (2 if transposed else 1), 1, units, groups)  # type: ignore[union-attr]
         return {full}
     _cut_parameters(out, name, target, 1, 1, units, groups)
-    if getattr(target, "bias", None) is not None:
+    if base_of(target) is target and getattr(target, "bias", None) is not None:
         if type(target).forward is not nn.Linear.forward:
             raise PlanError(f"{name} is a {type(target).__name__} with a bias, cut row-wise; allowed: an nn.Linear")
         if "forward" in vars(target):
@@ -328,6 +331,17 @@ def _cut_parameters(
         PlanError: for a weight or bias that is computed from other parameters, and for tensors beside the weight that
             nobody knows how to cut.
     """
+    if (base := base_of(module)) is not module:
+        assert isinstance(base, nn.Module)
+        _cut_parameters(out, join(name, "base_layer"), base, dim, parts, units, groups)
+        for adapter, a, b in pairs_of(module):
+            side, part = ("lora_B", b) if dim == 0 else ("lora_A", a)
+            weight = out.cuts[_weight(name, module)]
+            for leaf in ("weight", "bias") if dim == 0 else ("weight",):
+                if getattr(part, leaf, None) is not None:
+                    out.cuts[join(name, f"{side}.{adapter}.{leaf}")] = weight
+            out.attributes.append((part, {("out_features", "in_features")[dim]: _local_width(weight)}))
+        return
     refuse_computed(name, module)
     block = block_size(module)
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -367,6 +381,11 @@ def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups
                 f"{name}.{leaf} of shape {tuple(tensor.shape)} stands beside weights that are cut, and no role names "
                 f"it; named: {', '.join((*role.colwise, *role.rowwise))}"
             )
+
+
+def _weight(name: str, target: object) -> str:
+    """The qualified name of a projection's weight, which an adapter may stand around."""
+    return join(name, "weight" if base_of(target) is target else "base_layer.weight")
 
 
 def _local_width(cut: Cut) -> int:

@@ -130,10 +130,17 @@ def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, _ in model.named_parameters()]
     prefix = getattr(model, "base_model_prefix", "")
+    around = _around(model)
     styles: dict[str, str] = {}
     for pattern, style in plan.items():
         regex = re.compile("[^.]+".join(map(re.escape, pattern.split("*"))))
-        matched = [n for n in names if regex.fullmatch(n) or (prefix and regex.fullmatch(n.removeprefix(f"{prefix}.")))]
+        matched = [
+            name
+            for name in names
+            if regex.fullmatch(name)
+            or regex.fullmatch(name.removeprefix(around))
+            or (prefix and regex.fullmatch(name.removeprefix(around).removeprefix(f"{prefix}.")))
+        ]
         if not matched and trusted:
             continue
         if style in EXPERT_PARALLEL:
@@ -147,6 +154,12 @@ def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool
             raise PlanError(f"{source}: {pattern!r} matches no module and no parameter of {type(model).__name__}")
         styles.update(dict.fromkeys(matched, style))
     return styles
+
+
+def _around(model: nn.Module) -> str:
+    """What stands before the names of a model that peft wraps, which its plan knows nothing of; maybe nothing."""
+    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    return next((f"{name}." for name, module in model.named_modules() if name and module is inner), "")
 
 
 def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, nested: bool) -> Role:

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpfuse.errors import PlanError, PolicyError
+from tpfuse.errors import PlanError
 from tpfuse.parallel.collectives import (
     copy_to,
     gather_columns,
@@ -34,7 +34,7 @@ from tpfuse.parallel.collectives import (
 )
 from tpfuse.parallel.mesh import Group
 from tpfuse.parallel.rows import announced_rows, trim_rows
-from tpfuse.parallel.rows_check import RowsCheck
+from tpfuse.parallel.rows_check import OTHER_REPLICAS, OTHER_THAN_ANNOUNCED, TOO_MANY, RowsCheck, Says
 from tpfuse.parallel.used import UsedParameters, agree_before
 
 
@@ -115,6 +115,7 @@ class AllRows:
     """Around a module that is cut over the whole group: it works on the rows of every dp replica."""
 
     name: str
+    site: int
     dp: Group
     max_rows: int | None
     check: RowsCheck = field(compare=False)
@@ -125,9 +126,9 @@ class AllRows:
 
     def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         x, put = _hidden(self.name, args, kwargs)
-        dp, flat, padded = self.dp, _flat(x), self._padded(x)
-        if padded is None and announced_rows() is None:
-            flat = self.check(flat, dp)
+        dp, says = self.dp, self._says(x)
+        padded = None if says.padded < 0 else says.padded
+        flat = self.check(_flat(x), dp, self.site, says)
         args, kwargs = put(_like(gather_rows(flat, dp.size, dp.index, dp.name, padded), x))
         args, kwargs = self.inner(None, args, kwargs)
         y, rest = _first(self.name, forward(*args, **kwargs))
@@ -141,24 +142,19 @@ class AllRows:
         own = agree_before(own, self.used)
         return rest(own.view(*x.shape[:-1], y.shape[-1]))
 
-    def _padded(self, x: Tensor) -> int | None:
-        """To how many rows every replica pads; None when all hold the same."""
+    def _says(self, x: Tensor) -> Says:
+        """To how many rows every replica pads, and what is wrong with this one's."""
         counts, rows = announced_rows(), _rows(x)
         if counts is None:
-            if self.max_rows is not None and rows > self.max_rows:
-                raise PolicyError(
-                    f"{self.name} has {rows} rows; SharingPolicy.max_rows allows {self.max_rows}; raise it, or "
-                    "announce the rows of each replica with tpfuse.rows"
-                )
-            return self.max_rows
+            limit = self.max_rows
+            if limit is None:
+                return Says()
+            return Says(limit, TOO_MANY, limit) if rows > limit else Says(limit)
         if len(counts) != self.dp.size:
-            raise PolicyError(f"tpfuse.rows({counts}): allowed: {self.dp.size} counts, one for each dp replica")
-        if rows != counts[self.dp.index]:
-            raise PolicyError(
-                f"{self.name} has {rows} rows, but tpfuse.rows({counts}) announced {counts[self.dp.index]} for dp "
-                f"replica {self.dp.index}"
-            )
-        return max(counts) if min(counts) != max(counts) else None
+            return Says(max(counts), OTHER_REPLICAS, len(counts))
+        padded = max(counts) if min(counts) != max(counts) else -1
+        own = counts[self.dp.index]
+        return Says(padded, OTHER_THAN_ANNOUNCED, own) if rows != own else Says(padded)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpfuse.errors import PlanError, PolicyError
+from tpfuse.parallel.adapters import base_of, pairs_of
 from tpfuse.parallel.after_sum import ends_with_sum
+from tpfuse.parallel.changes import watch
 from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
 from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.generation import sync_generation
 from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
 from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
 from tpfuse.parallel.hooks import (
@@ -71,6 +74,7 @@ def parallelize(
         VerifyError: with `verify`, when a module differs from the uncut one. The model stays cut.
     """
     _check_model(model)
+    _check_plan(model, plan)
     planned = _plan_of(model, plan)
     roles = _roles(model, planned)
     policy = _policy(model, policy, roles)
@@ -95,6 +99,9 @@ def parallelize(
     model._tpfuse_policy = policy  # type: ignore[assignment]
     model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups), used)  # type: ignore[assignment]
     sum_gradients(model)
+    watch(model, [*(name for name, _, cut in done if cut.over), *(edge.name for edge in edges)])
+    if any(isinstance(getattr(module, "_tpfuse_boundary", None), AllRows) for module in model.modules()):
+        sync_generation(model, groups)
     log_summary(model)
     if verify:
         from tpfuse.parallel.verify import verify as check
@@ -106,6 +113,12 @@ def parallelize(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"parallelize(model={model!r}): allowed: a torch.nn.Module")
+    if isinstance(whole := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+        raise PlanError(
+            f"this model is compiled (torch.compile gives an {type(model).__name__} around {type(whole).__name__}); "
+            "parallelize first, and compile what it returns: model = torch.compile(tpfuse.parallelize(model, mesh, "
+            "policy)). What is inside of a compiled model is its _orig_mod"
+        )
     if hasattr(model, "_tpfuse_policy"):
         raise PolicyError(
             f"this {type(model).__name__} is parallelized already, with {model._tpfuse_policy}; to cut it otherwise, "
@@ -120,6 +133,15 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise PlanError(f"{name} is a DTensor: this model was distributed before; give parallelize a whole model")
+
+
+def _check_plan(model: nn.Module, plan: Mapping[str, str] | None) -> None:
+    decorated = next((n for n, m in model.named_modules() if role_of(m)), None)
+    if plan is not None and not plan and decorated is not None:
+        raise PlanError(
+            f"parallelize(plan={{}}) names nothing, but {decorated or 'the model'} has a role by its decorator; leave "
+            "plan out to cut by the decorators, or name the modules to cut"
+        )
 
 
 def _decide(
@@ -373,7 +395,8 @@ def _hook(
         return
     share = ShareOut(group) if goes_on else None
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
-        install(module, AllRows(name, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share))
+        site = check.number_of(name)
+        install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
     if after := owes or share:
@@ -381,7 +404,15 @@ def _hook(
 
 
 def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:
-    if getattr(child, "bias", None) is not None:
+    if (base := base_of(child)) is not child:
+        # An adapter's part is added to the projection's: every rank adds a share of the biases, and one sum pays all.
+        for linear in (base, *(b for _, _, b in pairs_of(child))):
+            if getattr(linear, "bias", None) is not None:
+                linear.__class__ = PartialLinear
+                linear.tpfuse_group = group  # type: ignore[attr-defined]
+        if not partial:
+            child.register_forward_hook(ReduceOut(group, goes_on))
+    elif getattr(child, "bias", None) is not None:
         child.__class__ = PartialLinear if partial else RowwiseLinear
         child.tpfuse_group = group  # type: ignore[assignment]
         child.tpfuse_scaled = goes_on  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch.nn as nn
 
+from tpfuse.parallel.adapters import base_of
 from tpfuse.parallel.calls import chunks_of
 from tpfuse.parallel.roles import Role
 from tpfuse.policy import FrozenDict
@@ -103,7 +104,7 @@ def first_int(module: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _linear(module: nn.Module, leaf: str) -> bool:
-    return isinstance(getattr(module, leaf, None), nn.Linear)
+    return isinstance(base_of(getattr(module, leaf, None)), nn.Linear)
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tpfuse.parallel.collectives import all_gather
 from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.generation import SyncedGenerate
 from tpfuse.parallel.hooks import AROUND, PartialLinear, RowwiseLinear, VocabEmbedding
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.recorded_policy import RECORD
@@ -60,6 +61,8 @@ def _plain(module: nn.Module) -> None:
     inner = vars(module).pop("_tpfuse_inner", None)
     if inner is not None:
         module.forward = inner
+    if isinstance(vars(module).get("generate"), SyncedGenerate):
+        del module.generate
     for attribute, value in vars(module).pop("_tpfuse_whole", {}).items():
         setattr(module, attribute, value)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

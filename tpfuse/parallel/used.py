@@ -1,10 +1,10 @@
 """Which parameters the dp replicas' backward passes reach, agreed upon before the first sum over replicas.
 
 Sums of gradients pair up by their order alone. Replicas may use different parameters in one step (another adapter, a
-layer that is dropped, a vision tower): summed as backward reaches them, the gradients of different parameters of equal
+layer that is dropped, a vision tower): summed as backward reaches them, the gradients of different parameters of one
 shape would be added up. So the replicas exchange one bit for each parameter, once in a backward pass, as soon as it is
-about to communicate over dp. What all of them reach is summed where backward reaches it; what only some of them reach is
-summed when backward is over, in the parameters' order, the others adding zeros. Every replica then holds the sum.
+about to communicate over dp. What all of them reach is summed where backward reaches it; what only some of them reach
+is summed when backward is over, in the parameters' order, the others adding zeros. Every replica then holds the sum.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Low-rank adapters (peft's LoRA) around projections that are cut: what of them is cut, and what is refused.
+
+    projection     lora_A                      lora_B
+    column-wise    whole                       cut like the projection's output
+    row-wise       cut like its input          whole, on this rank's part of what lora_A gives
+
+Both parts of a row-wise projection's output are partial then, and one sum over the ranks pays for both.
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from tpfuse.errors import PlanError
+
+
+def base_of(module: object) -> object:
+    """The projection that an adapter stands around; anything else itself."""
+    base = module._modules.get("base_layer") if isinstance(module, nn.Module) else None
+    return module if base is None else base
+
+
+def pairs_of(adapter: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(name, lora_A, lora_B) of every adapter around a projection; none where there is no adapter."""
+    if base_of(adapter) is adapter:
+        return []
+    a, b = adapter.lora_A, adapter.lora_B
+    assert isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict)
+    return [(name, a[name], b[name]) for name in a]
+
+
+def refuse_unknown(name: str, module: nn.Module) -> None:
+    """Refuses adapters in a module that is to be cut, but for plain LoRA around an nn.Linear.
+
+    Raises:
+        PlanError: naming the adapter, and what to do.
+    """
+    for inner, part in module.named_modules():
+        if base_of(part) is part or _plain_lora(part):
+            continue
+        where = f"{name}.{inner}" if inner else name
+        raise PlanError(
+            f"{where} is an adapter that cannot be cut ({type(part).__module__}.{type(part).__name__} around "
+            f"{type(base_of(part)).__name__}); known is plain LoRA around an nn.Linear. Merge it first "
+            "(model = model.merge_and_unload()), put adapters on other modules, or leave this one whole (plan={...} "
+            "without it)"
+        )
+
+
+def _plain_lora(adapter: nn.Module) -> bool:
+    a, b = (adapter._modules.get(n) for n in ("lora_A", "lora_B"))
+    if not isinstance(a, nn.ModuleDict) or not isinstance(b, nn.ModuleDict) or set(a) != set(b):
+        return False
+    if getattr(adapter, "lora_variant", None) or getattr(adapter, "fan_in_fan_out", False):
+        return False
+    others = [n for n, child in adapter.named_children() if n not in ("base_layer", "lora_A", "lora_B", "lora_dropout")]
+    known = all(not any(True for _ in adapter.get_submodule(n).parameters()) for n in others)
+    own = any(True for _ in adapter.parameters(recurse=False))
+    linear = [base_of(adapter), *a.values(), *b.values()]
+    return known and not own and all(type(one) is nn.Linear for one in linear)

@@ -1,0 +1,95 @@
+"""Modules that are put into a model after `parallelize`: their gradients are summed, or they are refused.
+
+A module set in a cut one's place would take over neither its sums nor its slices, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from tpfuse.errors import PlanError
+from tpfuse.parallel.adapters import base_of
+from tpfuse.parallel.clip import remember
+from tpfuse.parallel.gradient_sums import SumGradient, Total
+from tpfuse.parallel.hooks import PartialLinear, ReduceOut, RowwiseLinear
+from tpfuse.parallel.record import Parallelized
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module of a parallelized model; `inside`: whether it is, or lies in, one that was cut."""
+
+    model: weakref.ref[nn.Module]
+    name: str
+    inside: bool
+
+
+#: REGISTRY: the modules of parallelized models; an entry goes with its module.
+_PARTS: weakref.WeakKeyDictionary[nn.Module, _Part] = weakref.WeakKeyDictionary()
+#: REGISTRY: whether torch tells `_registered` of every module that is set; once a process.
+_WATCHING: list[bool] = []
+
+
+def watch(model: nn.Module, cut: Iterable[str]) -> None:
+    """From now on modules that are set in the model are looked at. `cut`: the names of those that were cut."""
+    names, reference = set(cut), weakref.ref(model)
+    for name, module in model.named_modules():
+        inside = any(name == one or name.startswith(f"{one}.") or not one for one in names)
+        _PARTS[module] = _Part(reference, name, inside)
+    if not _WATCHING:
+        _WATCHING.append(True)
+        nn.modules.module.register_module_module_registration_hook(_registered)
+
+
+def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
+    part = _PARTS.get(owner)
+    model = part.model() if part is not None else None
+    state = getattr(model, "_tpfuse", None)
+    if part is None or model is None or state is None or not isinstance(module, nn.Module):
+        return
+    before = owner._modules.get(leaf)
+    name = f"{part.name}.{leaf}" if part.name else leaf
+    if before is not None and before is not module and base_of(before) is module:
+        _unwrapped(before, module, name, state)
+    new = [m for m in module.modules() if m not in _PARTS and any(True for _ in m.parameters(recurse=False))]
+    if not new:
+        return
+    replaced = _PARTS.get(before) if before is not None else None
+    if state.groups.whole.size > 1 and (part.inside or (replaced is not None and replaced.inside)):
+        raise PlanError(
+            f"{name} was cut by parallelize, and {type(module).__name__} ({type(module).__module__}) brings parameters "
+            "that were not. Put adapters and other modules in first, and give parallelize the model that has them: "
+            "model = get_peft_model(model, config); parallelize(model, mesh, policy)"
+        )
+    if state.groups.dp.size > 1:
+        _sum(name, module, state)
+
+
+def _sum(name: str, module: nn.Module, state: Parallelized) -> None:
+    """Outside of cut modules every replica sees its own rows."""
+    for leaf, parameter in module.named_parameters():
+        if any(ref() is parameter for ref in state.used.parameters) or not parameter.requires_grad:
+            continue
+        total = Total(state.groups.dp)
+        parameter.register_hook(SumGradient(state.used, state.used.add(f"{name}.{leaf}", parameter, total)))
+        remember(parameter, None, state.groups)
+
+
+def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, state: Parallelized) -> None:
+    """An adapter is taken off: what it paid is paid by the projection, which has its name back."""
+    for hook in adapter._forward_hooks.values():
+        if isinstance(hook, ReduceOut) and isinstance(base, PartialLinear):
+            base.__class__ = RowwiseLinear
+            base.tpfuse_group, base.tpfuse_scaled = hook.group, hook.scaled  # type: ignore[assignment]
+        elif isinstance(hook, ReduceOut):
+            base.register_forward_hook(hook)
+    for table in (state.cuts, state.owed):
+        assert isinstance(table, dict)
+        for key in [k for k in table if k.startswith(f"{name}.")]:
+            value = table.pop(key)
+            if key.startswith(f"{name}.base_layer."):
+                table[f"{name}.{key.removeprefix(f'{name}.base_layer.')}"] = value

@@ -1,0 +1,36 @@
+"""Generation by replicas that end at different times: those that are done go on until all of them are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn as nn
+
+from tpfuse.parallel.mesh import Groups
+
+#: `synced_gpus` among the positional arguments of Hugging Face's `generate`, self left out.
+_POSITION = 5
+
+
+@dataclass(frozen=True)
+class SyncedGenerate:
+    """Hugging Face's `generate`, with `synced_gpus=True` unless the caller says otherwise."""
+
+    generate: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) <= _POSITION and kwargs.get("synced_gpus") is None:
+            kwargs["synced_gpus"] = True
+        return self.generate(*args, **kwargs)
+
+
+def sync_generation(model: nn.Module, groups: Groups) -> None:
+    """Lets the replicas of a model that communicates over dp end together.
+
+    Only where the mesh covers the world: Hugging Face asks all ranks of it, after every token, whether they are done.
+    """
+    if callable(getattr(model, "generate", None)) and groups.whole.size == dist.get_world_size():
+        model.generate = SyncedGenerate(model.generate)  # type: ignore[assignment]
