@@ -10,7 +10,18 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import fake_result, insert_call, inserting_behind, region_between, same_shape, value
+from ..facts.graph import (
+    fake_result,
+    insert_call,
+    inserting_behind,
+    is_call,
+    last_dim,
+    region_between,
+    row_major,
+    same_shape,
+    same_size,
+    value,
+)
 from ..plan.layouts import TP_ATTN_FULL
 from ..recognise.streams import StreamStage, divides
 from ..verdict.accounting import origin
@@ -58,28 +69,71 @@ def _cloned(chain: Chain, out: fx.Node, replacements: dict[fx.Node, fx.Node], in
 
 
 def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
-    """Reduce-scatter, addition and norm in one operation; the layout stays."""
+    """Reduce-scatter, addition and norm in one operation; the layout stays.
+
+    The operation works on flat rows in the order in which they are scattered. Where the result is permuted before it is
+    added (scattered along another dimension than the first), the residual is permuted to it, and the results back.
+    """
     norm, addend, graph = stage.norm, stage.addend, chain.graph
-    hidden = stage.hidden
-    if not divides(chain.parts, value(addend.source).shape[0]) or value(addend.source).dim() != 2:
+    hidden, scattered = stage.hidden, addend.leaf
+    if not divides(chain.parts, value(addend.source).shape[0]) or value(addend.source).dim() < 2:
         return
     if any(not same_shape(t.leaf, hidden) for t in stage.residuals) or not same_shape(norm.output, hidden):
         return
-    if not stage.residuals and value(hidden).dim() != 2:
+    order = _order(stage)
+    if order is None or not same_size(last_dim(scattered), last_dim(hidden)):
+        return
+    flat = value(hidden).dim() == 2 and not order
+    if not stage.residuals and not flat and not chain.knows_sizes(stage):
         return
     with inserting_behind(graph, norm.output):
         vector, residual = chain.operands(stage, own=False)
-        sizes = None
-        if residual is not None and value(hidden).dim() != 2:
-            sizes = sizes_of(graph, residual)
-            residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
+        sizes: list = []
+        if not flat:
+            if residual is not None and order:
+                back = sorted(range(len(order)), key=order.__getitem__)
+                residual = insert_call(graph, aten.permute.default, (residual, back), like=residual)
+            sizes = chain.sizes(hidden) if residual is None else sizes_of(graph, residual)
+            if residual is None and order:
+                sizes = [sizes[order.index(dim)] for dim in range(len(order))]
+            if residual is not None:
+                residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
         op = torch.ops.tpfuse.reduce_scatter_norm.default
         results = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
-        if sizes is not None:
+        if not flat:
             results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
+        if order:
+            results = tuple(insert_call(graph, aten.permute.default, (r, list(order)), like=r) for r in results)
+            if row_major(hidden):
+                kept = {"memory_format": torch.contiguous_format}
+                results = tuple(insert_call(graph, aten.clone.default, (r,), kept, like=r) for r in results)
         y, chain.own[hidden] = results
         norm.output.replace_all_uses_with(y, propagate_meta=False)
     chain.replaced |= {addend.collective.node, addend.collective.wait}
     node = addend.collective.node
     rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"
     chain.moved.verdicts[origin(node)] = (rewrite, True, "")
+
+
+def _order(stage: StreamStage) -> tuple[int, ...] | None:
+    """By which permutation the scattered rows become hidden states: () where they keep their order; None where they do
+    not become them by a permutation of all dimensions but the last."""
+    steps = [step.node for step in stage.term.steps if step.reshapes or is_call(step.node, ops.REORDERINGS)]
+    if len(steps) < len(stage.term.steps):
+        return None
+    moves = [node for node in steps if is_call(node, ops.REORDERINGS)]
+    if not moves:
+        return ()
+    if len(moves) > 1 or any(node not in moves and not same_shape(node, node.args[0]) for node in steps):
+        return None
+    (move,) = moves
+    count = value(move).dim()
+    order = list(range(count))
+    if is_call(move, aten.permute.default):
+        order = [dim % count for dim in move.args[1]]
+    elif is_call(move, aten.transpose.int):
+        a, b = (dim % count for dim in move.args[1:3])
+        order[a], order[b] = b, a
+    else:
+        return None
+    return tuple(order) if order[-1] == count - 1 else None
