@@ -74,11 +74,11 @@ def _add_norm_kernel(
         s = tl.load(s_row + cols, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
         residual, pre_bias = load_addends(r_row, pre_bias_ptr, cols, mask, EVICT)
         if not LATE:
-            factors = factors + (load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask),)  # noqa: RUF005
+            factors = factors + (load_scales(weight_ptr, bias_ptr, weight_offset, cols, mask),)  # type: ignore[assignment]  # noqa: RUF005
         h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H, POST, STORE)
-        hs = hs + (h,)  # noqa: RUF005 (Triton has no starred tuples)
-        residuals = residuals + (residual,)  # noqa: RUF005
-        masks = masks + (mask,)  # noqa: RUF005
+        hs = hs + (h,)  # type: ignore[assignment]  # noqa: RUF005
+        residuals = residuals + (residual,)  # type: ignore[assignment]  # noqa: RUF005
+        masks = masks + (mask,)  # type: ignore[assignment]  # noqa: RUF005
     mean, rstd = row_statistics(hs, masks, H, load_eps(eps_ptr, eps), NORM, None, 0, 0, 1)
     for i in tl.static_range(PIECES):
         cols = i * BLOCK + tl.arange(0, BLOCK)
@@ -309,11 +309,14 @@ def add_norm_reference(
         n = n + bias.to(acc)
     if residual is not None and post:
         n = n + residual.to(acc)
-    # copy=True: with no residual, alpha 1 and equal dtypes `h` would otherwise be `s` itself
-    keep = {"memory_format": torch.contiguous_format, "copy": True}
+
+    def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+        # copy: with no residual, alpha 1 and equal dtypes `h` would otherwise be `s` itself
+        return t.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
     return AddNormOut(
-        y=n.to(out_dtype, **keep),
-        residual_out=None if residual_dtype is None else h.to(residual_dtype, **keep),
+        y=rounded(n, out_dtype),
+        residual_out=None if residual_dtype is None else rounded(h, residual_dtype),
         mean=mean if stats else None,
         rstd=rstd if stats else None,
     )

@@ -124,7 +124,7 @@ def row_statistics(
             d = pieces[i]
             if NORM == 1:
                 d = tl.where(masks[i], d - mean, 0.0)
-            squares = squares + (d * d,)  # noqa: RUF005 (Triton has no starred tuples)
+            squares = squares + (d * d,)  # type: ignore[assignment]  # noqa: RUF005
         squares = tl.sum(total(squares), axis=0)
         if SPLIT > 1:
             if NORM == 1:

@@ -155,7 +155,8 @@ def _set_up(known: Member | None, group: Any, group_name: str, device: torch.dev
         known = WORKSPACE_REGISTRY[group_name] = Member(weakref.ref(group), workspace, refusal)
     elif workspace is not None:
         # Captured graphs may address the old one. (Where there is no memory for a larger one, it stays in use.)
-        known.outgrown.append(known.workspace)
+        if known.workspace is not None:
+            known.outgrown.append(known.workspace)
         known.workspace = workspace
         known.set_timeout(known.timeout)
     return known
@@ -199,7 +200,9 @@ def check_peers(group_name: str | None = None, boundary: str = "") -> None:
     """
     for name in WORKSPACE_REGISTRY.copy() if group_name is None else (group_name,):
         known = WORKSPACE_REGISTRY.get(name)
-        for ws in known.workspaces if known is not None else ():
+        if known is None:
+            continue
+        for ws in known.workspaces:
             if gave_up(ws.watch) and (group := process_group(name)) is not None and known.group() is group:
                 raise_if_late(ws, name, boundary, _ranks(group, ws))
 
@@ -270,7 +273,7 @@ def _map(made: dict[str, Any], facts: list[dict], group_name: str, device: torch
     import torch.distributed._symmetric_memory as symmetric
 
     whole, buffer, state = made["whole"], made["buffer"], made["state"]
-    handle = symmetric.rendezvous(whole, group_name)
+    handle = symmetric.rendezvous(whole, group_name)  # type: ignore[arg-type]  # a str with another name
     peers = whole[len(buffer) + STATE_WORDS :].view(torch.int64)
     blocks = min(fact["multiprocessors"] for fact in facts)
     devices = {fact["uuid"] for fact in facts}

@@ -124,5 +124,5 @@ def other_ranks(peers_ptr, rank, WORLD: tl.constexpr):
     """The bases of ranks rank+1, rank+2, ... (mod WORLD), all loaded before the first store could delay them."""
     bases = (peer(peers_ptr, (rank + 1) % WORLD),)
     for i in tl.static_range(2, WORLD):
-        bases = bases + (peer(peers_ptr, (rank + i) % WORLD),)  # noqa: RUF005 (Triton has no starred tuples)
+        bases = bases + (peer(peers_ptr, (rank + i) % WORLD),)  # type: ignore[assignment]  # noqa: RUF005
     return bases

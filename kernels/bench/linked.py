@@ -27,7 +27,8 @@ class LinkedRanks:
     setting = "linked GPUs, one process each"
 
     def __init__(self, group: Any = None, slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
-        self.group = group or dist.group.WORLD
+        self.group = group if group is not None else dist.group.WORLD
+        assert self.group is not None  # a process group has been set up
         self.group_name = self.group.group_name
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.local = (self.rank,)

@@ -135,6 +135,7 @@ def _fingerprint(out: AddNormOut) -> tuple[int, ...]:
     """Equal on two ranks when their outputs are bitwise equal (and, but for a freak, only then)."""
     marks = []
     for t in (out.y, out.residual_out):
+        assert t is not None
         bits = t.view(torch.int16).flatten().to(torch.int64)
         marks.append(int((bits * (torch.arange(bits.numel(), device=bits.device) % 8191 + 1)).sum()))
     return tuple(marks)
@@ -143,7 +144,8 @@ def _fingerprint(out: AddNormOut) -> tuple[int, ...]:
 def what_is_wrong(ranks: Any, launches: list[Any], truth: AddNormOut) -> str:
     """Empty when every rank's outputs are right and bitwise equal; the same on all ranks."""
 
-    def error(a: Tensor, b: Tensor) -> float:
+    def error(a: Tensor, b: Tensor | None) -> float:
+        assert b is not None
         return ((a.double() - b).norm() / b.norm()).item()
 
     first = launches[0].out

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable
 
 from ..compat import next_power_of_2
-from ..symmetric.dispatch import Entry
+from ..symmetric.entries import Entry
+from ..symmetric.registry import KERNELS
 
 _NAME = re.compile(
-    r"(?P<kernel>one_shot|two_shot|barrier|functional)(?: s(?P<split>\d+))?(?: w(?P<warps>\d+))?( rotating)?$"
+    rf"(?P<kernel>{'|'.join((*KERNELS, 'functional'))})(?: s(?P<split>\d+))?(?: w(?P<warps>\d+))?( rotating)?$"
 )
 
 
@@ -24,14 +25,10 @@ def candidates(device: str, world: int, hidden: int, rows: int, linked: bool) ->
     row and of warps that gives each thread one or two 16-byte pieces. `linked`: GPUs with links, which have a plain
     all-reduce to fall back to; of virtual ranks only the kernels are compared."""
     quads = next_power_of_2(hidden) // 8
-    most = max(min(quads // 32, 32), 1)
-    out = [Entry(device, world, hidden, rows, "two_shot", warps=warps) for warps in {most, max(most // 2, 1)}]
-    out.append(Entry(device, world, hidden, rows, "barrier"))
-    for split in (1, 2, 4, 8):
-        for warps in (32, 16, 8, 4, 2):
-            pieces = quads / split / (32 * warps)
-            if pieces == 1 or (pieces == 2 and split == 1):
-                out.append(Entry(device, world, hidden, rows, "one_shot", split, warps))
+    out = [
+        Entry(device, world, hidden, rows, kernel.name, split, warps)
+        for kernel in KERNELS.values() for split, warps in kernel.candidates(quads)
+    ]  # fmt: skip
     if linked:
         out.append(Entry(device, world, hidden, rows, "functional"))
     return sorted(out, key=name_of)
@@ -39,9 +36,8 @@ def candidates(device: str, world: int, hidden: int, rows: int, linked: bool) ->
 
 def name_of(entry: Entry) -> str:
     """The name under which an entry is measured; `entry_of` reads it."""
-    if entry.kernel == "one_shot":
-        return f"one_shot s{entry.split} w{entry.warps}"
-    return {"two_shot": f"two_shot w{entry.warps}", "barrier": "barrier rotating"}.get(entry.kernel, entry.kernel)
+    kernel = KERNELS.get(entry.kernel)
+    return kernel.label(entry.split, entry.warps) if kernel is not None else entry.kernel
 
 
 def entry_of(provider: str, device: str, world: int, hidden: int, rows: int) -> Entry | None:

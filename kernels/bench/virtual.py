@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class VirtualRanks:
 
 
 def time_graphs(
-    graphs: dict[str, torch.cuda.CUDAGraph | list[torch.cuda.CUDAGraph]],
+    graphs: Mapping[str, torch.cuda.CUDAGraph | list[torch.cuda.CUDAGraph]],
     calls: int = 12,
     rounds: int = 7,
     replays: int = 5,

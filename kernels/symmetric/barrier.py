@@ -17,8 +17,8 @@ from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_addends, load_eps, load_scales, nothing
 from ..patience import POLLS, out_of_patience, report
 from ..words import CHANNELS, advance_epoch, as_words, begin_call, count_of, peer, unpack
-from .one_shot import constants, default_warps
-from .operands import Launch, Operands, launch_options, prepare
+from .kernel import Kernel
+from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
 from .workspace import Workspace
 
 _CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
@@ -59,7 +59,7 @@ def _stages_of(peers_ptr, stage, WORLD: tl.constexpr):
     """Where the stage of each rank lies, in rank order."""
     bases = (peer(peers_ptr, 0) + stage,)
     for q in tl.static_range(1, WORLD):
-        bases = bases + (peer(peers_ptr, q) + stage,)  # noqa: RUF005 (Triton has no starred tuples)
+        bases = bases + (peer(peers_ptr, q) + stage,)  # type: ignore[assignment]  # noqa: RUF005
     return bases
 
 
@@ -68,7 +68,7 @@ def _load_parts(bases, row, at, width, ROW_WORDS: tl.constexpr, WORLD: tl.conste
     """One row of each rank, in rank order; `width`: ROW_WORDS, or 0 for nothing."""
     parts = (tl.load(bases[0] + row * ROW_WORDS + at, mask=at < width, other=0),)
     for q in tl.static_range(1, WORLD):
-        parts = parts + (tl.load(bases[q] + row * ROW_WORDS + at, mask=at < width, other=0),)  # noqa: RUF005
+        parts = parts + (tl.load(bases[q] + row * ROW_WORDS + at, mask=at < width, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return parts
 
 
@@ -183,3 +183,13 @@ def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, 
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
     settings |= launch_options(warps, registers)
     return Launch(_barrier_kernel if op.rows else None, programs, args, settings, ready.out, ready.sum)
+
+
+KERNEL = Kernel(
+    name="barrier",
+    why_not=lambda op, ws, split: refusal(op, ws),
+    bind=lambda op, ws, split, warps, registers: barrier(op, ws, warps, registers),
+    room=lambda ws: ws.stage_words,
+    candidates=lambda quads: [(1, 0)],
+    label=lambda split, warps: "barrier rotating",
+)

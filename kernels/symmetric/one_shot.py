@@ -8,14 +8,12 @@ before it waits for this one, so that links and memory are busy at once. docs/ke
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from ...errors import OpError
-from ..add_norm import NORMS
-from ..compat import INTERPRETED, next_power_of_2, tl, triton
+from ..compat import tl, triton
 from ..device import finish_row, load_eps, load_row
 from ..words import INBOXES, MAX_SPLIT, advance_epoch, as_words, begin_call, load_words, other_ranks, peer, slot_of
-from .operands import Launch, Operands, launch_options, prepare
+from .kernel import Kernel
+from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
 from .receive import clear, receive_sum
 from .workspace import Workspace
 
@@ -157,24 +155,19 @@ def fits(op: Operands, ws: Workspace, split: int) -> bool:
     return not refusal(op, ws, split)
 
 
-def default_warps(op: Operands, split: int) -> int:
-    """One 16-byte load a thread and rank: the shortest code, and the most loads in flight. Never more threads than
-    that, because a word must be read by one thread only."""
-    return max(1, min(32, next_power_of_2(op.row_words // split) // 128))
+def _candidates(quads: int) -> list[tuple[int, int]]:
+    """One or two 16-byte pieces a thread; two only for whole rows."""
+    pieces = {(split, warps): quads / split / (32 * warps) for split in (1, 2, 4, 8) for warps in (32, 16, 8, 4, 2)}
+    return [way for way, each in pieces.items() if each == 1 or (each == 2 and way[0] == 1)]
 
 
-def constants(op: Operands, world: int, split: int, many: bool, spin: bool | None) -> dict:
-    """The kernel's constexprs, a dict of the caller's own."""
-    return dict(_constants(op.hidden, op.row_words, op.x.element_size(), op.norm, op.post, world, split, many, spin))
-
-
-@lru_cache(maxsize=1024)
-def _constants(
-    hidden: int, row_words: int, itemsize: int, norm: str, post: bool, world: int, split: int, many: bool,
-    spin: bool | None,
-) -> dict:  # fmt: skip
-    words = max(next_power_of_2(row_words // split), 4)
-    return {
-        "H": hidden, "ROW_WORDS": row_words, "W": words, "EL": words * (4 // itemsize), "SPLIT": split, "WORLD": world,
-        "NORM": NORMS[norm], "POST": post, "MANY": many, "SPIN": not INTERPRETED if spin is None else spin,
-    }  # fmt: skip
+KERNEL = Kernel(
+    name="one_shot",
+    why_not=refusal,
+    bind=one_shot,
+    room=lambda ws: ws.slot_words // ws.world,
+    candidates=_candidates,
+    label=lambda split, warps: f"one_shot s{split} w{warps}",
+    splits=True,
+    otherwise="two_shot",
+)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, on_device_of, scales, split_eps
+from ..compat import INTERPRETED, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,26 @@ def prepare(op: Operands) -> Prepared:
         total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
     eps_tensor, eps = split_eps(op.eps, op.x.device)
     return Prepared(inputs, out, total, (eps_tensor, eps, *scales(op.weight_offset, op.alpha)))
+
+
+def default_warps(op: Operands, split: int) -> int:
+    """One 16-byte load a thread and rank: the shortest code, and the most loads in flight. Never more threads than
+    that, because a word must be read by one thread only."""
+    return max(1, min(32, next_power_of_2(op.row_words // split) // 128))
+
+
+def constants(op: Operands, world: int, split: int, many: bool, spin: bool | None) -> dict:
+    """The constexprs of a kernel, a dict of the caller's own."""
+    return dict(_constants(op.hidden, op.row_words, op.x.element_size(), op.norm, op.post, world, split, many, spin))
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    hidden: int, row_words: int, itemsize: int, norm: str, post: bool, world: int, split: int, many: bool,
+    spin: bool | None,
+) -> dict:  # fmt: skip
+    words = max(next_power_of_2(row_words // split), 4)
+    return {
+        "H": hidden, "ROW_WORDS": row_words, "W": words, "EL": words * (4 // itemsize), "SPLIT": split, "WORLD": world,
+        "NORM": NORMS[norm], "POST": post, "MANY": many, "SPIN": not INTERPRETED if spin is None else spin,
+    }  # fmt: skip

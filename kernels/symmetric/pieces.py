@@ -14,6 +14,7 @@ from torch import Tensor
 from ..add_norm import AddNormOut, empty_outputs
 from .dispatch import Entry, bind
 from .operands import Operands
+from .registry import KERNELS
 from .workspace import Workspace
 
 
@@ -42,19 +43,18 @@ def run(
 
 def most_rows(kernel: str, op: Operands, ws: Workspace) -> int:
     """How many rows of such a call the workspace holds for `kernel`."""
-    words = {
-        "one_shot": ws.slot_words // ws.world,
-        "two_shot": ws.slot_words // 2,
-        "barrier": ws.stage_words,
-    }.get(kernel, 0)
-    return words // op.row_words
+    found = KERNELS.get(kernel)
+    return found.most_rows(op, ws) if found is not None else 0
 
 
 def _rows(op: Operands, out: AddNormOut, total: Tensor | None, start: int, stop: int) -> Operands:
     """The call on rows `start` to `stop` alone, writing into those rows of `out` and `total`."""
 
-    def cut(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.reshape(op.rows, -1)[start:stop]
+    def each(t: Tensor) -> Tensor:
+        return t.reshape(op.rows, -1)[start:stop]
 
-    into = AddNormOut(*(cut(getattr(out, f.name)) for f in dataclasses.fields(out)))
-    return dataclasses.replace(op, x=cut(op.x), residual=cut(op.residual), out=into, sum_out=cut(total))
+    def cut(t: Tensor | None) -> Tensor | None:
+        return None if t is None else each(t)
+
+    into = AddNormOut(each(out.y), cut(out.residual_out), cut(out.mean), cut(out.rstd))
+    return dataclasses.replace(op, x=each(op.x), residual=cut(op.residual), out=into, sum_out=cut(total))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .dispatch import Entry, Table
+from .entries import Entry, Table
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -14,8 +14,8 @@ from ...errors import OpError
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_eps, load_row
 from ..words import SENTINEL, advance_epoch, as_sent, as_words, begin_call, pack, peer, slot_of, unpack
-from .one_shot import constants, default_warps
-from .operands import Launch, Operands, launch_options, prepare
+from .kernel import Kernel
+from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
 from .receive import clear_one, receive, receive_block
 from .workspace import Workspace
 
@@ -168,3 +168,19 @@ def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *,
     settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 32 lose with many rows
     kernel = _two_shot_kernel if op.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
+
+
+def _candidates(quads: int) -> list[tuple[int, int]]:
+    """One or two 16-byte pieces a thread."""
+    most = max(min(quads // 32, 32), 1)
+    return [(1, warps) for warps in {most, max(most // 2, 1)}]
+
+
+KERNEL = Kernel(
+    name="two_shot",
+    why_not=lambda op, ws, split: refusal(op, ws),
+    bind=lambda op, ws, split, warps, registers: two_shot(op, ws, warps, registers),
+    room=lambda ws: ws.slot_words // 2,
+    candidates=_candidates,
+    label=lambda split, warps: f"two_shot w{warps}",
+)
