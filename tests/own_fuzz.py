@@ -14,7 +14,8 @@ from tpfuse.runtime.ballots import Ledger
 
 from .own_programs import block, draw, groups, results
 
-#: A single program's error is noise around its bound; wrong numbers are far above it.
+#: A single program's error is noise around its bound, which is the unfused graph's error, a rounding of the output, and
+#: one more rounding of each partial sum: what moves in front of a sum rounds them. Wrong numbers are far above it.
 SLACK = 4.0
 
 

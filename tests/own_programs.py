@@ -389,8 +389,8 @@ class _Writer:
         for index in range(self.rng.choice((1, 1, 2))):
             partial = source if not index else f"{source}{self.rng.choice(('.sin()', '.flip(0)', ' * 2'))}"
             if self.rng.random() < 0.25:
-                partial = f"({partial} + m.apart)"
-            rows = f"{partial}.flatten(0, 1)"
+                partial = f"{partial} + m.apart"
+            rows = f"({partial}).flatten(0, 1)"
             if index and self.rng.random() < 0.5:
                 sums.append(self.let(f"ar({rows}, 0)", "s"))
                 v = self.let(f"{sums[-1]}.chunk(W)[R]")

@@ -35,8 +35,6 @@ def check(found: list[dict], short: bool) -> None:
     assert min(rank["apart"] for rank in found) > 0
 
 
-# Programs 77 and 97 are less accurate than their bound: factors move in front of sums that cancel.
-@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_programs_with_values_of_a_ranks_own_are_right(tmp_path):
     check(outcomes(2, range(100), tmp_path, 580, short=True), short=True)
@@ -51,6 +49,6 @@ def test_without_the_ranks_agreement_numbers_are_wrong(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("world", "seeds"), [(2, range(1000, 2700)), (4, range(2700, 3000))])
+@pytest.mark.parametrize(("world", "seeds"), [(2, range(1000, 3000)), (4, range(3000, 3300))])
 def test_many_programs_with_values_of_a_ranks_own_are_right(world, seeds, tmp_path):
     check(outcomes(world, seeds, tmp_path, 7000, short=False), short=False)
