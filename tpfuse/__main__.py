@@ -73,5 +73,46 @@ def tune(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="A Hugging Face configuration: a folder, or a JSON file.")],
+    ranks: Annotated[int, typer.Option(help="Ranks of the whole TP group.")] = 8,
+    policy: Annotated[Path | None, typer.Option(help="A sharing policy as JSON; if not given, dp_size 1.")] = None,
+    mode: Annotated[str, typer.Option(help="decode, prefill or training.")] = "decode",
+    memory: Annotated[float, typer.Option(help="GiB of a GPU that weights may take, for the recommendation.")] = 64.0,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the picture of the layers here.")] = None,
+) -> None:
+    """Say what would be fused in a model, from its configuration alone: no weights, no GPU."""
+    from .cli import explain as explaining
+    from .errors import TPFuseError
+    from .page import page
+    from .policy import SharingPolicy
+
+    try:
+        stated = SharingPolicy.from_json(policy.read_text(encoding="utf-8")) if policy is not None else None
+        explained = explaining.run(config, ranks, stated, mode, memory)
+    except (TPFuseError, OSError) as error:
+        typer.echo(f"explain: {error}", err=True)
+        raise typer.Exit(1) from error
+    text = list(explaining.lines(explained))
+    typer.echo(explained.report.table(explained.times, explained.names))
+    typer.echo("\n".join(["", *text]))
+    if html is not None:
+        written = page(explained.report, explained.title, explained.times, explained.names, ["\n".join(text)])
+        html.write_text(written, encoding="utf-8")
+        typer.echo(f"the page is {html}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what will run on this machine, what is missing, and how to get it; exit 1 if the kernels cannot run."""
+    from .cli.doctor import examine, shown
+
+    findings = examine()
+    typer.echo(shown(findings))
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app()

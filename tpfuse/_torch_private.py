@@ -303,6 +303,42 @@ def _where(frame: types.FrameType) -> str:
 _NO_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(contextlib.__file__)))
 
 
+def compiled_wrapper() -> type | None:
+    """The class of what `torch.compile(module)` returns.
+
+    If `OptimizedModule` goes: None, and nothing is said of wrappers that were never called.
+    """
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        return None
+    return OptimizedModule
+
+
+def backend_of(wrapper: Any) -> str:
+    """The module that the backend of a compiled wrapper comes from, by its first part; '' if unknown."""
+    seen, found = set(), getattr(getattr(wrapper, "dynamo_ctx", None), "callback", None)
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        compiler = getattr(found, "compiler_fn", None)
+        if compiler is not None or getattr(found, "__module__", "").split(".")[0] == "tpfuse":
+            return str(getattr(compiler or found, "__module__", "")).split(".")[0]
+        found = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "_torchdynamo_orig_callable", None)
+    return ""
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave `text()` in torch's structured trace (TORCH_TRACE), for tlparse; it is not called without one.
+
+    If `trace_structured` goes: nothing is left.
+    """
+    try:
+        from torch._logging import trace_structured
+    except ImportError:
+        return
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
 def custom_graph_pass() -> type:
     """The base class of passes that Inductor's caches know by a key.
 

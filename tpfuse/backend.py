@@ -8,6 +8,7 @@ checkpoint cuts in two wait until the joint graph is split, and are fused in its
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ from .runtime.ballots import Place
 from .runtime.cache_key import cache_key
 from .runtime.endings import Surroundings, surroundings, with_surroundings
 from .runtime.guard import guard
+
+log = logging.getLogger(__name__)
 
 #: Why a graph is compiled a second time, at its first run.
 DIFFER = "the ranks of a group run graphs that differ here, so what they send stays as it was written"
@@ -109,6 +112,8 @@ def _compiled(
         report = report_store.load(name) or trace_report(spare, example_inputs, options)
     check_groups(report, options.policy, options.ranks)
     report = with_surroundings(report, around)
+    private.trace_artifact("tpfuse_report", lambda: str(report))
+    log.debug("%s", report)
     record(report)
     check(report, options)
     return compiled, report
@@ -160,9 +165,11 @@ class FusionPass(CustomGraphPass):
         owner = graph.owning_module
         for user_pass in self.before:
             user_pass(owner.graph)
+        private.trace_artifact("tpfuse_graph_before", lambda: as_text(owner))
         outcome = fuse(owner.graph, resolve_group, pass_options(self.options))
         if outcome.graph is not owner.graph:
             owner.graph = outcome.graph
+        private.trace_artifact("tpfuse_graph_after", lambda: as_text(owner))
         self.reports.append(outcome.report)
         self.seconds += outcome.seconds
         waits = any(boundary.reason == ASTRIDE for boundary in outcome.report.boundaries)
@@ -291,6 +298,11 @@ def trace_report(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opt
     take_marks(gm)
     _with_aot_eager(gm, example_inputs, fusion, patches)
     return report_store.merge(fusion.reports)
+
+
+def as_text(gm: fx.GraphModule) -> str:
+    """A graph as readable Python, with shapes; for people."""
+    return gm.print_readable(print_output=False)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -61,6 +61,9 @@ def explain(
         except TPFuseError as error:
             raise private.raised_through_dynamo(error) from error.__cause__
         report = with_surroundings(report, around)
+        if any(boundary.direction == "backward" for boundary in report.boundaries):
+            note = "traced with gradients, so this is the training graph; under torch.no_grad() it is that of inference"
+            report = dataclasses.replace(report, notes=[*report.notes, note])
         if around.ending is not None:
             note = "what follows the graph break was not looked at"
             report = dataclasses.replace(report, notes=[*report.notes, note])

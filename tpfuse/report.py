@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from .strict_json import StrictJson
 
@@ -34,7 +37,9 @@ class Boundary(StrictJson):
     fused: whether the collective became part of a fused operation.
     reason: empty when fused; otherwise one sentence a user can act on.
     direction: "forward" or "backward".
-    feeds_norm: whether a norm reads the result with only row-wise arithmetic in between (what `strict` asks about).
+    feeds_norm: whether a norm, or what looks like one, reads the result with only row-wise arithmetic in between (what
+        `strict` asks about). A value of rows that is multiplied or divided by a root of a statistic over the rows'
+        hidden units looks like one, and so does an operator that is called a norm.
     demanded: whether it stays unfused because the policy, as it is declared, asks for that: no fusion is missed.
     runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
         kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
@@ -134,6 +139,10 @@ class Report(StrictJson):
         return [boundary for boundary in waiting if boundary.feeds_norm and not boundary.demanded]
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, times: Mapping[int, int] | None = None, names: Mapping[int, str] | None = None) -> str:
+        """The report as text. times, names: of boundaries, by their numbers, that stand for those of several layers."""
         from rich.console import Console
         from rich.table import Table
 
@@ -145,10 +154,10 @@ class Report(StrictJson):
             table.add_row(
                 str(index),
                 boundary.kind + (" (backward)" if boundary.direction == "backward" else ""),
-                boundary.module or "-",
+                (names or {}).get(index, boundary.module or "-") + _times((times or {}).get(index, 1)),
                 boundary.norm or "-",
                 _before_and_after(boundary),
-                _arrow(_size(boundary.bytes_before), _size(boundary.bytes_after)),
+                _arrow(size_in_words(boundary.bytes_before), size_in_words(boundary.bytes_after)),
                 _arrow(boundary.layout_in or "-", boundary.layout_out or "-"),
                 ", ".join(filter(None, (boundary.rewrite, "" if boundary.fused else "not fused"))),
                 boundary.runs.partition(":")[0] or "-",
@@ -163,6 +172,14 @@ class Report(StrictJson):
             console.print(f"note: {note}")
         return out.getvalue().rstrip()
 
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as a page for a browser: the picture of the boundaries before and after, and the table."""
+        from .page import page
+
+        path = Path(path)
+        path.write_text(page(self), encoding="utf-8")
+        return path
+
     def summary(self) -> str:
         count = len(self.boundaries)
         return f"tpfuse: {len(self.fused)} of {count} collective{'s' if count != 1 else ''} fused, {self.norms} norms"
@@ -175,11 +192,15 @@ def _before_and_after(boundary: Boundary) -> str:
     return _arrow(*names)
 
 
+def _times(count: int) -> str:
+    return f" ×{count}" if count != 1 else ""
+
+
 def _arrow(before: str, after: str) -> str:
     return before if before == after else f"{before} → {after}"
 
 
-def _size(count: int | None) -> str:
+def size_in_words(count: int | None) -> str:
     if count is None:
         return "?"
     return f"{count} B" if count < 10_000 else f"{count / 1e3:.0f} KB" if count < 1e7 else f"{count / 1e6:.0f} MB"
@@ -201,12 +222,31 @@ def _ranks(group: tuple[int, ...]) -> str:
 _REPORTS: list[Report] = []
 
 
-def reports() -> list[Report]:
+class Reports(list[Report]):
+    """The reports of this process. Where there are none, it says why and what to do, when it is printed or indexed."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise IndexError(self._why_none())
+        return super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self else f"[]  # {self._why_none()}"
+
+    @staticmethod
+    def _why_none() -> str:
+        from .runtime.nothing_compiled import why_no_reports
+
+        return why_no_reports()
+
+
+def reports() -> Reports:
     """Every graph this process compiled, in order, also those from a warm compile cache.
 
-    Append-only; survives `torch.compiler.reset()`. The list returned is a copy.
+    Append-only; survives `torch.compiler.reset()`. The list returned is a copy. An empty one explains itself: printed,
+    or asked for an element, it says why nothing was compiled.
     """
-    return list(_REPORTS)
+    return Reports(_REPORTS)
 
 
 def record(report: Report) -> None:

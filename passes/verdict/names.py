@@ -111,6 +111,11 @@ def _role(node: fx.Node) -> str | None:
     return None
 
 
+def role_of_name(segment: str) -> str | None:
+    """"attention", "moe", "dense_mlp" or "embedding" of one part of a module's name; None where it does not tell."""
+    return next((role for role, pattern in _NAMES if pattern.search(segment)), None)
+
+
 def _class_name(cls: object) -> str:
     return getattr(cls, "__name__", str(cls).rsplit(".", 1)[-1])
 

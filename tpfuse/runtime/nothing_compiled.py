@@ -1,0 +1,38 @@
+"""Why no graph was compiled: what a process without reports can say of itself."""
+
+from __future__ import annotations
+
+import gc
+
+from torch import nn
+
+from .. import _torch_private as private
+from .endings import in_words, unnamed_breaks
+
+_IN_PLACE = (
+    "model.generate(...) and other methods call the module underneath such a wrapper, which is not compiled: compile "
+    'in place with model.compile(backend="tpfuse"), or hand generate a CompileConfig(backend="tpfuse")'
+)
+
+
+def why_no_reports() -> str:
+    """One or two sentences, from the wrappers there are and the graph breaks that Dynamo met."""
+    found = [f"at {each.place}: {in_words(each)}" for each in unnamed_breaks()[:3]]
+    if found:
+        return f"tpfuse compiled no graph; Dynamo met graph breaks, {'; '.join(found)}"
+    wrapped = wrappers()
+    if wrapped:
+        return f"tpfuse compiled no graph: the compiled {', '.join(wrapped)} was never called. {_IN_PLACE}"
+    return (
+        "tpfuse compiled no graph in this process: nothing that was compiled with backend=\"tpfuse\" was called yet, "
+        "or it had no operation that Dynamo could put into a graph"
+    )
+
+
+def wrappers() -> list[str]:
+    """Classes of the models that `torch.compile(model, backend="tpfuse")` wraps in this process. Walks over all
+    objects: for messages only."""
+    kind = private.compiled_wrapper()
+    models = [w._modules.get("_orig_mod") for w in gc.get_objects() if kind is not None and type(w) is kind
+              and private.backend_of(w) == "tpfuse"]  # fmt: skip
+    return list(dict.fromkeys(type(m).__name__ for m in models if isinstance(m, nn.Module)))
