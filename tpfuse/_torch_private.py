@@ -653,3 +653,89 @@ def wrapped_in_ddp() -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def new_dtensor(kind: type, local: torch.Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:
+    """An instance of `kind`, a subclass of DTensor, that holds `local` and has `shape`; nothing is communicated.
+
+    If `_dtensor_spec` moves: `DTensor.from_local(local, mesh, placements, shape=..., stride=...)` has such a spec.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), torch.empty(tuple(shape), device="meta").stride(), local.dtype)
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
+    return DTensor.__new__(kind, local, spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def local_of(tensor: Any) -> torch.Tensor:
+    """What a DTensor holds on this rank, the very storage.
+
+    If `_local_tensor` goes: `tensor.to_local()` without gradients.
+    """
+    return tensor._local_tensor
+
+
+def part_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of what this rank holds of a DTensor.
+
+    If `compute_local_shape_and_global_offset` goes: the DTensor's chunk of `torch.distributed.checkpoint` says it.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offsets), tuple(sizes)
+
+
+def operator_name(func: Any) -> str:
+    """The name of an operator without its overload: "add_" for `aten.add_.Tensor`.
+
+    If `__name__` of its packet goes: the part of `str(func)` between the dots.
+    """
+    return func.overloadpacket.__name__
+
+
+def wrap_optimizer_state(saved: Any, loaded: Any) -> None:
+    """Let every optimizer's state_dict() pass through `saved(optimizer, state)` and what load_state_dict is given
+    through `loaded(optimizer, state)`; once.
+
+    If the class's methods can no longer be replaced: `register_state_dict_post_hook` and
+    `register_load_state_dict_pre_hook` of each optimizer do the same.
+    """
+    kind = torch.optim.Optimizer
+    if hasattr(kind.state_dict, "_tpfuse_original"):
+        return
+    save, load = kind.state_dict, kind.load_state_dict
+
+    @functools.wraps(save)
+    def state_dict(self: Any) -> dict[str, Any]:
+        return saved(self, save(self))
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, loaded(self, state_dict))
+
+    state_dict._tpfuse_original = save  # type: ignore[attr-defined]
+    kind.state_dict = state_dict  # type: ignore[method-assign]
+    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def call_plainly(func: Any, args: tuple, kwargs: dict[str, Any] | None, handle: Any = None) -> Any:
+    """Calls `func` as if the tensors among its arguments had no `__torch_function__`. With `handle`, every operator in
+    it goes through `handle(operator, args, kwargs)`, in front of what a class of tensors would do.
+
+    If `TorchDispatchMode` moves: 2.13 and later ask the class's own `__torch_dispatch__` as well.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    kwargs = kwargs or {}
+    with torch._C.DisableTorchFunctionSubclass():
+        if handle is None:
+            return func(*args, **kwargs)
+
+        class Handled(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+                return handle(func, args, kwargs or {})
+
+        with Handled():
+            return func(*args, **kwargs)

@@ -13,9 +13,9 @@ import torch.nn as nn
 
 from tpfuse.errors import PlanError
 from tpfuse.parallel.adapters import base_of
-from tpfuse.parallel.clip import remember
 from tpfuse.parallel.gradient_sums import SumGradient, Total
 from tpfuse.parallel.hooks import PartialLinear, ReduceOut, RowwiseLinear
+from tpfuse.parallel.owners import own
 from tpfuse.parallel.record import Parallelized
 
 
@@ -76,7 +76,8 @@ def _sum(name: str, module: nn.Module, state: Parallelized) -> None:
             continue
         total = Total(state.groups.dp)
         parameter.register_hook(SumGradient(state.used, state.used.add(f"{name}.{leaf}", parameter, total)))
-        remember(parameter, None, state.groups)
+        owner, _, own_name = leaf.rpartition(".")
+        own(module.get_submodule(owner), own_name, parameter, None, state.groups)
 
 
 def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, state: Parallelized) -> None:

@@ -10,12 +10,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tpfuse._torch_private import backward_hooks, forward_pre_hooks
-from tpfuse.parallel.clip import remember
+from tpfuse._torch_private import backward_hooks, forward_pre_hooks, replace_total_norm
+from tpfuse.parallel.clip import total_norm
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.hf_plan import ancestors, routed_block_of
 from tpfuse.parallel.mesh import Group, Groups
+from tpfuse.parallel.owners import own
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role
 from tpfuse.parallel.used import UsedParameters
@@ -80,9 +81,9 @@ def sum_gradients(model: nn.Module) -> None:
     state: Parallelized = model._tpfuse  # type: ignore[assignment]
     sums: dict[nn.Module, list[tuple[str, SumGradient]]] = {}
     numbers: dict[int, int] = {}
+    replace_total_norm(total_norm)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if state.groups.whole.size > 1:
-            remember(parameter, state.cuts.get(name), state.groups)
+        own(owner_of(model, name), name.rpartition(".")[2], parameter, state.cuts.get(name), state.groups)
         if not parameter.requires_grad or (total := _total_of(name, state)) is None:
             continue
         if id(parameter) not in numbers:

@@ -40,6 +40,8 @@ from tpfuse.parallel.record import Done, Parallelized, Site
 from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.rows_check import RowsCheck
+from tpfuse.parallel.saving import guard_saving
+from tpfuse.parallel.state_hooks import keep_state
 from tpfuse.parallel.structure import inferred_roles, uncut_mixers
 from tpfuse.parallel.used import UsedParameters
 from tpfuse.policy import SharingPolicy
@@ -102,6 +104,8 @@ def parallelize(
     watch(model, [*(name for name, _, cut in done if cut.over), *(edge.name for edge in edges)])
     if any(isinstance(getattr(module, "_tpfuse_boundary", None), AllRows) for module in model.modules()):
         sync_generation(model, groups)
+    keep_state(model)
+    guard_saving(model)
     log_summary(model)
     if verify:
         from tpfuse.parallel.verify import verify as check
@@ -379,7 +383,7 @@ def _hook(
         return
     group = groups.of(cut.over)
     for norm, count in cut.wide_norms:
-        install(norm, WideNorm(group, count, norm.weight.shape[0]))  # type: ignore[union-attr,index]
+        install(norm, WideNorm(group, count, norm.weight.shape[0]))  # type: ignore[union-attr,index,arg-type]
     # A routed block pays once, at its output; the parts of other modules in it pay nothing at all.
     goes_on = not nested and not role.spread and not cut.sum_at_output and not ends_with_sum(module, role)
     for child in cut.summed_children:

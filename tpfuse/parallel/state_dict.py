@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from tpfuse._torch_private import own_tensors
+from tpfuse._torch_private import local_of, own_tensors, part_of
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallel.collectives import all_gather
+from tpfuse.parallel.checkpoint_files import Reader, ShapeOf, opened, some
+from tpfuse.parallel.cut_tensor import CutTensor
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.gradient_sums import sum_gradients
 from tpfuse.parallel.record import Parallelized
-from tpfuse.strict_json import parse, show
-
-# Reads `name` whole, or a part of it: (dim, start, stop).
-Reader = Callable[[str, tuple[int, int, int] | None], Tensor]
-ShapeOf = Callable[[str], Sequence[int]]
 
 # Fused expert weights [experts, features, ...] that checkpoints on the hub hold expert by expert.
 _PER_EXPERT = {
@@ -38,6 +32,9 @@ _PER_EXPERT = {
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the uncut model, whole on every rank. All ranks call it; one gather for each cut tensor.
 
+    Args:
+        model: a parallelized one, or what DDP, FSDP2 or torch.compile made of it, or a part of it.
+
     Returns:
         name to tensor, with the names of `model.state_dict()`; detached, on the model's device. Tensors that are not
         cut are the model's own, as in `state_dict`.
@@ -45,20 +42,20 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         PolicyError: for a model that was not parallelized.
     """
-    state = _state(model)
+    tensors = model.state_dict()
+    if not any(isinstance(t, CutTensor) for t in tensors.values()):
+        _state(model)
     out: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        cut = state.cuts.get(name)
-        if cut is None or cut.size == 1:
-            out[name] = tensor.detach()
+    variables = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            out[name] = tensor
             continue
-        if id(tensor) not in gathered:  # tied weights travel once
-            group = state.groups.of(cut.over)
-            flat = tensor.detach().contiguous().reshape(1, -1)
-            shards = all_gather(flat, cut.size, group.name).view(cut.size, *tensor.shape)
-            gathered[id(tensor)] = cut.merge(list(shards.unbind(0)))
-        out[name] = gathered[id(tensor)]
+        key = id(variables[name])
+        if key not in gathered:  # tied weights travel once
+            gathered[key] = tensor.full_tensor()
+        out[name] = gathered[key]
     return out
 
 
@@ -80,19 +77,20 @@ def load_full_state_dict(model: nn.Module, source: Mapping[str, Tensor] | str | 
         PlanError: for a source that is none of these, missing or unexpected names, and shapes that differ from the
             uncut model's. The model is then as it was.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's name for it is in no checkpoint
     state = _state(model)
-    with _open(source) as (names, read, shape_of):
+    with opened(source) as (names, read, shape_of):
         loads, missing, unexpected = _match(model, state, names)
         if strict and (missing or unexpected):
             raise PlanError(
-                f"the checkpoint does not fit {type(model).__name__}: missing {_some(missing)}; unexpected "
-                f"{_some(unexpected)}"
+                f"the checkpoint does not fit {type(model).__name__}: missing {some(missing)}; unexpected "
+                f"{some(unexpected)}"
             )
         for load in loads:
             load.check(shape_of)
         replaced = False
         for load in loads:
-            replaced |= _assign(model, load.name, load.tensor, load.read(read))
+            replaced |= _assign(model, load.tensor, load.read(read))
     if replaced:
         sum_gradients(model)
 
@@ -203,8 +201,15 @@ def _aliases(model: nn.Module, names: Mapping[str, Any]) -> Iterator[str]:
     return (n for n in names if n in known)
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, value: Tensor) -> bool:
+def _assign(model: nn.Module, tensor: Tensor, value: Tensor) -> bool:
     """Puts the value into the model; True when the tensor had to be replaced by a new one."""
+    if isinstance(tensor, DTensor):
+        if tensor.device.type == "meta":
+            raise PlanError("fully_shard has cut a model on the meta device; call to_empty(device=...) before loading")
+        for dim, (start, size) in enumerate(zip(*part_of(tensor), strict=True)):
+            value = value.narrow(dim, start, size)
+        local_of(tensor).copy_(value)
+        return False
     if tensor.device.type != "meta":
         tensor.copy_(value)
         return False
@@ -215,64 +220,3 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, value: Tensor) -> bool:
                 if other is tensor:
                     tensors[leaf] = new  # type: ignore[assignment]
     return True
-
-
-def _some(names: list[str]) -> str:
-    return "nothing" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-@contextmanager
-def _open(source: Mapping[str, Tensor] | str | Path):
-    """(names, reader, shape of a name) of a checkpoint."""
-    if isinstance(source, Mapping):
-        for name, tensor in source.items():
-            if not isinstance(tensor, Tensor):
-                raise PlanError(f"the checkpoint has {show(tensor)} under {name!r}; allowed: a tensor")
-
-        def read(name: str, part: tuple[int, int, int] | None) -> Tensor:
-            return source[name] if part is None else source[name].narrow(part[0], part[1], part[2] - part[1])
-
-        yield source, read, lambda name: list(source[name].shape)
-        return
-    if not isinstance(source, (str, os.PathLike)):
-        raise PlanError(
-            f"load_full_state_dict(source={show(source)}): allowed: tensors by name, a .safetensors file, "
-            "or a folder with one"
-        )
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in _files(Path(source))}
-        where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
-
-        def read_slice(name: str, part: tuple[int, int, int] | None) -> Tensor:
-            if part is None:
-                return where[name].get_tensor(name)
-            index = (slice(None),) * part[0] + (slice(part[1], part[2]),)
-            return where[name].get_slice(name)[index].contiguous()
-
-        yield where, read_slice, lambda name: where[name].get_slice(name).get_shape()
-
-
-def _opened(path: str) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise PlanError(f"{path} is no .safetensors file that can be read: {error}") from error
-
-
-def _files(path: Path) -> list[str]:
-    if path.is_file():
-        return [str(path)]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        fields = parse(index.read_bytes(), str(index), PlanError)
-        shards = fields.get("weight_map") if isinstance(fields, dict) else None
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise PlanError(f"{index} has no 'weight_map' from weight names to file names")
-        names = sorted(set(shards.values()))
-        if any(Path(name).name != name or name == ".." for name in names):
-            raise PlanError(f"{index} names files outside of its folder: {_some(names)}")
-        return [str(path / name) for name in names]
-    found = sorted(str(p) for p in path.glob("*.safetensors"))
-    if not found:
-        raise PlanError(f"{path} is no .safetensors file and no folder with any")
-    return found
