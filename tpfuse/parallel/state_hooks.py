@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tpfuse._torch_private import own_tensors, part_of, process_group, wrap_optimizer_state
 from tpfuse.errors import PlanError
-from tpfuse.parallel.cut_tensor import CutTensor, SavedSlice, held, saved_slice
+from tpfuse.parallel.cut_tensor import CutTensor, Held, SavedSlice, held, saved_slice
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.gradient_sums import sum_gradients
 from tpfuse.parallel.mesh import Group
@@ -98,7 +98,8 @@ def own_part(name: str, given: Tensor, like: Tensor, cut: Cut, group: Group) -> 
         if not have.same_place(want):
             raise PlanError(f"{name}: the state dict's slice was cut by FSDP2 otherwise than this rank's; {_DCP}")
         return _local(given) if want.sharded is None else want.sharded.tensor(_local(given))
-    if tuple(given.shape) == want.full_shape != tuple(like.shape):
+    elsewhere = isinstance(given, DTensor) and not _lies_as(given, want)
+    if tuple(given.shape) == want.full_shape and (elsewhere or want.full_shape != tuple(like.shape)):
         full = given.full_tensor() if isinstance(given, DTensor) else given
         part = want.of_full(full)
         return part if want.sharded is None else want.sharded.tensor(part)
@@ -107,6 +108,12 @@ def own_part(name: str, given: Tensor, like: Tensor, cut: Cut, group: Group) -> 
             given = given.narrow(dim, start, size)
         return want.sharded.tensor(given.contiguous())
     return given
+
+
+def _lies_as(given: DTensor, want: Held) -> bool:
+    """Whether a DTensor is cut as FSDP2 cuts this rank's slice."""
+    to = want.sharded
+    return to is not None and (given.device_mesh, tuple(given.placements)) == (to.mesh, to.placements)
 
 
 _DCP = "save and load with torch.distributed.checkpoint"
