@@ -38,6 +38,7 @@ from tpfuse.parallel.mesh import Group
 _ALIKE = {"detach", "alias", "clone", "_to_copy", "copy_", "zero_", "fill_", "empty_like", "zeros_like", "ones_like",
           "full_like", "rand_like", "randn_like", "normal_", "uniform_", "_pin_memory", "is_pinned"}  # fmt: skip
 _LOCAL = {"equal", "allclose"}
+_NEW = {"new_empty", "new_zeros", "new_ones", "new_full"}
 #: REGISTRY: meshes by their process group; an entry goes with its group.
 _MESHES: WeakKeyDictionary[dist.ProcessGroup, dict[str, DeviceMesh]] = WeakKeyDictionary()
 
@@ -94,6 +95,9 @@ class Held:
         cut = self.cut
         return cut.dim, cut.over, cut.parts, cut.counts, cut.size, cut.index, self.offsets, self.sizes
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return self
+
     def same_place(self, other: Held) -> bool:
         """Whether both are the same elements of the same weight."""
         return (self.cut, self.offsets, self.sizes) == (other.cut, other.offsets, other.sizes)
@@ -128,8 +132,7 @@ class CutTensor(DTensor):
     distributed by them is whole, and loading it takes the slice.
     """
 
-    _held: Held
-    __slots__ = ("_held",)
+    _held: Held  # in no slot of this class: DTensor's own list of slots is what asynchronous saving copies
 
     @staticmethod
     def of(local: Tensor, what: Held) -> CutTensor:
@@ -206,9 +209,6 @@ class CutTensor(DTensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return saved_slice, (local_of(self), self._held.place)
 
-    def data_ptr(self) -> int:
-        raise PlanError(_not_whole(self._held.words))
-
     def untyped_storage(self) -> Any:
         raise PlanError(_not_whole(self._held.words))
 
@@ -233,6 +233,10 @@ def _operate(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     what = next((t._held for t in leaves if isinstance(t, CutTensor)), None)
     if what is None:
         return func(*args, **kwargs)
+    if name in _NEW:  # of the uncut shape: another cut weight; of any other: a plain tensor
+        same = tuple(args[1]) == what.full_shape
+        out = func(local_of(args[0]), what.sizes if same else args[1], *args[2:], **kwargs)
+        return CutTensor.of(out, what) if same else out
     alike = name in _ALIKE or name in _LOCAL or torch.Tag.pointwise in func.tags
     if not alike or any(isinstance(t, CutTensor) and not t._held.same_place(what) for t in leaves):
         raise PlanError(
