@@ -185,3 +185,9 @@ def test_a_compiled_model_is_refused_with_what_to_do(mesh):
 def test_an_empty_plan_for_a_decorated_model_is_refused(mesh):
     with pytest.raises(PlanError, match=r"names nothing, but layers.0.attn has a role by its decorator"):
         parallelize(build(Model), mesh, SharingPolicy(4, 2), plan={})
+
+
+def test_an_auxiliary_loss_on_all_replicas_rows_is_refused(mesh):
+    model, ids = parallelize(model_of("qwen3_moe"), mesh, SharingPolicy(4, 2)), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(PlanError, match=r"routers see the rows of all dp replicas.*output_router_logits=False"):
+        model(ids, labels=ids, output_router_logits=True)

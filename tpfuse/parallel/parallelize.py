@@ -39,6 +39,7 @@ from tpfuse.parallel.mesh import Group, Groups, check_mesh, create_whole_group, 
 from tpfuse.parallel.record import Done, Parallelized, Site
 from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Role, policy_of, role_of
+from tpfuse.parallel.router_loss import RefuseRouterLoss
 from tpfuse.parallel.rows_check import RowsCheck
 from tpfuse.parallel.saving import guard_saving
 from tpfuse.parallel.state_hooks import keep_state
@@ -106,6 +107,8 @@ def parallelize(
         sync_generation(model, groups)
     keep_state(model)
     guard_saving(model)
+    if groups.dp.size > 1 and any(site.kind == "moe" for site in sites):
+        model.register_forward_pre_hook(RefuseRouterLoss(), with_kwargs=True)
     log_summary(model)
     if verify:
         from tpfuse.parallel.verify import verify as check
