@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 
 from tpfuse.errors import PlanError
@@ -46,6 +47,9 @@ def watch(model: nn.Module, cut: Iterable[str]) -> None:
 
 
 def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
+    # Traced, this would make the registry the first place where Dynamo meets the modules, and name them after it.
+    if torch.compiler.is_compiling():
+        return
     part = _PARTS.get(owner)
     model = part.model() if part is not None else None
     state = getattr(model, "_tpfuse", None)
