@@ -54,7 +54,7 @@ def sizes_of(policy: SharingPolicy, row_bytes: float) -> Sizes:
     return Sizes(policy.attn_tp_size, policy.dp_size, (policy.max_rows or NOMINAL_ROWS) * row_bytes)
 
 
-def owed_by(producer: str, dense: int, policy: SharingPolicy) -> tuple[str, ...]:
+def owed_by(producer: str, dense: int | None, policy: SharingPolicy) -> tuple[str, ...]:
     """What a producer hands on (see `layouts.Stage.addend`); a parallel block hands on two addends.
 
     dense: over how many ranks the dense MLP's weights are cut.
@@ -70,14 +70,14 @@ def owed_by(producer: str, dense: int, policy: SharingPolicy) -> tuple[str, ...]
     }[producer]
 
 
-def needed_by(consumer: str, dense: int, policy: SharingPolicy) -> str:
+def needed_by(consumer: str, dense: int | None, policy: SharingPolicy) -> str:
     """Which rows of the normed value a consumer needs (see `layouts.Stage.wants`)."""
     of_mlp = {"whole": "dp_rows", "attention": "all_rows", "none": "own_rows"}[_cut_over(dense, policy)]
     of_moe = "dp_rows" if policy.dp_size > 1 else "all_rows"
     return {"dense_mlp": of_mlp, "moe": of_moe}.get(consumer, "all_rows")
 
 
-def _cut_over(dense: int, policy: SharingPolicy) -> str:
+def _cut_over(dense: int | None, policy: SharingPolicy) -> str:
     """The group a dense MLP is cut over. Degenerate sizes fall together: the smallest group of that size is meant."""
     if dense == 1:
         return "none" if policy.attn_tp_size > 1 else "attention"

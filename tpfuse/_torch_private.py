@@ -520,6 +520,12 @@ def operator_schema(target: Any) -> torch.FunctionSchema | None:
     return getattr(target, "_schema", None)
 
 
+def operator_name(target: Any) -> str:
+    """The name of an operator with its namespace ("aten::add"); "" for anything else."""
+    schema = operator_schema(target)
+    return schema.name if schema is not None else ""
+
+
 def storage_identity(val: torch.Tensor) -> int | None:
     """What tells the storage of a tensor, fake ones included, from others; None for those without one (sparse).
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tpfuse._torch_private import operator_schema
+from tpfuse._torch_private import operator_name
 
 from . import aten_ops as ops
 from .graph import argument, why_unusual
@@ -21,16 +21,16 @@ class Collective:
     """One collective and the wait on its result.
 
     `ranks` are the members of its group: groups are compared by members, never by name, since one logical group has
-    different names on different ranks and different groups may share one. `problem` is empty, or one sentence on why
-    no pass may touch this collective.
+    different names on different ranks and different groups may share one. `ranks`, `group_name` and `reduce_op` are
+    empty where they are not known. `problem` is empty, or one sentence on why no pass may touch this collective.
     """
 
     kind: str
     node: fx.Node
     wait: fx.Node | None
-    group_name: str | None
-    ranks: tuple[int, ...] | None
-    reduce_op: str | None
+    group_name: str
+    ranks: tuple[int, ...]
+    reduce_op: str
     problem: str = ""
 
     @property
@@ -55,7 +55,7 @@ def find_collectives(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]
 
 
 def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
-    name = operator_schema(node.target).name.split("::")[-1]
+    name = operator_name(node.target).split("::")[-1]
     kind = next((k for k in ops.COLLECTIVE_KINDS if name.startswith(k)), name)
     waits = [user for user in node.users if user.target is ops.WAIT]
     wait = waits[0] if len(waits) == 1 else None
@@ -70,7 +70,8 @@ def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
         problem = f"the group {group!r} cannot be resolved on this rank: no process group of that name exists here"
     elif kind == "all_reduce":
         problem = _all_reduce_problem(node, name, wait, waits, reduce_op)
-    return Collective(kind, node, wait, group if isinstance(group, str) else None, ranks, reduce_op, problem)
+    group_name, reduction = (word if isinstance(word, str) else "" for word in (group, reduce_op))
+    return Collective(kind, node, wait, group_name, ranks or (), reduction, problem)
 
 
 def _all_reduce_problem(node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object) -> str:

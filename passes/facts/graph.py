@@ -5,22 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
-from tpfuse._torch_private import (
-    map_tensors,
-    new_fake_like,
-    new_fake_mode,
-    operator_schema,
-    storage_identity,
-    tensor_leaves,
-)
+from tpfuse._torch_private import operator_schema, storage_identity
+from tpfuse.errors import TPFuseError
 
 from . import aten_ops as ops
+from .fakes import call_on_fakes
 
 #: Metadata: the name of the collective that a node stands for (see accounting.py).
 ORIGIN = "tpfuse_origin"
@@ -55,6 +49,37 @@ def value(node: Any) -> torch.Tensor | None:
     return val if isinstance(val, torch.Tensor) else None
 
 
+def val(node: Any) -> torch.Tensor:
+    """The fake tensor `node` stands for, where an earlier step made sure that there is one.
+
+    Raises:
+        TPFuseError: there is none; an error of ours, which leaves the graph as it was.
+    """
+    found = value(node)
+    if found is None:
+        raise TPFuseError(f"internal error: {node} has no fake value (meta['val']), and a step relies on one")
+    return found
+
+
+def input_node(node: fx.Node, position: int = 0) -> fx.Node:
+    """The value that `node` reads as its argument number `position`, where that is known to be one of the graph.
+
+    Raises:
+        TPFuseError: it is none; an error of ours, which leaves the graph as it was.
+    """
+    found = node.args[position] if position < len(node.args) else None
+    if not isinstance(found, fx.Node):
+        raise TPFuseError(f"internal error: argument {position} of {node} ({node.target}) is {found!r}, no node")
+    return found
+
+
+def function_of(node: fx.Node) -> Callable[..., Any]:
+    """What a node that calls a function calls."""
+    if not callable(node.target):
+        raise TPFuseError(f"internal error: {node} calls {node.target!r} by name")
+    return node.target
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument called `name` in the schema of `node.target`, wherever it was written."""
     if name in node.kwargs:
@@ -70,7 +95,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
-def is_call(node: Any, targets: Any) -> bool:
+def is_call(node: Any, targets: Any) -> TypeGuard[fx.Node]:
     """Whether `node` calls one of `targets` (a set, or one operator). An in-place form counts as its twin where nobody
     can tell the difference."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -81,7 +106,7 @@ def is_call(node: Any, targets: Any) -> bool:
     return target in targets if isinstance(targets, (set, frozenset, dict, tuple)) else target is targets
 
 
-def is_number(x: Any) -> bool:
+def is_number(x: Any) -> TypeGuard[float]:
     """Whether `x` is a finite number that a float can hold. Complex numbers and bools are none."""
     if not isinstance(x, (int, float)) or isinstance(x, bool):
         return False
@@ -105,7 +130,7 @@ def writes_to_temporary(node: fx.Node) -> bool:
         return writes_to_temporary(written)
     source = written
     if written.target is ops.operator.getitem:
-        source, index = written.args
+        source, index = input_node(written), written.args[1]
         if sum(user.args[1:] == (index,) for user in source.users) != 1:
             return False
     schema = operator_schema(source.target)
@@ -113,9 +138,9 @@ def writes_to_temporary(node: fx.Node) -> bool:
         return False
     if any(result.alias_info is not None for result in schema.returns) or value(written) is None:
         return False
-    storage = storage_identity(value(written))
+    storage = storage_identity(val(written))
     inputs = [value(parent) for parent in source.all_input_nodes]
-    return storage is not None and all(val is None or storage_identity(val) != storage for val in inputs)
+    return storage is not None and all(read is None or storage_identity(read) != storage for read in inputs)
 
 
 def why_unusual(node: fx.Node, what: str) -> str:
@@ -136,11 +161,11 @@ def why_unusual(node: fx.Node, what: str) -> str:
 
 def row_major(node: fx.Node) -> bool:
     """Whether `node`'s value surely lies in memory row after row."""
-    val = value(node)
-    if any(same_size(size, 0) for size in val.shape):
+    tensor = val(node)
+    if any(same_size(size, 0) for size in tensor.shape):
         return True
     expected: Any = 1
-    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if not same_size(size, 1):
             if not same_size(stride, expected):
                 return False
@@ -150,7 +175,7 @@ def row_major(node: fx.Node) -> bool:
 
 def same_strides(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes of one shape surely have equal strides wherever a stride means something."""
-    va, vb = value(a), value(b)
+    va, vb = val(a), val(b)
     return any(same_size(size, 0) for size in va.shape) or all(
         same_size(size, 1) or same_size(x, y) for size, x, y in zip(va.shape, va.stride(), vb.stride(), strict=True)
     )
@@ -208,7 +233,7 @@ def strip(node: Any, targets: set[Any]) -> Any:
     return node
 
 
-def is_float(node: Any) -> bool:
+def is_float(node: Any) -> TypeGuard[fx.Node]:
     """Whether `node` is a tensor of a dtype that the fused operation takes."""
     val = value(node)
     return val is not None and val.dtype in ops.FLOATS
@@ -253,14 +278,9 @@ def carry_meta(source: fx.Node, target: fx.Node) -> None:
 
 
 def fake_result(node: fx.Node) -> Any:
-    """What `node` returns for the fake values of its arguments (runs under their fake mode; no real work).
-
-    Graphs traced with real tensors have a fake mode of its own for every value, and some graphs have real tensors for
-    values; both are described anew in one fake mode, so that a collective can never really run here.
-    """
-
+    """What `node` returns for the fake values of its arguments; no real work is done."""
     if node.target is ops.operator.getitem:
-        return node.args[0].meta["val"][node.args[1]]
+        return input_node(node).meta["val"][node.args[1]]
     given: list[Any] = []
 
     def fake(arg: fx.Node) -> Any:
@@ -268,60 +288,7 @@ def fake_result(node: fx.Node) -> Any:
         return given[-1]
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake)
-    leaves = given if all(isinstance(v, torch.Tensor) for v in given) else tensor_leaves(given)
-    modes = {id(mode): mode for v in leaves if (mode := getattr(v, "fake_mode", None))}
-    if len(modes) == 1 and all(hasattr(v, "fake_mode") for v in leaves):
-        (mode,) = modes.values()
-        alike = _alike(node.target, args, kwargs)
-        if alike is not None:
-            return _like_before(mode, alike, lambda: node.target(*args, **kwargs))
-    else:
-        mode = new_fake_mode()
-        with mode:
-            args, kwargs = map_tensors(_described_anew, (args, kwargs))
-    # A graph that was exported holds parameters, and nobody differentiates here.
-    with mode, torch.no_grad():
-        return node.target(*args, **kwargs)
-
-
-#: What our own operators gave before, by fake mode and by `_alike`: the boundaries of a model are alike, and asking the
-#: operator costs a hundred times as much as describing its results once more. An entry goes with its mode.
-_RESULTS: WeakKeyDictionary[Any, dict[tuple, list[torch.Tensor]]] = WeakKeyDictionary()
-
-
-def _alike(target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """What tells a call of one of our operators from calls with other results; None where that is not known.
-
-    Their results are new tensors whose description follows from their arguments' descriptions.
-    """
-    if getattr(target, "namespace", "") != "tpfuse":
-        return None
-    told: list[Any] = [target]
-    for arg in (*args, *kwargs.items()):
-        if isinstance(arg, torch.Tensor):
-            if not all(isinstance(size, int) for size in (*arg.shape, *arg.stride())):
-                return None
-            told.append((arg.shape, arg.stride(), arg.dtype, arg.device))
-        elif isinstance(arg, (list, dict, torch.SymInt, torch.SymFloat)):
-            return None
-        else:
-            told.append(arg)
-    return tuple(told)
-
-
-def _like_before(mode: Any, alike: tuple, ask: Callable[[], Any]) -> Any:
-    known = _RESULTS.setdefault(mode, {})
-    if alike in known:
-        return [new_fake_like(val) for val in known[alike]]
-    with mode, torch.no_grad():
-        found = ask()
-    if isinstance(found, list) and all(isinstance(size, int) for val in found for size in val.shape):
-        known[alike] = found
-    return found
-
-
-def _described_anew(val: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+    return call_on_fakes(function_of(node), args, kwargs, given)
 
 
 def depends_on(node: fx.Node, sources: set[fx.Node]) -> bool:

@@ -213,7 +213,5 @@ def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[st
                 options.append((cost + gathered * gather + stage_cost(stage, layout, sizes), [*path, layout]))
             following[layout] = min(options, key=lambda option: option[0])
         best = following
-    full, scattered = best.get(TP_ATTN_FULL), best.get(SCATTERED)
-    if full is None or (scattered is not None and scattered[0] < full[0] - 1e-9):
-        full = scattered
-    return full[1]
+    chosen, scattered = best.get(TP_ATTN_FULL) or best[SCATTERED], best.get(SCATTERED)
+    return (scattered if scattered is not None and scattered[0] < chosen[0] - 1e-9 else chosen)[1]

@@ -92,7 +92,7 @@ def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
     a, b = owed.collective, last.collective
     if not merge:
         return NO_MERGE
-    if any(str(value(c.input).dtype) == "torch.float16" for c in (a, b) if value(c.input) is not None):
+    if any(str(sent.dtype) == "torch.float16" for c in (a, b) if (sent := value(c.input)) is not None):
         return (
             "the norm reads the sum of two all-reduces in float16, and adding them up before they are summed over the"
             " ranks could overflow where each sum does not; in bfloat16 they become one"

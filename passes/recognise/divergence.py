@@ -38,7 +38,7 @@ class Parting:
     """
 
     partial: frozenset[fx.Node]
-    finished: dict[fx.Node, tuple[int, ...] | None]
+    finished: dict[fx.Node, tuple[int, ...]]
     same: dict[tuple[int, ...], set[fx.Node]] = field(default_factory=dict)
 
 
@@ -70,8 +70,8 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
             continue
         if current in parting.finished:
             group = parting.finished[current]
-            groups = groups if group is None else groups | {group}
-            if group is None or _cover(groups, ranks):
+            groups = groups | {group} if group else groups
+            if not group or _cover(groups, ranks):
                 continue
         elif current in parting.partial:
             held = f"is equal on ranks {sorted(map(list, groups))} only" if groups else "is what they have to sum up"

@@ -147,6 +147,8 @@ class Hazards:
         last: fx.Node,
         moved: set[fx.Node],
     ) -> str:
+        if self.memory is None:
+            return ""
         cells = self.memory.cells
         operands = cells(read)
         overtaken = cells(parent for node in moved for parent in tensor_inputs(node))

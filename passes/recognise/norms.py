@@ -15,12 +15,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import argument, is_call, is_float, is_number, last_dim, same_shape, same_size, strip, value
+from ..facts.graph import (
+    argument,
+    input_node,
+    is_call,
+    is_float,
+    is_number,
+    last_dim,
+    same_shape,
+    same_size,
+    strip,
+    val,
+    value,
+)
 
 aten = ops.aten
 
@@ -122,13 +135,13 @@ def written_out_norm(node: fx.Node) -> Norm | None:
 def _inverse_square_root(node: fx.Node) -> tuple[fx.Node, bool] | None:
     """(radicand, whether the value is later divided by `node` rather than multiplied)."""
     if is_call(node, aten.rsqrt.default):
-        return node.args[0], False
+        return input_node(node), False
     if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5:
-        return node.args[0], False
+        return input_node(node), False
     if is_call(node, aten.reciprocal.default) and is_call(node.args[0], aten.sqrt.default):
-        return node.args[0].args[0], False
+        return input_node(node.args[0]), False
     if is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5):
-        return node.args[0], True
+        return input_node(node), True
     return None
 
 
@@ -156,17 +169,17 @@ def _mean_of(node: fx.Node) -> tuple[fx.Node, str] | None:
     """(the value averaged, problem) if `node` averages over dimensions: mean, or a sum divided by the size."""
     node = strip(node, _TRANSPARENT)
     if is_call(node, aten.mean.dim):
-        return node.args[0], _dims_problem(node)
+        return input_node(node), _dims_problem(node)
     if not is_call(node, ops.DIVS | ops.MULS) or len(node.args) < 2:
         return None
     divided, factor = strip(node.args[0], _TRANSPARENT), node.args[1]
     if not is_call(divided, aten.sum.dim_IntList):
         return None
-    size = last_dim(divided.args[0])
-    return (divided.args[0], _dims_problem(divided)) if _divides_by(node, factor, size) else None
+    size = last_dim(input_node(divided))
+    return (input_node(divided), _dims_problem(divided)) if _divides_by(node, factor, size) else None
 
 
-def _divides_by(node: fx.Node, factor: object, size: object) -> bool:
+def _divides_by(node: fx.Node, factor: object, size: Any) -> bool:
     """Whether dividing (or multiplying) by `factor` divides by `size`, a number or a symbol."""
     if is_call(node, ops.DIVS) and isinstance(factor, fx.Node):
         return same_size(factor.meta.get("val"), size)
@@ -192,13 +205,13 @@ def _dims_problem(reduction: fx.Node) -> str:
 def _squared(node: fx.Node) -> fx.Node | None:
     node = strip(node, _TRANSPARENT)
     if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
-        return node.args[0]
+        return input_node(node)
     if is_call(node, aten.square.default):
-        return node.args[0]
+        return input_node(node)
     if is_call(node, ops.MULS) and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
         left, right = (strip(a, _TRANSPARENT) for a in node.args[:2])
         if left is right:
-            return node.args[0]
+            return input_node(node)
     return None
 
 
@@ -226,21 +239,21 @@ def _mean_of_squares(statistic: fx.Node) -> _Moments | None:
 def _variance(statistic: fx.Node) -> _Moments | None:
     """var(x) from `var_mean` or `var`, uncorrected: LayerNorm's statistic. The centred value is `x - mean`."""
     node = strip(statistic, _TRANSPARENT)
-    pair = None
-    if node.target is ops.operator.getitem and node.args[1] == 0:
-        pair = node.args[0]
-    single = is_call(node, aten.var.correction) or is_call(node, aten.var.dim)
-    if not single and not (pair is not None and is_call(pair, aten.var_mean.correction)):
+    pair = input_node(node) if node.target is ops.operator.getitem and node.args[1] == 0 else None
+    if is_call(node, aten.var.correction) or is_call(node, aten.var.dim):
+        reduction = node
+    elif is_call(pair, aten.var_mean.correction):
+        reduction = pair
+    else:
         return None
-    reduction = node if single else pair
     correction = argument(reduction, "correction")
     if is_call(reduction, aten.var.dim):
         correction = 1 if argument(reduction, "unbiased", True) else 0
     problem = _dims_problem(reduction)
     if correction != 0:
         problem = problem or f"the norm's variance is corrected by {1 if correction is None else correction}, not 0"
-    source = strip(reduction.args[0], _TRANSPARENT)
-    for candidate in _through_casts(reduction.args[0], source):
+    source = strip(input_node(reduction), _TRANSPARENT)
+    for candidate in _through_casts(input_node(reduction), source):
         for user in candidate.users:
             if _subtracts_value(user) and user.args[0] is candidate:
                 mean = strip(user.args[1], _TRANSPARENT)
@@ -362,5 +375,5 @@ def _split_offset(vector: fx.Node) -> tuple[fx.Node, float]:
 
 def _finfo_eps(source: fx.Node) -> float:
     """The eps of `F.rms_norm(eps=None)`: machine epsilon of the dtype that the norm is computed in."""
-    dtype = value(source).dtype
+    dtype = val(source).dtype
     return torch.finfo(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype).eps

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import argument, is_call, last_dim, same_size, value
+from ..facts.graph import argument, is_call, last_dim, same_size, val, value
 from .streams import TRIM_ROWS, calls, flat_rows
 
 aten = ops.aten
@@ -50,7 +50,8 @@ def _works_row_by_row(user: fx.Node, node: fx.Node) -> bool:
     if user.op != "call_function":
         return False
     if user.target in _SPLITS:
-        return value(node).dim() > 1 and argument(user, "dim", 0) in (-1, value(node).dim() - 1)
+        dims = val(node).dim()
+        return dims > 1 and argument(user, "dim", 0) in (-1, dims - 1)
     if user.target is ops.operator.getitem:
         return True
     if value(user) is None or value(node) is None or not same_size(flat_rows(user), flat_rows(node)):

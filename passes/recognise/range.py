@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import is_call, value
+from ..facts.graph import input_node, is_call, value
 from .sums import Step, Term
 
 aten = ops.aten
@@ -44,7 +44,8 @@ def _shrinks(step: Step) -> bool:
 
 def _bounded(node: fx.Node) -> bool:
     while is_call(node, ops.VIEWS | ops.SELECTIONS | ops.CASTS | {aten.expand.default}):
-        node = node.args[0]
-        if value(node) is not None and value(node).dtype is torch.bool:
+        node = input_node(node)
+        tensor = value(node)
+        if tensor is not None and tensor.dtype is torch.bool:
             return True
     return is_call(node, _BOUNDED)

@@ -15,6 +15,7 @@ from ..facts.collectives import Collective
 from ..facts.graph import (
     depends_on,
     is_call,
+    is_float,
     last_dim,
     region_between,
     row_major,
@@ -22,6 +23,7 @@ from ..facts.graph import (
     same_size,
     same_strides,
     tensor_inputs,
+    val,
     value,
     why_unusual,
 )
@@ -63,6 +65,10 @@ class Site:
     problem: str = ""
     astride: bool = False
     left: tuple[tuple[Owed, str], ...] = ()
+
+    def out(self, post: bool) -> fx.Node:
+        """The node whose value a fused operation computes; `post`: it takes in the addition behind the norm."""
+        return self.add_after if post and self.add_after is not None else self.norm.output
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,7 @@ def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
     node = norm.source
     while node not in owed and is_call(node, ops.VIEWS | ops.CASTS) and isinstance(node.args[0], fx.Node):
         below = node.args[0]
-        val = value(below)
-        if val is None or val.dtype not in ops.FLOATS or not same_size(last_dim(below), last_dim(node)):
+        if not is_float(below) or not same_size(last_dim(below), last_dim(node)):
             break
         if is_call(node, ops.REORDERINGS):  # may move rows about; the hidden states are taken above it
             break
@@ -225,8 +230,7 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
         return None, None
     if not (same_shape(residual, user) and same_shape(norm.output, user) and same_shape(user, total.root)):
         return None, None
-    val = value(residual)
-    if val is None or val.dtype not in ops.FLOATS or value(user).dtype not in ops.FLOATS:
+    if not is_float(residual) or not is_float(user):
         return None, None
     if depends_on(residual, {term.leaf for term in total.owed}):
         return None, None
@@ -245,7 +249,7 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> s
     if not same_size(last_dim(hidden), last_dim(norm.source)):
         return "a view between the all-reduce and the norm changes the last dimension"
     for node in total.interior:
-        dtypes = {value(child).dtype for child in tensor_inputs(node) if value(child) is not None}
+        dtypes = {read.dtype for child in tensor_inputs(node) if (read := value(child)) is not None}
         if is_call(node, ops.ADDS | ops.SUBS) and len(dtypes) > 1:
             mixed = " and ".join(sorted(map(str, dtypes)))
             return f"an addition before the norm mixes {mixed}; cast one side explicitly"
@@ -277,7 +281,7 @@ def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, str]]:
     """The sums whose gates and selections may not move before the all-reduce, each with the reason."""
     leaves = {term.leaf for term in total.owed}
     by_leaf = {owed.collective.result: owed for owed in site.owed}
-    found = {}
+    found: dict[fx.Node, tuple[Owed, str]] = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
         reason = _step_problem(term, owed, leaves, parting)
@@ -314,16 +318,17 @@ def _values_problem(site: Site, total: Sum) -> str:
     named += [("a value that is added before the norm", term.leaf) for term in total.replicated]
     vectors = (("the norm's weight", norm.weight), ("the norm's bias", norm.bias))
     named += [(what, node) for what, node in (*vectors, ("the residual", site.residual_after)) if node is not None]
-    device = value(hidden).device if value(hidden) is not None else None
+    stream = value(hidden)
+    device = stream.device if stream is not None else None
     for what, node in named:
         problem = why_unusual(node, what)
         if problem:
             return problem
-        if value(node).device != device:
-            return f"{what} is on {value(node).device}, and the hidden states are on {device}"
+        if val(node).device != device:
+            return f"{what} is on {val(node).device}, and the hidden states are on {device}"
     if isinstance(norm.eps, fx.Node) and value(norm.eps) is None:
         return "the norm's eps is computed in the graph and is no tensor"
-    if value(hidden).dim() == 0:
+    if val(hidden).dim() == 0:
         return "the hidden states are a single number and have no dimension to normalise"
     for node in total.interior:
         if any("val" not in parent.meta for parent in node.all_input_nodes):
@@ -336,7 +341,7 @@ def _strides_problem(norm: Norm, hidden: fx.Node, out: fx.Node) -> str:
     compact = row_major(hidden)
     # Rows chosen out of a larger tensor may be handed out compact; another order of the dimensions may not.
     if not compact and not (norm.source is hidden and is_call(hidden, ops.SELECTIONS)):
-        strides = tuple(value(hidden).stride())
+        strides = tuple(val(hidden).stride())
         return f"the hidden states do not lie in memory row after row: their strides are {strides}"
     if not same_shape(out, norm.source) or not (same_strides(out, norm.source) if compact else row_major(out)):
         return "the normed value has another shape or other strides than what is normalised"

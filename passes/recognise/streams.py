@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
-from tpfuse._torch_private import operator_schema
+from tpfuse._torch_private import operator_name
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, is_collective
-from ..facts.graph import is_call, last_dim, region_between, same_shape, same_size, value, why_unusual
+from ..facts.graph import is_call, last_dim, region_between, same_shape, same_size, val, value, why_unusual
 from ..verdict.accounting import origin
 from .known import Known
 from .norms import Norm
@@ -100,13 +101,13 @@ NO_STREAM = Stream([], {})
 def calls(node: object, name: str) -> bool:
     """Whether `node` calls the operator called `name`."""
     target = getattr(node, "target", None)
-    return getattr(node, "op", "") == "call_function" and getattr(operator_schema(target), "name", None) == name
+    return getattr(node, "op", "") == "call_function" and operator_name(target) == name
 
 
 def moves_rows(graph: fx.Graph) -> bool:
     """Whether rows are cut or scattered anywhere in the graph: without, there is only one layout."""
     return any(
-        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in operator_schema(node.target).name)
+        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in operator_name(node.target))
         for node in graph.nodes
     )
 
@@ -128,9 +129,10 @@ def _addend(collective: Collective) -> Addend | None:
         return None
     if collective.kind == "all_reduce":
         return Addend("owed", wait, collective.input, collective) if collective.reduce_op.lower() == "sum" else None
-    if collective.kind == "reduce_scatter" and str(collective.reduce_op).lower() == "sum":
+    if collective.kind == "reduce_scatter" and collective.reduce_op.lower() == "sum":
         return Addend("scattered", wait, collective.input, collective)
-    if collective.kind == "all_gather" and value(wait) is not None and value(wait).dim() == 2:
+    rows = value(wait)
+    if collective.kind == "all_gather" and rows is not None and rows.dim() == 2:
         trims = [user for user in wait.users if calls(user, TRIM_ROWS)]
         readers = [user for user in wait.users if user.target is not ops.aten.sym_size.int]
         leaf = trims[0] if len(trims) == 1 and len(readers) == 1 else wait
@@ -220,14 +222,14 @@ def _gathers_own_rows(stage: StreamStage, parts: int) -> bool:
     term, source = stage.term, stage.addend.source
     if not term.only_reshapes or not same_size(last_dim(source), last_dim(stage.hidden)):
         return False
-    rows, own = flat_rows(stage.hidden), value(source).shape[0]
+    rows, own = flat_rows(stage.hidden), val(source).shape[0]
     return same_size(own * parts, rows) or same_size(own, (rows + parts - 1) // parts)
 
 
-def flat_rows(node: fx.Node) -> object:
-    """The number of rows of `node`: its sizes but the last, multiplied."""
-    rows: object = 1
-    for size in value(node).shape[:-1]:
+def flat_rows(node: fx.Node) -> Any:
+    """The number of rows of `node`, a number or a symbol: its sizes but the last, multiplied."""
+    rows: Any = 1
+    for size in val(node).shape[:-1]:
         rows = rows * size
     return rows
 

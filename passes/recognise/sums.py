@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import is_call, is_float, is_number, last_dim, same_shape, same_size, value
+from ..facts.graph import input_node, is_call, is_float, is_number, last_dim, same_shape, same_size, val, value
 
 #: Sums of real models have a handful of terms.
 MAX_TERMS = 64
@@ -82,13 +82,13 @@ class Term:
 
     def is_row_vector_of(self, root: fx.Node) -> bool:
         """Whether the leaf adds one number per hidden unit, the same in every row of `root`: a bias."""
-        val = value(self.leaf)
+        vector = value(self.leaf)
         return (
-            val is not None
-            and val.dim() == 1
+            vector is not None
+            and vector.dim() == 1
             and not same_shape(self.leaf, root)
-            and same_size(val.shape[0], last_dim(root))
-            and all(step.reshapes and same_size(last_dim(step.node), val.shape[0]) for step in self.steps)
+            and same_size(vector.shape[0], last_dim(root))
+            and all(step.reshapes and same_size(last_dim(step.node), vector.shape[0]) for step in self.steps)
         )
 
 
@@ -192,7 +192,8 @@ class _Reach:
     """Whether an owed leaf can be reached from a node over linear operators alone (memoised)."""
 
     def __init__(self, owed: set[fx.Node], fixed: set[fx.Node]):
-        self.owed, self.fixed, self.known = owed, fixed, {}
+        self.owed, self.fixed = owed, fixed
+        self.known: dict[fx.Node, bool] = {}
 
     def __call__(self, node: fx.Node, depth: int = 64) -> bool:
         if node in self.known:
@@ -215,7 +216,7 @@ class _Reach:
         inputs = linear_inputs(node)
         if inputs:
             return inputs
-        carrying = [
+        carrying: list[_Input] = [
             (child, 1.0, step)
             for child, step in gated_inputs(node)
             if child not in self.fixed and depth > 0 and self(child, depth - 1)
@@ -235,13 +236,13 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
     if node.target in ops.VIEWS or node.target in ops.SELECTIONS or node.target in ops.CASTS:
         return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and is_float(node) else []
     if node.target in ops.ROW_SUMS:
-        return [(args[0], 1.0, Step(node))] if _adds_whole_rows(node) else []
+        return [(input_node(node), 1.0, Step(node))] if _adds_whole_rows(node) else []
     if node.target in ops.COPIES:
         # copy(destination, source) is the source, in the destination's shape and dtype.
         source = args[1] if len(args) > 1 else None
         return [(source, 1.0, None)] if isinstance(source, fx.Node) and same_shape(node, source) else []
     if node.target is ops.aten.neg.default:
-        return [(args[0], -1.0, None)] if is_float(node) else []
+        return [(input_node(node), -1.0, None)] if is_float(node) else []
     if len(args) < 2:
         return []
     left, right = args[:2]
@@ -267,9 +268,9 @@ def _adds_whole_rows(node: fx.Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 else None
     if not (isinstance(rows, fx.Node) and isinstance(dims, (list, tuple)) and dims and is_float(rows)):
         return False
-    count = value(rows).dim()
+    count = val(rows).dim()
     kept = all(isinstance(dim, int) and -count <= dim < count and dim % count != count - 1 for dim in dims)
-    return kept and is_float(node) and value(node).dtype == value(rows).dtype
+    return kept and is_float(node) and val(node).dtype == val(rows).dtype
 
 
 def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
@@ -279,6 +280,7 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
     """
     if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS or not is_float(node):
         return []
+    positions: tuple[int, ...]
     if node.target in ops.MULS:
         positions = (0, 1)
     elif node.target in ops.DIVS or (node.target is ops.aten.masked_fill.Scalar and node.args[2:] == (0,)):
@@ -287,17 +289,12 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
         positions = tuple(p for p in (1, 2) if _is_zero(node.args[3 - p]))
     else:
         return []
-    return [
-        (node.args[position], Step(node, position))
-        for position in positions
-        if isinstance(node.args[position], fx.Node)
-        and is_float(node.args[position])
-        and same_shape(node.args[position], node)
-    ]
+    factors = [(node.args[position], Step(node, position)) for position in positions]
+    return [(factor, step) for factor, step in factors if is_float(factor) and same_shape(factor, node)]
 
 
 def _is_zero(node: object) -> bool:
     """Whether a node is a constant tensor of zeros."""
     if is_call(node, {ops.aten.full.default, ops.aten.full_like.default}):
-        return node.args[1] == 0
-    return is_call(node, ops.aten.scalar_tensor.default) and node.args[0] == 0
+        return bool(node.args[1] == 0)
+    return is_call(node, ops.aten.scalar_tensor.default) and bool(node.args[0] == 0)

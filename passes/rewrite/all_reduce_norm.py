@@ -23,13 +23,15 @@ from ..facts.graph import (
     added,
     carry_meta,
     fake_result,
+    function_of,
+    input_node,
     insert_call,
     inserting_behind,
     is_call,
     region_between,
     same_shape,
     scaled,
-    value,
+    val,
 )
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
@@ -50,11 +52,11 @@ class _Wanted:
 
 def apply(graph: fx.Graph, plan: Plan) -> None:
     """Fuse one boundary of `graph`. The graph stays runnable; a violated order is mended by `restore_order`."""
-    site, norm = plan.site, plan.site.norm
+    site = plan.site
     waits = {owed.collective.result: owed.collective for owed in plan.paid}
     total = decompose(site.hidden, set(waits), set())
     wanted = _wanted(plan, total, waits)
-    out = site.add_after if plan.post else norm.output
+    out = plan.site.out(plan.post)
 
     scale = _common_scale(total)
     anchor = max([site.hidden, *_operands(plan, total)])
@@ -76,7 +78,7 @@ def apply(graph: fx.Graph, plan: Plan) -> None:
 def _wanted(plan: Plan, total: Sum, waits: dict[fx.Node, Collective]) -> _Wanted:
     """Which old values are read by anything but the old chain, and which nodes nobody reads any more."""
     norm, hidden = plan.site.norm, plan.site.hidden
-    out = plan.site.add_after if plan.post else norm.output
+    out = plan.site.out(plan.post)
     region = region_between(out, set(waits))
     dead: set[fx.Node] = set()
     read: set[fx.Node] = set()
@@ -121,7 +123,7 @@ def _operands(plan: Plan, total: Sum) -> list[fx.Node]:
 
 def _residual_after(plan: Plan) -> fx.Node:
     """The residual added behind the norm, as the graph has it now: an earlier rewrite may have replaced it."""
-    left, right = plan.site.add_after.args[:2]
+    left, right = input_node(plan.site.out(plan.post), 0), input_node(plan.site.out(plan.post), 1)
     return right if left is plan.site.norm.output else left
 
 
@@ -136,7 +138,7 @@ def _common_scale(total: Sum) -> float:
 
 def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Collective]) -> fx.Node:
     """The tensor whose sum over the group is owed: sums are linear, so every step moves before the all-reduce."""
-    partial = None
+    partial: fx.Node | None = None
     for term in total.owed:
         collective = waits[term.leaf]
         node = replay(graph, term.steps, collective.input)
@@ -151,6 +153,7 @@ def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Col
         if partial is not None:
             node = insert_call(graph, aten.add.Tensor, (partial, node), like=collective.node)
         partial = node
+    assert partial is not None, "a site owes at least one sum"
     return partial
 
 
@@ -179,7 +182,8 @@ def replay(graph: fx.Graph, steps: Sequence[Step], node: fx.Node) -> fx.Node:
     for step in steps:
         old = step.node
         args = (*old.args[: step.position], node, *old.args[step.position + 1 :])
-        target = aten.reshape.default if is_call(old, {aten.view.default, aten._unsafe_view.default}) else old.target
+        viewed = is_call(old, {aten.view.default, aten._unsafe_view.default})
+        target = aten.reshape.default if viewed else function_of(old)
         node = insert_call(graph, target, args, dict(old.kwargs), like=old)
     return node
 
@@ -198,18 +202,18 @@ def _insert_fused(
     out: fx.Node,
 ) -> fx.Node:
     norm, collective = plan.site.norm, plan.paid[0].collective
-    eps_tensor = norm.eps if isinstance(norm.eps, fx.Node) else None
-    hidden_dtype = value(plan.site.hidden).dtype if wanted.hidden else None
+    eps_tensor, eps = (norm.eps, 0.0) if isinstance(norm.eps, fx.Node) else (None, float(norm.eps))
+    hidden_dtype = val(plan.site.hidden).dtype if wanted.hidden else None
     fused = graph.call_function(
         torch.ops.tpfuse.all_reduce_norm.default,
         (partial, residual, vector, norm.weight, norm.bias, eps_tensor),
         {
             "norm": norm.kind,
-            "eps": 0.0 if eps_tensor is not None else float(norm.eps),
+            "eps": eps,
             "weight_offset": norm.weight_offset,
             "alpha": scale,
             "post": plan.post,
-            "out_dtype": value(out).dtype,
+            "out_dtype": val(out).dtype,
             "hidden_dtype": hidden_dtype,
             "want_sum": wanted.total,
             "stats": wanted.mean or wanted.rstd,
@@ -250,13 +254,15 @@ def _hand_out(
             if wait is not hidden:
                 wait.replace_all_uses_with(_shaped_like(graph, total, collective.input), propagate_meta=False)
     if wanted.mean or wanted.rstd:
-        statistics = [(norm.mean, next_output())] if norm.kind == "layer_norm" else []
+        statistics: list[tuple[fx.Node | None, fx.Node]] = []
+        if norm.kind == "layer_norm":
+            statistics.append((norm.mean, next_output()))
         statistics.append((norm.rstd, next_output()))
         for old, new in statistics:
             if old is not None and old.users:
                 # Statistics of a single row may have no dimension at all.
-                if chain or value(old).dim() == 0:
-                    sizes = [*sizes_of(graph, normed)[:-1], 1] if value(old).dim() else []
+                if chain or val(old).dim() == 0:
+                    sizes = [*sizes_of(graph, normed)[:-1], 1] if val(old).dim() else []
                     new = insert_call(graph, aten.reshape.default, (new, sizes), like=old)
                 old.replace_all_uses_with(_cast_like(graph, new, old), propagate_meta=False)
 
@@ -267,14 +273,14 @@ def _view_chain(source: fx.Node, hidden: fx.Node) -> list[fx.Node]:
     while source is not hidden:
         if is_call(source, ops.VIEWS):
             chain.append(source)
-        source = source.args[0]
+        source = input_node(source)
     return chain[::-1]
 
 
 def _cast_like(graph: fx.Graph, node: fx.Node, old: fx.Node) -> fx.Node:
-    if value(node).dtype == value(old).dtype:
+    if val(node).dtype == val(old).dtype:
         return node
-    return insert_call(graph, ops.prims.convert_element_type.default, (node, value(old).dtype), like=old)
+    return insert_call(graph, ops.prims.convert_element_type.default, (node, val(old).dtype), like=old)
 
 
 def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
@@ -287,7 +293,7 @@ def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
     """The sizes of `node`, with a node of its own for each symbolic one."""
     return [
         size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, (node, dim), like=node)
-        for dim, size in enumerate(value(node).shape)
+        for dim, size in enumerate(val(node).shape)
     ]
 
 

@@ -22,7 +22,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import insert_call, is_call, same_shape, value
+from ..facts.graph import function_of, insert_call, is_call, same_shape, val
 from ..recognise.hazards import Hazards
 from ..recognise.known import Known
 from ..recognise.sums import Step, linear_inputs
@@ -163,26 +163,26 @@ def _apply(graph: fx.Graph, merge: Merge) -> None:
     for node in sorted({node for part in merge.parts for node in part.chain}, reverse=True):
         graph.erase_node(node)
     for part in merge.parts:
-        graph.erase_node(part.collective.wait)
+        graph.erase_node(part.collective.result)
         graph.erase_node(part.collective.node)
 
 
 def _all_reduced(graph: fx.Graph, merge: Merge) -> fx.Node:
     """One all-reduce of all parts, in the root's shape and dtype."""
-    dtypes = [value(merge.root).dtype, *(value(part.collective.result).dtype for part in merge.parts)]
+    dtypes = [val(merge.root).dtype, *(val(part.collective.result).dtype for part in merge.parts)]
     widest = reduce(torch.promote_types, dtypes)
     if widest is torch.float16:
         # Parts that are finite once summed over the ranks may overflow when they are added up before. Two float16
         # all-reduces send as many bytes as one in float32.
         widest = torch.float32
     last = max((part.collective for part in merge.parts), key=lambda collective: collective.node)
-    partial = None
+    partial: fx.Node | None = None
     for part in merge.parts:
         node = _along_the_chain(graph, part, widest)
         partial = node if partial is None else insert_call(graph, aten.add.Tensor, (partial, node), like=last.node)
     args = (partial, last.reduce_op, last.group_name)
     collective = insert_call(graph, c10d.all_reduce.default, args, like=last.node)
-    return _cast(graph, insert_call(graph, ops.WAIT, (collective,), like=last.wait), dtypes[0])
+    return _cast(graph, insert_call(graph, ops.WAIT, (collective,), like=last.result), dtypes[0])
 
 
 def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node:
@@ -192,7 +192,7 @@ def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node
         scale *= next(factor for child, factor, _ in linear_inputs(node) if child is at)
         at = node
     steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS)]
-    if value(part.collective.input).dtype is torch.float16:
+    if val(part.collective.input).dtype is torch.float16:
         node = replay(graph, steps, _cast(graph, part.collective.input, dtype))
     else:
         node = _cast(graph, replay(graph, steps, part.collective.input), dtype)
@@ -212,15 +212,15 @@ def _without(graph: fx.Graph, node: fx.Node, taken: set[fx.Node], chains: set[fx
     if None in rests:
         # One side of an addition is gone; the other one stands alone, with its sign.
         rest, factor = next((r, factor) for r, (_, factor, _) in zip(rests, inputs, strict=True) if r is not None)
-        rest = _cast(graph, rest, value(node).dtype)
+        rest = _cast(graph, rest, val(node).dtype)
         return rest if factor == 1.0 else insert_call(graph, aten.mul.Tensor, (rest, factor), like=node)
     instead = {child: rest for (child, _, _), rest in zip(inputs, rests, strict=True)}
-    target = aten.reshape.default if is_call(node, aten.view.default) else node.target
+    target = aten.reshape.default if is_call(node, aten.view.default) else function_of(node)
     args = tuple(instead.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args)
     return insert_call(graph, target, args, dict(node.kwargs), like=node)
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if value(node).dtype == dtype:
+    if val(node).dtype == dtype:
         return node
     return insert_call(graph, ops.prims.convert_element_type.default, (node, dtype), like=node)

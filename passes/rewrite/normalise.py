@@ -17,7 +17,7 @@ from torch import fx
 from tpfuse._torch_private import operator_schema, storage_identity
 
 from ..facts import aten_ops as ops
-from ..facts.graph import same_shape, same_strides, value
+from ..facts.graph import same_shape, same_strides, val, value
 
 
 def drop_copies(graph: fx.Graph) -> None:
@@ -36,7 +36,8 @@ def _by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     """The nodes whose values live in one storage, in graph order."""
     sharing: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        identity = storage_identity(value(node)) if value(node) is not None else None
+        tensor = value(node)
+        identity = storage_identity(tensor) if tensor is not None else None
         if identity is not None:
             sharing.setdefault(identity, []).append(node)
     return sharing
@@ -44,9 +45,11 @@ def _by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
 
 def _can_go(copy: fx.Node, sharing: dict[int, list[fx.Node]]) -> bool:
     target, source = copy.args[:2]
-    if not isinstance(source, fx.Node) or value(target) is None or value(source) is None or value(copy) is None:
+    if not isinstance(target, fx.Node) or not isinstance(source, fx.Node):
         return False
-    old, new = value(target), value(source)
+    if value(target) is None or value(source) is None or value(copy) is None:
+        return False
+    old, new = val(target), val(source)
     if (old.dtype, old.device) != (new.dtype, new.device) or not same_shape(target, source):
         return False
     if not same_strides(target, source) or list(source.users) != [copy]:
@@ -54,7 +57,8 @@ def _can_go(copy: fx.Node, sharing: dict[int, list[fx.Node]]) -> bool:
     schema = operator_schema(target.target)
     if target.op != "call_function" or schema is None or any(r.alias_info is not None for r in schema.returns):
         return False
-    same_memory = sharing.get(storage_identity(old), [])
+    identity = storage_identity(old)
+    same_memory = sharing.get(identity, []) if identity is not None else []
     if not same_memory or same_memory[0] is not target:
         return False  # a view, or an operator that handed out its input
     readers = {user for node in same_memory if node < copy for user in node.users} - {copy}

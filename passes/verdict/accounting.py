@@ -114,11 +114,11 @@ def performs(node: fx.Node) -> str | None:
 
 def _sent(node: fx.Node, kind: str, ranks: int) -> int | None:
     """Bytes each rank sends; None where a size is unknown."""
-    val = value(node if kind == "all_gather" else node.args[0] if node.args else None)
-    count = _hinted(val.numel()) if val is not None else None
-    if count is None or ranks == 0:
+    sent = value(node if kind == "all_gather" else node.args[0] if node.args else None)
+    count = _hinted(sent.numel()) if sent is not None else None
+    if sent is None or count is None or ranks == 0:
         return None
-    return round(sent_bytes(kind, ranks, count * val.element_size()))
+    return round(sent_bytes(kind, ranks, count * sent.element_size()))
 
 
 def _hinted(size: Any) -> int | None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
+from ..facts.graph import input_node
 
 aten = ops.aten
 
@@ -187,12 +188,13 @@ def _walk(
     through: Callable[[fx.Node], bool] = lambda collective: False,
 ) -> list[fx.Node]:
     """Breadth first from `start`, not past a collective's wait, unless `through` says so."""
-    seen, order = {start}, []
+    seen = {start}
+    order: list[fx.Node] = []
     pending = deque([start])
     while pending and len(order) < limit:
         node = pending.popleft()
         order.append(node)
-        if node is not start and node.target is ops.WAIT and not through(node.args[0]):
+        if node is not start and node.target is ops.WAIT and not through(input_node(node)):
             continue
         for following in step(node):
             if following not in seen:

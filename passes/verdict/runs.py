@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpfuse.kernels.entry import why_not
 
-from ..facts.graph import value
+from ..facts.graph import val, value
 from ..plan.sites import Plan
 
 IN_ONE_KERNEL = "symmetric memory"
@@ -15,16 +15,16 @@ def how_it_runs(plan: Plan) -> str:
     """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten. What a group found
     out in this process does not count, since the answer is kept with the compiled graph."""
     collective = plan.paid[-1].collective
-    val = value(collective.result)
-    hidden = val.shape[-1] if isinstance(val.shape[-1], int) else None
-    refusal = why_not(collective.group_name, val.device, hidden, val.dtype, found_out=False)
+    total = val(collective.result)
+    hidden = total.shape[-1] if isinstance(total.shape[-1], int) else None
+    refusal = why_not(collective.group_name, total.device, hidden, total.dtype, found_out=False)
     return f"functional: {refusal}" if refusal else IN_ONE_KERNEL
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:
     """Whether a fused operation on `partial` may run as one kernel, for all that can be known without communicating."""
-    val = value(partial)
-    if val is None or not isinstance(group_name, str):
+    given = value(partial)
+    if given is None or not isinstance(group_name, str):
         return False
-    hidden = val.shape[-1] if val.dim() and isinstance(val.shape[-1], int) else None
-    return not why_not(group_name, val.device, hidden, val.dtype, found_out=False)
+    hidden = given.shape[-1] if given.dim() and isinstance(given.shape[-1], int) else None
+    return not why_not(group_name, given.device, hidden, given.dtype, found_out=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -178,7 +178,8 @@ def constant_digest(owner: torch.nn.Module | None, name: str) -> str:
     found: object = owner
     for part in name.split("."):
         found = getattr(found, part, None)
-    if type(found) not in (torch.Tensor, torch.nn.Parameter) or found.numel() > _LARGEST_CONSTANT:
+    plain = type(found) in (torch.Tensor, torch.nn.Parameter)
+    if not isinstance(found, torch.Tensor) or not plain or found.numel() > _LARGEST_CONSTANT:
         return f"constant {uuid.uuid4()}"
     with without_modes():
         return f"constant {found.dtype} {digest([repr(found.detach().cpu().tolist())])}"
@@ -189,7 +190,7 @@ def _input(node: fx.Node) -> object:
     return source if source is not None else next(iter(node.all_input_nodes), None)
 
 
-def _same_collective(targets: dict[str, object], node: fx.Node) -> bool:
+def _same_collective(targets: Mapping[str, object], node: fx.Node) -> bool:
     """Whether a fused operation performs its original's collective: a fused sum instead of an average does not."""
     kind = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
     return kind is not None and kind.removesuffix("_norm") in str(targets[origin(node)])

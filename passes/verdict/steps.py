@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from tpfuse._torch_private import operator_schema
+from tpfuse._torch_private import operator_name
 from tpfuse.report import Step
 
 from ..facts.collectives import ResolveGroup
@@ -29,7 +29,7 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         fused = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
         group = argument(node, "group_name")
         ranks = resolve(group) if isinstance(group, str) else None
-        op = fused or operator_schema(node.target).name.split("::")[-1]
+        op = fused or operator_name(node.target).split("::")[-1]
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
         relies = sent.relied_on(node)
@@ -54,7 +54,7 @@ def with_late_steps(steps: list[Step], late: list[Step]) -> list[Step]:
 def dtype_and_hidden(node: object) -> tuple[str, int | None]:
     """("float32", 4096), as far as they are known before the graph runs."""
     tensor = value(node)
-    if tensor is None:
+    if tensor is None or not isinstance(node, fx.Node):
         return "", None
     hidden = last_dim(node) if tensor.dim() else None
     return str(tensor.dtype).removeprefix("torch."), hidden if isinstance(hidden, int) else None

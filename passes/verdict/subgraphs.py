@@ -35,7 +35,7 @@ def _subgraphs(graph: fx.Graph, path: str, seen: set[fx.Graph]) -> Iterator[tupl
     for node in graph.nodes:
         if owner is None or node.op not in ("get_attr", "call_module"):
             continue
-        inner = owner
+        inner: object = owner
         for part in str(node.target).split("."):
             inner = getattr(inner, part, None)
         if isinstance(inner, fx.GraphModule) and inner.graph not in seen:
