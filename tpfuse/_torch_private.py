@@ -19,13 +19,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 
 from .errors import TPFuseError
+
+if TYPE_CHECKING:
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 
 #: The releases of torch that the tests run on (`make test-matrix`): the first and the last.
 OLDEST, NEWEST = (2, 11), (2, 15)
@@ -64,6 +67,10 @@ if dist.is_available():
     from torch.distributed import distributed_c10d as _c10d
 
 
+def _resolved(name: str) -> dist.ProcessGroup:
+    return _c10d._resolve_process_group(name)
+
+
 def process_group(name: str) -> dist.ProcessGroup | None:
     """The process group registered under `name` on this rank, or None.
 
@@ -71,10 +78,8 @@ def process_group(name: str) -> dist.ProcessGroup | None:
     """
     if not dist.is_available():
         return None
-    from torch.distributed import distributed_c10d
-
     try:
-        return distributed_c10d._resolve_process_group(name)
+        return _resolved(name)
     except (RuntimeError, ValueError, KeyError):
         return None
 
@@ -156,9 +161,7 @@ def group_size(name: str) -> int:
 
     If `_resolve_process_group` goes: as for `process_group`.
     """
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._resolve_process_group(name).size()
+    return _resolved(name).size()
 
 
 def all_group_members() -> dict[str, tuple[int, ...]]:
@@ -356,7 +359,8 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: di
     """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=patches)
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches)  # a path only where it compiles ahead of time
+    return compiled
 
 
 def inductor_mode_options(mode: str | None = None) -> dict[str, Any]:
@@ -385,11 +389,13 @@ def inductor_settings(patches: dict[str, Any]) -> str | None:
 
     If `get_config_copy` goes: as for `inductor_config`.
     """
-    settings = inductor_config() | patches
+    settings: dict[str, Any] = inductor_config() | patches
     words = []
+    keyed: Any = custom_graph_pass()
     for name, setting in sorted(settings.items()):
-        for part in setting if isinstance(setting, (list, tuple)) else (setting,):
-            if isinstance(part, custom_graph_pass()):
+        parts: Sequence[Any] = setting if isinstance(setting, (list, tuple)) else (setting,)
+        for part in parts:
+            if isinstance(part, keyed):
                 part = part.uuid()
                 if part is None:
                     return None
@@ -607,10 +613,9 @@ def replace_total_norm(total_norm: Any) -> None:
 
     known._tpfuse_original = original  # type: ignore[attr-defined]
     clip_grad._get_total_norm = known
-    if getattr(torch.nn.utils, "get_total_norm", None) is original:
-        torch.nn.utils.get_total_norm = known
-    if getattr(clip_grad, "get_total_norm", None) is original:
-        clip_grad.get_total_norm = known
+    for module in (torch.nn.utils, clip_grad):
+        if getattr(module, "get_total_norm", None) is original:
+            vars(module)["get_total_norm"] = known
 
 
 def backward_task() -> int:

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -133,7 +133,17 @@ def check(report: Report, options: Options) -> None:
 # -- the pass ---------------------------------------------------------------------------------------------------------
 
 
-CustomGraphPass = private.custom_graph_pass()
+if TYPE_CHECKING:
+    from ._torch_private import CustomGraphPass
+else:
+    CustomGraphPass = private.custom_graph_pass()
+
+
+def _owner(graph: fx.Graph) -> fx.GraphModule:
+    """The module that Inductor gave `graph` with; a pass may give it another graph."""
+    if graph.owning_module is None:
+        raise TPFuseError("internal error: Inductor gave a graph without its module")
+    return graph.owning_module
 
 
 def pass_options(options: Options) -> PassOptions:
@@ -162,7 +172,7 @@ class FusionPass(CustomGraphPass):
         self.waiting: tuple[str, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> None:
-        owner = graph.owning_module
+        owner = _owner(graph)
         for user_pass in self.before:
             user_pass(owner.graph)
         private.trace_artifact("tpfuse_graph_before", lambda: as_text(owner))
@@ -177,9 +187,9 @@ class FusionPass(CustomGraphPass):
 
     def finish(self, graph: fx.Graph) -> None:
         """Fuse what waited for `graph`, the forward half of the last joint graph; any other graph stays as it is."""
-        owner = graph.owning_module
         if not self.waiting or backward_nodes(graph):
             return
+        owner = _owner(graph)
         names, self.waiting = self.waiting, ()
         before = len(find_steps(graph, resolve_group))
         outcome = fuse(graph, resolve_group, pass_options_of_a_half(self.options))
@@ -212,7 +222,7 @@ class ForwardHalf(CustomGraphPass):
         self.before = tuple(before)
 
     def __call__(self, graph: fx.Graph) -> None:
-        owner = graph.owning_module
+        owner = _owner(graph)
         for user_pass in self.before:
             user_pass(owner.graph)
         self.fusion.finish(owner.graph)

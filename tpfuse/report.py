@@ -207,8 +207,8 @@ def size_in_words(count: int | None) -> str:
 
 
 def _total(transfers: tuple[Transfer, ...]) -> int | None:
-    sent = [transfer.bytes for transfer in transfers]
-    return None if None in sent else sum(sent)
+    known = [transfer.bytes for transfer in transfers if transfer.bytes is not None]
+    return sum(known) if len(known) == len(transfers) else None
 
 
 def _ranks(group: tuple[int, ...]) -> str:

@@ -170,7 +170,7 @@ def _value(hint: Any, value: Any, where: str, error: type[TPFuseError]) -> Any:
         if not whole:
             return _plain(arguments, value, where, error)
         return None if value is None else _value(whole[0], value, where, error)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where, error)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):

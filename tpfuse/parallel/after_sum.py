@@ -23,7 +23,7 @@ def ends_with_sum(module: nn.Module, role: Role) -> bool:
     return function is not None and _proved(function, role.rowwise[0])
 
 
-def _source(cls: type) -> ast.FunctionDef | None:
+def _source(cls: type[nn.Module]) -> ast.FunctionDef | None:
     try:
         tree = parsed(inspect.unwrap(cls.forward))
     except (OSError, TypeError, SyntaxError):

@@ -114,7 +114,7 @@ def _parts(method: ast.FunctionDef, leaf: str) -> int:
         elif called.attr == "unflatten" and len(arguments) > 1:
             sizes = list(_flat(arguments[1:]))
             first = sizes[0].value if sizes and isinstance(sizes[0], ast.Constant) else None
-            found = max(found, first if first in (2, 3) else 1)
+            found = max(found, first if isinstance(first, int) and first in (2, 3) else 1)
         elif called.attr in ("view", "reshape"):
             found = max(found, _leading_part(list(_flat(arguments))))
     return found
@@ -132,7 +132,7 @@ def _sliced(index: ast.expr) -> int:
 def _leading_part(sizes: list[ast.expr]) -> int:
     """The 2 or 3 of `view(b, s, 3, heads, d)`: a constant in front of everything that a cut changes."""
     for size in sizes:
-        if isinstance(size, ast.Constant) and size.value in (2, 3):
+        if isinstance(size, ast.Constant) and isinstance(size.value, int) and size.value in (2, 3):
             return size.value
         if isinstance(size, ast.UnaryOp) or any(_is_self(inner) for inner in ast.walk(size)):
             return 1

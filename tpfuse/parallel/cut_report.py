@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch.nn as nn
 
@@ -138,7 +139,8 @@ def log_summary(model: nn.Module) -> None:
     inner = [p for p in (*report.cut, *report.whole) if not re.search(r"embed|lm_head|wte", p.pattern)]
     total = sum(p.whole_bytes for p in inner)
     left = sum(p.whole_bytes for p in inner if p.how.startswith("whole"))
-    mostly = total > 0 and left > total / 2 and model._tpfuse.groups.whole.size > 1  # type: ignore[union-attr]
+    record: Any = model._tpfuse
+    mostly = total > 0 and left > total / 2 and record.groups.whole.size > 1
     log.log(logging.WARNING if mostly else logging.INFO, "parallelized %s", report.summary())
 
 

@@ -39,11 +39,12 @@ class Heads:
         `widest` is the widest colwise part of the module, i.e. the queries: key/value heads are as wide, and fewer,
         and so the only ones that ranks may share.
         """
-        fewer = self.kv and self.q and self.kv != self.q
+        q, kv = self.q or 0, self.kv or 0
+        fewer = kv and q and kv != q
         # Queries may be wider than their heads (an output gate beside them), so the heads' own size counts as well.
-        by_size = self.dim and self.kv and width == self.kv * self.dim and width < widest
-        if fewer and (width * self.q == widest * self.kv or by_size):
-            return Units(self.kv, "key/value heads", shared=True)
+        by_size = self.dim and kv and width == kv * self.dim and width < widest
+        if fewer and (width * q == widest * kv or by_size):
+            return Units(kv, "key/value heads", shared=True)
         if self.q and width % self.q == 0:
             return Units(self.q)
         if self.dim and width % self.dim == 0:

@@ -386,7 +386,8 @@ def _hook(
         return
     group = groups.of(cut.over)
     for norm, count in cut.wide_norms:
-        install(norm, WideNorm(group, count, norm.weight.shape[0]))  # type: ignore[union-attr,index,arg-type]
+        weight: Any = norm.weight
+        install(norm, WideNorm(group, count, weight.shape[0]))
     # A routed block pays once, at its output; the parts of other modules in it pay nothing at all.
     goes_on = not nested and not role.spread and not cut.sum_at_output and not ends_with_sum(module, role)
     for child in cut.summed_children:

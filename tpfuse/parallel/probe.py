@@ -38,8 +38,7 @@ def miscut(
     colwise, rowwise: the cuts of the projections' weights, by their names in the module. attributes: what is rewritten
     when it is cut.
     """
-    first = module.get_submodule(next(iter(colwise)))
-    weight = first.weight
+    weight: Any = module.get_submodule(next(iter(colwise))).weight
     real = type(weight.detach()) is Tensor and not weight.is_meta  # fake tensors hold no values to compare
     if not real or not weight.is_floating_point() or not _takes_hidden_states_alone(module):
         return ""
@@ -108,7 +107,8 @@ def _reaching(
     def taken(leaf: str) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             reached[leaf] = hidden.reshape(*ROWS, -1)
-            return hidden.new_zeros(*hidden.shape[:-1], module.get_submodule(leaf).weight.shape[0])
+            weight: Any = module.get_submodule(leaf).weight
+            return hidden.new_zeros(*hidden.shape[:-1], weight.shape[0])
 
         return forward
 

@@ -59,10 +59,8 @@ def _attention(module: nn.Module) -> Role | None:
     gates = tuple(leaf for leaf in others if getattr(module, leaf).weight.shape == named["q_proj"].weight.shape)
     if len(others) != len(gates) or not all("gate" in leaf for leaf in gates):
         return None  # projections whose meaning nobody knows
-    role = Role("attention", (*_QKV, *gates), (out,))
-    for argument, attributes in (("heads", HEADS), ("kv_heads", KV_HEADS)):
-        role = replace(role, **{argument: first_int(module, attributes)})
-    return replace(role, per_head=per_head)
+    role = Role("attention", (*_QKV, *gates), (out,), heads=first_int(module, HEADS))
+    return replace(role, kv_heads=first_int(module, KV_HEADS), per_head=per_head)
 
 
 def _mlp(module: nn.Module) -> Role | None:

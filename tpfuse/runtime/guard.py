@@ -92,7 +92,7 @@ def guard(
             meet(world, args)
         if FAILED:
             raise_again(groups)
-        if pulse is not None:
+        if pulse is not None and limit is not None:
             apply_limit(groups, limit)
             pulse.began(chosen.steps, limit)
         elif LIMITS:
@@ -124,9 +124,9 @@ def guard(
             return PlanMismatchError(f"{words} ({cause})")
         steps = chosen.steps
         if "mismatch between collectives" in cause:  # TORCH_DISTRIBUTED_DEBUG=DETAIL compares every call
-            step = stuck.name_step(stuck.step_of_error(error, steps), steps)
+            where = stuck.name_step(stuck.step_of_error(error, steps), steps)
             rank = dist.get_rank()
-            return PlanMismatchError(f"rank {rank} and its peers enter different collectives at {step}: {cause}")
+            return PlanMismatchError(f"rank {rank} and its peers enter different collectives at {where}: {cause}")
         step = stuck.step_of_error(error, steps)
         found = stuck.waited(dist.get_rank(), step, steps, cause, pulse, seconds)
         note_failure(groups, found, steps if step is None else (step,))

@@ -23,6 +23,7 @@ import types
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -241,8 +242,9 @@ class Pulse(threading.Thread):
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
+    cloned: Any = store  # a store of Python's own, or of an older torch, may not be one that can be cloned
     try:
-        return store.clone()
+        return cloned.clone()
     except (AttributeError, RuntimeError, NotImplementedError):
         return store
 
