@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from tpfuse.errors import TPFuseError
+
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import (
     added,
     argument,
+    input_node,
     insert_call,
     inserting_behind,
     is_call,
@@ -25,6 +28,7 @@ from ..facts.graph import (
     same_shape,
     same_size,
     scaled,
+    val,
     value,
     writes_to_temporary,
 )
@@ -89,7 +93,7 @@ class Chain:
     def knows_sizes(self, stage: StreamStage) -> bool:
         """Whether every size that the stage's values have can be read off a node that stays."""
         nodes = [stage.hidden, stage.norm.output, *(t.joins for t in stage.residuals if t.joins is not None)]
-        sizes = [size for node in nodes for size in value(node).shape]
+        sizes = [size for node in nodes for size in val(node).shape]
         return all(isinstance(size, int) or self._where(size) is not None for size in sizes)
 
     def operands(self, stage: StreamStage, own: bool) -> tuple[fx.Node | None, fx.Node | None]:
@@ -113,22 +117,23 @@ class Chain:
         self, stage: StreamStage, op: Any, source: fx.Node, residual: fx.Node | None, vector: fx.Node | None, group: str
     ) -> tuple[fx.Node, fx.Node]:
         norm = stage.norm
-        eps_tensor = norm.eps if isinstance(norm.eps, fx.Node) else None
+        eps_tensor, eps = (norm.eps, 0.0) if isinstance(norm.eps, fx.Node) else (None, float(norm.eps))
         options = {
             "norm": norm.kind,
-            "eps": 0.0 if eps_tensor is not None else float(norm.eps),
+            "eps": eps,
             "weight_offset": norm.weight_offset,
             "alpha": stage.term.scale,
             "post": False,
-            "out_dtype": value(norm.output).dtype,
-            "hidden_dtype": value(stage.hidden).dtype,
+            "out_dtype": val(norm.output).dtype,
+            "hidden_dtype": val(stage.hidden).dtype,
             "want_sum": False,
             "stats": False,
             "group_name": group,
         }
         args = (source, residual, vector, norm.weight, norm.bias, eps_tensor)
         fused = insert_call(self.graph, op, args, options, like=stage.addend.collective.node)
-        return tuple(insert_call(self.graph, ops.operator.getitem, (fused, i), like=fused) for i in range(2))
+        normed, hidden = (insert_call(self.graph, ops.operator.getitem, (fused, i), like=fused) for i in range(2))
+        return normed, hidden
 
     # -- one layout from the other ------------------------------------------------------------------------------------
 
@@ -154,9 +159,9 @@ class Chain:
         """The tensor of which `node` is this rank's even share of the rows, if the graph has it."""
         while node.target in (aten.slice.Tensor, ops.operator.getitem, aten.clone.default, aten.alias.default):
             whole = self._cut_from(node)
-            if whole is not None or not same_shape(node, node.args[0]):
+            if whole is not None or not same_shape(node, input_node(node)):
                 return whole
-            node = node.args[0]
+            node = input_node(node)
         return None
 
     def _cut_from(self, node: fx.Node) -> fx.Node | None:
@@ -164,15 +169,15 @@ class Chain:
         if node.target in (aten.clone.default, aten.alias.default):
             return None
         if node.target is ops.operator.getitem:
-            split, position = node.args
+            split, position = input_node(node), node.args[1]
             if not is_call(split, aten.split.Tensor) or argument(split, "dim", 0) != 0:
                 return None
-            source, start = split.args[0], None
+            source, start = input_node(split), None
         else:
-            source, start, position = node.args[0], argument(node, "start", 0), None
+            source, start, position = input_node(node), argument(node, "start", 0), None
             if argument(node, "dim", 0) != 0 or argument(node, "step", 1) != 1:
                 return None
-        all_rows, own = value(source).shape[0], value(node).shape[0]
+        all_rows, own = val(source).shape[0], val(node).shape[0]
         if not same_size(all_rows, own * self.parts):
             return None
         starts_here = position == self.index if start is None else same_size(start, own * self.index)
@@ -184,7 +189,7 @@ class Chain:
         node = self._gathered(own, stage)
         sizes = self.sizes(old)
         rows = self._rows(sizes)
-        if not same_shape(node, old) and not (isinstance(rows, int) and rows == value(node).shape[0]):
+        if not same_shape(node, old) and not (isinstance(rows, int) and rows == val(node).shape[0]):
             node = insert_call(graph, torch.ops.tpfuse.trim_rows.default, (node, rows), like=like)
         return node if same_shape(node, old) else insert_call(graph, aten.reshape.default, (node, sizes), like=like)
 
@@ -202,20 +207,24 @@ class Chain:
 
     def sizes(self, old: fx.Node) -> list[Any]:
         """The sizes of `old`, which may be about to go: numbers, or nodes that read them off something that stays."""
-        return [size if isinstance(size, int) else self._read(size) for size in value(old).shape]
+        return [size if isinstance(size, int) else self._read(size) for size in val(old).shape]
 
     def _read(self, size: Any) -> fx.Node:
-        node, dim = self._where(size)
+        found = self._where(size)
+        if found is None:
+            raise TPFuseError(f"internal error: no value that stays in the graph has the size {size}")
+        node, dim = found
         return node if dim is None else insert_call(self.graph, aten.sym_size.int, (node, dim), like=node)
 
     def _where(self, size: Any) -> tuple[fx.Node, int | None] | None:
         """The first node that stays and has a dimension of this symbolic size, or is it."""
         for node in self.staying:
-            if value(node) is None:
+            tensor = value(node)
+            if tensor is None:
                 if same_size(node.meta.get("val"), size):
                     return node, None
                 continue
-            for dim, other in enumerate(value(node).shape):
+            for dim, other in enumerate(tensor.shape):
                 if same_size(other, size):
                     return node, dim
         return None
@@ -224,8 +233,8 @@ class Chain:
         """Own rows of `old` with zeros for padding, as a cut has them."""
         graph, like = self.graph, own
         ones = insert_call(graph, aten.new_ones.default, (own, [self._rows(self.sizes(old)), 1]), like=like)
-        cut = (ones, self.parts, self.index)
-        cut = insert_call(graph, torch.ops.tpfuse.cut_rows.default, cut, like=like)
+        cut_rows = torch.ops.tpfuse.cut_rows.default
+        cut = insert_call(graph, cut_rows, (ones, self.parts, self.index), like=like)
         mask = insert_call(graph, aten.ne.Scalar, (cut, 0), like=like)
         return insert_call(graph, aten.where.ScalarOther, (mask, own, 0.0), like=like)
 
@@ -244,7 +253,7 @@ class Chain:
     def shaped(self, node: fx.Node, old: fx.Node) -> fx.Node:
         if same_shape(node, old):
             return node
-        sizes = [size if isinstance(size, int) else -1 for size in value(old).shape]
+        sizes = [size if isinstance(size, int) else -1 for size in val(old).shape]
         if sizes.count(-1) > 1:
             sizes = self.sizes(old)
         return insert_call(self.graph, aten.reshape.default, (node, sizes), like=old)

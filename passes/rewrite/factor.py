@@ -19,7 +19,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import insert_call, inserting_behind, same_shape, scaled, value
+from ..facts.graph import input_node, insert_call, inserting_behind, same_shape, scaled, val, value
 from ..recognise.hazards import Hazards, Moving
 from ..recognise.known import Known
 from ..recognise.streams import CUT_ROWS, TRIM_ROWS, calls, divides, flat_rows
@@ -86,7 +86,9 @@ def _factor(
     kept: dict[str, str],
 ) -> Factored | None:
     """Rewrite one `cut_rows(path(wait(all_reduce(x))) + bias...)`, if it is one."""
-    source, parts, index = cut.args
+    source, (parts, index) = input_node(cut), cut.args[1:]
+    if not isinstance(parts, int) or not isinstance(index, int):
+        return None
     total = decompose(source, set(collectives), set())
     if len(total.owed) != 1 or not total.plain:
         return None
@@ -94,7 +96,7 @@ def _factor(
     collective = collectives[term.leaf]
     groups = _factors(collective, parts, index, rank, names)
     vectors = total.replicated
-    if groups is None or any(value(v.leaf).dim() != 1 for v in vectors) or term.scale != 1.0:
+    if groups is None or any(val(v.leaf).dim() != 1 for v in vectors) or term.scale != 1.0:
         return None
     if value(source) is None or not divides(parts, flat_rows(source)) or not _is_flat_path(term):
         return None
@@ -115,8 +117,8 @@ def _factor(
     new: list[fx.Node] = []
     with inserting_behind(graph, end):
         partial = collective.input
-        if value(partial).dim() != 2:
-            partial = insert_call(graph, ops.aten.reshape.default, (partial, [-1, value(partial).shape[-1]]), like=cut)
+        if val(partial).dim() != 2:
+            partial = insert_call(graph, ops.aten.reshape.default, (partial, [-1, val(partial).shape[-1]]), like=cut)
         new.append(insert_call(graph, c10d.reduce_scatter_tensor.default, (partial, "sum", parts, dp), like=like))
         new.append(insert_call(graph, ops.WAIT, (new[-1],), like=like))
         if trim is not None:
@@ -129,8 +131,8 @@ def _factor(
         for vector in vectors:
             leaf = scaled(graph, vector.leaf, vector.scale)
             out = insert_call(graph, ops.aten.add.Tensor, (out, leaf), like=cut)
-        if value(out).dtype != value(cut).dtype:
-            out = insert_call(graph, ops.prims.convert_element_type.default, (out, value(cut).dtype), like=cut)
+        if val(out).dtype != val(cut).dtype:
+            out = insert_call(graph, ops.prims.convert_element_type.default, (out, val(cut).dtype), like=cut)
     end.replace_all_uses_with(out, propagate_meta=False)
     rows = trim.args[1] if trim is not None else None
     name, group_name = origin(like), collective.group_name
@@ -167,9 +169,9 @@ def _factors(
 
 def _is_flat_path(term: Term) -> bool:
     """Whether the views on the way only regroup the leading dimensions, so that rows keep their order."""
-    hidden = value(term.leaf).shape[-1]
+    hidden = val(term.leaf).shape[-1]
     return all(
-        view.target not in ops.REORDERINGS and (same_shape(view, view.args[0]) or value(view).shape[-1] == hidden)
+        view.target not in ops.REORDERINGS and (same_shape(view, input_node(view)) or val(view).shape[-1] == hidden)
         for view in term.views
     )
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup
-from ..facts.graph import region_between, same_size, value
+from ..facts.graph import region_between, same_size, val, value
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from ..recognise.hazards import Moving
 from ..recognise.known import Known
@@ -84,17 +84,17 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
     """So that nothing that is about to go is read for its sizes alone."""
     sizes = [node for node in graph.nodes if node.target is ops.aten.sym_size.int]
     inputs = [node for node in graph.nodes if node.op == "placeholder" and value(node) is not None]
-    known = [(node, dim) for node in inputs for dim in range(value(node).dim())]
+    known = [(node, dim) for node in inputs for dim in range(val(node).dim())]
     for node in sizes:
         size = node.meta.get("val")
-        place = next(((other, dim) for other, dim in known if same_size(value(other).shape[dim], size)), None)
+        place = next(((other, dim) for other, dim in known if same_size(val(other).shape[dim], size)), None)
         node.args = node.args if place is None else place
 
 
 def _gathers_of_rows(known: Known) -> list[Collective]:
     """The forward gathers of rows; an output projection gathers columns, of a tensor that is not flattened."""
     found = [c for c in known.collectives if c.kind == "all_gather" and c.node not in known.backward]
-    return [c for c in found if value(c.node) is not None and value(c.node).dim() == 2]
+    return [c for c in found if (rows := value(c.node)) is not None and rows.dim() == 2]
 
 
 def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None:
@@ -215,15 +215,15 @@ def _why_whole(choice: Choice) -> str:
 
 
 def _sizes_of_factors(factored: Factored, resolve: ResolveGroup, choice: Choice) -> Sizes:
-    whole = resolve(factored.group_name)
+    whole = resolve(factored.group_name) or ()
     return _sizes(factored.paid, len(whole) // factored.parts, factored.parts, choice)
 
 
 def _sizes(hidden: fx.Node, attn: int, dp: int, choice: Choice) -> Sizes:
     """Of the hidden states' own sizes only the last is equal on all ranks whatever they compile."""
-    val = value(hidden)
-    width = val.shape[-1] if isinstance(val.shape[-1], int) else 4096
-    return Sizes(attn, dp, (choice.rows or NOMINAL_ROWS) * width * val.element_size())
+    tensor = val(hidden)
+    width = tensor.shape[-1] if isinstance(tensor.shape[-1], int) else 4096
+    return Sizes(attn, dp, (choice.rows or NOMINAL_ROWS) * width * tensor.element_size())
 
 
 def _stage(

@@ -20,7 +20,7 @@ from ..facts.graph import (
     row_major,
     same_shape,
     same_size,
-    value,
+    val,
 )
 from ..plan.layouts import TP_ATTN_FULL
 from ..recognise.streams import StreamStage, divides
@@ -47,14 +47,14 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
         between = region_between(norm.output, {stage.hidden}) - {stage.hidden}
         y = _cloned(chain, norm.output, {stage.hidden: hidden}, between)
         for gather in stage.gathers:
-            gather.wait.replace_all_uses_with(chain.shaped(y, gather.wait), propagate_meta=False)
-            chain.replaced |= {gather.wait, gather.node}
+            gather.result.replace_all_uses_with(chain.shaped(y, gather.result), propagate_meta=False)
+            chain.replaced |= {gather.result, gather.node}
             reason = "the residual stream is kept replicated over the group, so nothing is left to gather"
             chain.moved.verdicts[origin(gather.node)] = ("share_attention_group", False, reason)
             chain.moved.layouts[origin(gather.node)] = TP_ATTN_FULL
         if chain.alive(norm.output):
             norm.output.replace_all_uses_with(chain.cut(y, norm.output), propagate_meta=False)
-    chain.replaced |= {addend.collective.node, addend.collective.wait}
+    chain.replaced |= {addend.collective.node, addend.collective.result}
 
 
 def _cloned(chain: Chain, out: fx.Node, replacements: dict[fx.Node, fx.Node], inside: set[fx.Node]) -> fx.Node:
@@ -76,14 +76,14 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
     """
     norm, addend, graph = stage.norm, stage.addend, chain.graph
     hidden, scattered = stage.hidden, addend.leaf
-    if not divides(chain.parts, value(addend.source).shape[0]) or value(addend.source).dim() < 2:
+    if not divides(chain.parts, val(addend.source).shape[0]) or val(addend.source).dim() < 2:
         return
     if any(not same_shape(t.leaf, hidden) for t in stage.residuals) or not same_shape(norm.output, hidden):
         return
     order = _order(stage)
     if order is None or not same_size(last_dim(scattered), last_dim(hidden)):
         return
-    flat = value(hidden).dim() == 2 and not order
+    flat = val(hidden).dim() == 2 and not order
     if not stage.residuals and not flat and not chain.knows_sizes(stage):
         return
     with inserting_behind(graph, norm.output):
@@ -99,7 +99,7 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
             if residual is not None:
                 residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
         op = torch.ops.tpfuse.reduce_scatter_norm.default
-        results = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
+        results: tuple[fx.Node, ...] = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
         if not flat:
             results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
         if order:
@@ -109,7 +109,7 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
                 results = tuple(insert_call(graph, aten.clone.default, (r,), kept, like=r) for r in results)
         y, chain.own[hidden] = results
         norm.output.replace_all_uses_with(y, propagate_meta=False)
-    chain.replaced |= {addend.collective.node, addend.collective.wait}
+    chain.replaced |= {addend.collective.node, addend.collective.result}
     node = addend.collective.node
     rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"
     chain.moved.verdicts[origin(node)] = (rewrite, True, "")
@@ -127,7 +127,7 @@ def _order(stage: StreamStage) -> tuple[int, ...] | None:
     if len(moves) > 1 or any(node not in moves and not same_shape(node, node.args[0]) for node in steps):
         return None
     (move,) = moves
-    count = value(move).dim()
+    count = val(move).dim()
     order = list(range(count))
     if is_call(move, aten.permute.default):
         order = [dim % count for dim in move.args[1]]

@@ -14,7 +14,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import argument, insert_call, inserting_behind, last_dim, same_size, value
+from ..facts.graph import argument, input_node, insert_call, inserting_behind, last_dim, same_size, val
 from ..plan.layouts import SCATTERED
 from ..recognise.padding import padding_is_dropped
 from ..recognise.streams import StreamStage, divides, flat_rows
@@ -38,7 +38,7 @@ def scatter(chain: Chain, stage: StreamStage) -> None:
             y, h = chain.norm_op(stage, op, source, residual, vector, group)
         chain.own[stage.hidden] = h
         _readers_of_scattered(chain, stage, y)
-    chain.replaced |= {addend.collective.node, addend.collective.wait}
+    chain.replaced |= {addend.collective.node, addend.collective.result}
     name = origin(addend.collective.node)
     if addend.kind == "owed":
         crosses = bool(stage.gathers) or name != addend.collective.node.name
@@ -59,7 +59,7 @@ def _owed_over(chain: Chain, stage: StreamStage) -> tuple[fx.Node, str]:
     source, term, group = stage.addend.source, stage.term, stage.addend.collective.group_name
     if not term.only_reshapes or not same_size(last_dim(source), last_dim(stage.hidden)):
         return replay(chain.graph, term.steps, source), group
-    first = source.args[0] if source.target is ops.WAIT else None
+    first = input_node(source) if source.target is ops.WAIT else None
     if first is None or first.target is not c10d.reduce_scatter_tensor.default or len(source.users) != 1:
         return source, group
     dp_name = argument(first, "group_name")
@@ -68,7 +68,7 @@ def _owed_over(chain: Chain, stage: StreamStage) -> tuple[fx.Node, str]:
     if whole is None or not _even(chain, source):
         return source, group
     chain.replaced |= {first, source}
-    return first.args[0], whole
+    return input_node(first), whole
 
 
 def _whole_group(chain: Chain, dp: tuple[int, ...]) -> str | None:
@@ -91,7 +91,7 @@ def crosses_at_once(chain: Chain, stage: StreamStage) -> bool:
 
 
 def _even(chain: Chain, node: fx.Node) -> bool:
-    return divides(chain.parts, value(node).shape[0])
+    return divides(chain.parts, val(node).shape[0])
 
 
 def _readers_of_scattered(chain: Chain, stage: StreamStage, y: fx.Node) -> None:
@@ -117,7 +117,7 @@ def _gather_whole(chain: Chain, gather: Collective, y: fx.Node) -> None:
     count = chain.parts * len(gather.ranks)
     node = insert_call(chain.graph, c10d.all_gather_into_tensor.default, (y, count, whole), like=gather.node)
     node = insert_call(chain.graph, ops.WAIT, (node,), like=gather.node)
-    gather.wait.replace_all_uses_with(chain.shaped(node, gather.wait), propagate_meta=False)
-    chain.replaced |= {gather.node, gather.wait}
+    gather.result.replace_all_uses_with(chain.shaped(node, gather.result), propagate_meta=False)
+    chain.replaced |= {gather.node, gather.result}
     reason = "gathers over the whole group straight from the scattered rows; nothing follows it that could be fused"
     chain.moved.verdicts[origin(gather.node)] = ("gather_full_tp", False, reason)
