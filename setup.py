@@ -26,6 +26,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["tpfuse", "tpfuse.*"]),
+    package_data={"tpfuse": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton; platform_system == 'Linux'",
@@ -46,6 +47,7 @@ setup(
             "peft>=0.17",
             "build",
             "ruff",
+            "mypy",
         ],
     },
     entry_points={

@@ -62,7 +62,8 @@ def test_wheel_holds_every_module_and_nothing_generic(wheel):
         for package, folder in (("tpfuse", "tpfuse"), ("tpfuse/passes", "passes"), ("tpfuse/kernels", "kernels"))
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert {name for name in files if name.startswith("tpfuse/")} == expected
+    # py.typed says that the annotations are meant to be checked by those who import the package.
+    assert {name for name in files if name.startswith("tpfuse/")} == expected | {"tpfuse/py.typed"}
 
 
 def test_metadata_names_the_entry_point_the_licence_and_the_dependencies(wheel):

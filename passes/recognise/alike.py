@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -20,7 +21,7 @@ from tpfuse._torch_private import operator_schema
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import last_dim, same_size, tensor_inputs, value
+from ..facts.graph import last_dim, same_size, tensor_inputs, val, value
 
 #: Operators that mix rows or units, by the beginning of their names: a walk over row-wise operators ends there.
 ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "scaled_dot_product", "softmax", "sort")
@@ -116,13 +117,13 @@ def _takes_root(node: fx.Node, name: str) -> bool:
     return name.rstrip("_") in _ROOTS or (name.startswith("pow") and exponent in (0.5, -0.5))
 
 
-def _reduces(node: fx.Node, hidden: object, read: int) -> bool:
+def _reduces(node: fx.Node, hidden: Any, read: int) -> bool:
     """Whether `node` makes one number of every row."""
-    val, inputs = value(node), tensor_inputs(node)
+    result, inputs = value(node), tensor_inputs(node)
     if node.target is ops.operator.getitem:
         inputs = tensor_inputs(inputs[0])
-    if val is None or node.target in ops.SELECTIONS or not inputs or value(inputs[0]) is None:
+    if result is None or node.target in ops.SELECTIONS or not inputs or value(inputs[0]) is None:
         return False
     if operator_name(node).startswith(ENDS) and read < len(inputs):
         return False
-    return same_size(val.numel() * hidden, value(inputs[0]).numel()) and not same_size(hidden, 1)
+    return same_size(result.numel() * hidden, val(inputs[0]).numel()) and not same_size(hidden, 1)

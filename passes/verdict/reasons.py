@@ -7,7 +7,8 @@ from itertools import pairwise
 from torch import fx
 
 from ..facts.collectives import Collective
-from ..facts.graph import same_shape, value
+from ..facts.graph import same_shape, val, value
+from ..recognise.alike import Alike
 from ..recognise.norms import Norm
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
@@ -31,7 +32,7 @@ def reason_for(collective: Collective, refused: str, reached: Reached, backward:
     if collective.kind != "all_reduce":
         return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
     if reached.alike is not None:
-        return _unrecognised(reached)
+        return _unrecognised(reached.alike)
     if reached.product is not None:
         return (
             f"{place(reached.product)} reads the all-reduced value before any norm does, so the sum has to be finished "
@@ -42,8 +43,8 @@ def reason_for(collective: Collective, refused: str, reached: Reached, backward:
     return _no_norm(reached)
 
 
-def _unrecognised(reached: Reached) -> str:
-    node, statistic = reached.alike.node, reached.alike.statistic
+def _unrecognised(alike: Alike) -> str:
+    node, statistic = alike.node, alike.statistic
     if statistic is None:
         return (
             f"{place(node)} reads it, an operator that is called a norm and that tpfuse cannot see into; as nn.RMSNorm "
@@ -103,13 +104,14 @@ def _no_norm(reached: Reached) -> str:
 
 def _spreads(node: fx.Node, result: fx.Node) -> bool:
     """Whether `node` repeats what it reads along a dimension that `result` does not have."""
-    if value(node) is None or value(result) is None or value(node).dim() <= value(result).dim():
+    wide, narrow = value(node), value(result)
+    if wide is None or narrow is None or wide.dim() <= narrow.dim():
         return False
     return any(value(n) is not None and not same_shape(n, node) for n in node.all_input_nodes)
 
 
-def _shape(node: fx.Node) -> list[str]:
-    return [int(size) if isinstance(size, int) else str(size) for size in value(node).shape]
+def _shape(node: fx.Node) -> list[int | str]:
+    return [int(size) if isinstance(size, int) else str(size) for size in val(node).shape]
 
 
 __all__ = ["LEAVES", "reason_for"]
