@@ -99,7 +99,8 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
             if residual is not None:
                 residual = insert_call(graph, aten.reshape.default, (residual, [-1, sizes[-1]]), like=residual)
         op = torch.ops.tpfuse.reduce_scatter_norm.default
-        results: tuple[fx.Node, ...] = chain.norm_op(stage, op, addend.source, residual, vector, addend.collective.group_name)
+        group = addend.collective.group_name
+        results: tuple[fx.Node, ...] = chain.norm_op(stage, op, addend.source, residual, vector, group)
         if not flat:
             results = tuple(insert_call(graph, aten.reshape.default, (r, sizes), like=r) for r in results)
         if order:
