@@ -35,9 +35,10 @@ demo: NEEDS := torch dataclasses_json transformers accelerate safetensors
 demo: $(READY)
 	$(RUN) -m tpfuse demo
 
-lint: NEEDS := ruff
+lint: NEEDS := ruff mypy
 lint: $(READY)
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 docs-check: NEEDS := torch dataclasses_json pytest pytest_timeout matplotlib
 docs-check: $(READY)

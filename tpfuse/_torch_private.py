@@ -526,7 +526,7 @@ def operator_schema(target: Any) -> torch.FunctionSchema | None:
     return getattr(target, "_schema", None)
 
 
-def operator_name(target: Any) -> str:
+def operator_full_name(target: Any) -> str:
     """The name of an operator with its namespace ("aten::add"); "" for anything else."""
     schema = operator_schema(target)
     return schema.name if schema is not None else ""

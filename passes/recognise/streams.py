@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from tpfuse._torch_private import operator_name
+from tpfuse._torch_private import operator_full_name
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, is_collective
@@ -101,13 +101,13 @@ NO_STREAM = Stream([], {})
 def calls(node: object, name: str) -> bool:
     """Whether `node` calls the operator called `name`."""
     target = getattr(node, "target", None)
-    return getattr(node, "op", "") == "call_function" and operator_name(target) == name
+    return getattr(node, "op", "") == "call_function" and operator_full_name(target) == name
 
 
 def moves_rows(graph: fx.Graph) -> bool:
     """Whether rows are cut or scattered anywhere in the graph: without, there is only one layout."""
     return any(
-        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in operator_name(node.target))
+        calls(node, CUT_ROWS) or (is_collective(node) and "reduce_scatter" in operator_full_name(node.target))
         for node in graph.nodes
     )
 

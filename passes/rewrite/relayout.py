@@ -99,7 +99,7 @@ def _gathers_of_rows(known: Known) -> list[Collective]:
 
 def _rebuild(chain: Chain, factored: Iterable[Factored], choice: Choice) -> None:
     stages = chain.stages
-    seconds = {one.second: one for one in factored}
+    seconds = {one.second: one for one in factored if one.second is not None}
     dp = [len(g.ranks) for stage in stages if not stage.scattered_form for g in stage.gathers]
     dp += [seconds[stage.addend.collective.node].parts for stage in stages if stage.addend.collective.node in seconds]
     sizes = _sizes(stages[0].hidden, len(chain.ranks), max(dp, default=1), choice)

@@ -11,7 +11,9 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.graph import (
+    argument,
     fake_result,
+    input_node,
     insert_call,
     inserting_behind,
     is_call,
@@ -125,15 +127,16 @@ def _order(stage: StreamStage) -> tuple[int, ...] | None:
     moves = [node for node in steps if is_call(node, ops.REORDERINGS)]
     if not moves:
         return ()
-    if len(moves) > 1 or any(node not in moves and not same_shape(node, node.args[0]) for node in steps):
+    if len(moves) > 1 or any(node not in moves and not same_shape(node, input_node(node)) for node in steps):
         return None
     (move,) = moves
     count = val(move).dim()
     order = list(range(count))
     if is_call(move, aten.permute.default):
-        order = [dim % count for dim in move.args[1]]
+        dims: list[int] = argument(move, "dims")
+        order = [dim % count for dim in dims]
     elif is_call(move, aten.transpose.int):
-        a, b = (dim % count for dim in move.args[1:3])
+        a, b = argument(move, "dim0") % count, argument(move, "dim1") % count
         order[a], order[b] = b, a
     else:
         return None

@@ -124,7 +124,7 @@ def reduce_layers(model: nn.Module, config: Any) -> tuple[str, dict[int, int], d
             runs.append([i])
     firsts = [run[0] for run in runs]
     layers_left = nn.ModuleList(layers[i] for i in firsts)
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], layers_left)
     for config_of in {id(c): c for c in (config, getattr(config, "text_config", config), owner.config)}.values():
         types = getattr(config_of, "layer_types", None)
@@ -134,7 +134,7 @@ def reduce_layers(model: nn.Module, config: Any) -> tuple[str, dict[int, int], d
     for index, layer in enumerate(layers_left):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010  (a number, which a module's own types do not have)
     spans = {k: f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for k, run in enumerate(runs)}
     return name, {k: len(run) for k, run in enumerate(runs)}, spans
 
@@ -155,7 +155,8 @@ def measured(model: nn.Module, ranks: int, rows: tuple[int, int]) -> ModelSizes:
         weights[role] += parameter.numel() * 2
     _, layers = layer_list(model)
     moe = [any("expert" in name for name, _ in layer.named_modules()) for layer in layers]
-    hidden = getattr(model.config, "text_config", model.config).hidden_size
+    config: Any = model.config
+    hidden = getattr(config, "text_config", config).hidden_size
     return ModelSizes(weights, tuple(moe), hidden, rows[0] * rows[1])
 
 

@@ -88,7 +88,7 @@ def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, state: Paralleliz
     """An adapter is taken off: what it paid is paid by the projection, which has its name back."""
     for hook in adapter._forward_hooks.values():
         if isinstance(hook, ReduceOut) and isinstance(base, PartialLinear):
-            base.__class__ = RowwiseLinear
+            base.__class__ = RowwiseLinear  # type: ignore[assignment]  # narrowed above
             base.tpfuse_group, base.tpfuse_scaled = hook.group, hook.scaled  # type: ignore[assignment]
         elif isinstance(hook, ReduceOut):
             base.register_forward_hook(hook)

@@ -32,5 +32,6 @@ def sync_generation(model: nn.Module, groups: Groups) -> None:
 
     Only where the mesh covers the world: Hugging Face asks all ranks of it, after every token, whether they are done.
     """
-    if callable(getattr(model, "generate", None)) and groups.whole.size == dist.get_world_size():
-        model.generate = SyncedGenerate(model.generate)  # type: ignore[assignment]
+    generate = getattr(model, "generate", None)
+    if callable(generate) and groups.whole.size == dist.get_world_size():
+        model.generate = SyncedGenerate(generate)  # type: ignore[assignment]  # a module's attribute

@@ -158,7 +158,8 @@ def _match(model: nn.Module, plan: Mapping[str, str], source: str, trusted: bool
 
 def _around(model: nn.Module) -> str:
     """What stands before the names of a model that peft wraps, which its plan knows nothing of; maybe nothing."""
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
     return next((f"{name}." for name, module in model.named_modules() if name and module is inner), "")
 
 

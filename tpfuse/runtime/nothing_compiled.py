@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +34,6 @@ def wrappers() -> list[str]:
     """Classes of the models that `torch.compile(model, backend="tpfuse")` wraps in this process. Walks over all
     objects: for messages only."""
     kind = private.compiled_wrapper()
-    models = [w._modules.get("_orig_mod") for w in gc.get_objects() if kind is not None and type(w) is kind
-              and private.backend_of(w) == "tpfuse"]  # fmt: skip
+    found: list[Any] = [w for w in gc.get_objects() if kind is not None and type(w) is kind]
+    models = [w._modules.get("_orig_mod") for w in found if private.backend_of(w) == "tpfuse"]
     return list(dict.fromkeys(type(m).__name__ for m in models if isinstance(m, nn.Module)))
