@@ -234,7 +234,7 @@ def test_a_guarded_call_costs_next_to_nothing_after_the_first():
 
 def broken_on_rank_one(rank: int, folder: str, when: str) -> tuple[int, float]:
     """A pass that fails on one rank alone, which then keeps plain collectives."""
-    import tpfuse.passes.pipeline as pipeline
+    import tpfuse.passes.recognise.known as known
 
     torch.manual_seed(0)
     options = {"inner": "aot_eager", "plan_timeout": 60}
@@ -247,7 +247,7 @@ def broken_on_rank_one(rank: int, folder: str, when: str) -> tuple[int, float]:
         def fail(*_):
             raise RuntimeError("made to fail")
 
-        pipeline.recognise = fail
+        known.recognise = fail
     model = Stack(2, layers=2)
     exact = model(x)
     got = torch.compile(model, backend="tpfuse", options=options)(x)
