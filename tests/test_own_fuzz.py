@@ -35,6 +35,7 @@ def check(found: list[dict], short: bool) -> None:
     assert min(rank["apart"] for rank in found) > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_programs_with_values_of_a_ranks_own_are_right(tmp_path):
     check(outcomes(2, range(100), tmp_path, 580, short=True), short=True)

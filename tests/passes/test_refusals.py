@@ -200,8 +200,9 @@ def test_other_collectives_get_a_verdict(four_ranks):
 
     partials, *rest = inputs(0, torch.float32)
     _, report = fused(trace(run, partials[0], *rest))
-    assert [b.collective for b in report.boundaries] == ["all_gather", "reduce_scatter"]
-    assert all(b.reason and not b.fused for b in report.boundaries)
+    gather, scatter = report.boundaries
+    assert (gather.collective, gather.fused, bool(gather.reason)) == ("all_gather", False, True)
+    assert (scatter.collective, scatter.rewrite) == ("reduce_scatter", "reduce_scatter_norm")
 
 
 def test_a_collective_of_no_tensor_parallel_model_is_listed_by_its_operators_name(four_ranks):
