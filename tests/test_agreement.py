@@ -228,7 +228,7 @@ def run_too_many(rank, model, policy, batches, backend):
 
 
 @compiles_in_threads
-@pytest.mark.parametrize("backend", [tpfuse_backend, "aot_eager"])
+@pytest.mark.parametrize("backend", [tpfuse_backend, pytest.param("aot_eager", marks=pytest.mark.nightly)])
 def test_too_many_rows_on_one_replica_are_one_error_in_compiled_code(backend):
     torch._dynamo.reset()
     models = [build(lambda: Model(routed=False)) for _ in range(4)]
@@ -236,8 +236,8 @@ def test_too_many_rows_on_one_replica_are_one_error_in_compiled_code(backend):
     run_threads(4, lambda r: run_too_many(r, models[r], policy, batches, backend))
 
 
-def test_the_replicas_meet_once_in_a_run_and_outside_of_the_graph():
-    """One gather more than the boundaries' own, also in graphs compiled later."""
+def test_the_check_leaves_nothing_in_the_graph():
+    """Equal rows on the first call; afterwards no collective but the boundaries' own, also in graphs compiled later."""
     policy = SharingPolicy(4, 2, 4, residual="replicated")
     torch._dynamo.reset()
     with fake_world(4):
@@ -246,4 +246,4 @@ def test_the_replicas_meet_once_in_a_run_and_outside_of_the_graph():
         with torch.no_grad():
             seen = [executed_collectives(model, batches_of((n,))[0])["all_gather"] for n in (2, 2, 3)]
     # One gather over the replicas for each dense layer. (Fake collectives give zeros; four layers would not matter.)
-    assert seen == [3, 3, 3]
+    assert seen == [3, 2, 2]

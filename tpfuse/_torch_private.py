@@ -68,6 +68,7 @@ if dist.is_available():
 
 
 def _resolved(name: str) -> dist.ProcessGroup:
+    """The process group registered under `name` here. If `_resolve_process_group` goes: as in `process_group`."""
     return _c10d._resolve_process_group(name)
 
 
@@ -280,7 +281,7 @@ def callers() -> tuple[list[str], list[str]]:
     """The program's own functions on the stack while Dynamo compiles, innermost first: those that were to be compiled
     and run outside of any graph, and the forwards of modules that call what was compiled.
 
-    If `compile_wrapper` is renamed: ([], []), and reports say less about what is around a graph.
+    If `compile_wrapper` goes: ([], []), and reports say less about what is around a graph.
     """
     frames: list[tuple[types.FrameType, bool]] = []
     outermost = 0
@@ -508,7 +509,7 @@ def new_fake_mode() -> Any:
 def new_fake_like(val: Any) -> torch.Tensor:
     """A fake tensor in `val`'s fake mode, with its sizes, strides, dtype and device, and memory of its own.
 
-    If `FakeTensor` can no longer be made so: `val.new_empty_strided(val.shape, val.stride())` under `val.fake_mode`.
+    If that way of making a `FakeTensor` goes: `val.new_empty_strided(val.shape, val.stride())` under `val.fake_mode`.
     """
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._mode_utils import no_dispatch
@@ -530,6 +531,11 @@ def operator_full_name(target: Any) -> str:
     """The name of an operator with its namespace ("aten::add"); "" for anything else."""
     schema = operator_schema(target)
     return schema.name if schema is not None else ""
+
+
+def operator_name(target: Any) -> str:
+    """The same without namespace ("add"); in-place forms keep their underscore ("add_"), overloads have one name."""
+    return operator_full_name(target).split("::")[-1]
 
 
 def storage_identity(val: torch.Tensor) -> int | None:
@@ -696,14 +702,6 @@ def part_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offsets), tuple(sizes)
-
-
-def operator_name(func: Any) -> str:
-    """The name of an operator without its overload: "add_" for `aten.add_.Tensor`.
-
-    If `__name__` of its packet goes: the part of `str(func)` between the dots.
-    """
-    return func.overloadpacket.__name__
 
 
 def wrap_optimizer_state(saved: Any, loaded: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tpfuse._torch_private import operator_full_name
+from tpfuse._torch_private import operator_name
 
 from . import aten_ops as ops
 from .graph import argument, why_unusual
@@ -55,7 +55,7 @@ def find_collectives(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]
 
 
 def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
-    name = operator_full_name(node.target).split("::")[-1]
+    name = operator_name(node.target)
     kind = next((k for k in ops.COLLECTIVE_KINDS if name.startswith(k)), name)
     waits = [user for user in node.users if user.target is ops.WAIT]
     wait = waits[0] if len(waits) == 1 else None

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from tpfuse._torch_private import operator_schema
+from tpfuse._torch_private import operator_name
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
@@ -76,20 +76,19 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
 def is_end(node: fx.Node) -> bool:
     """Whether `node` mixes rows or units, or makes something else than numbers of them."""
     val = value(node)
-    return operator_name(node).startswith(ENDS) or (val is not None and val.dtype not in ops.FLOATS)
+    return _called(node).startswith(ENDS) or (val is not None and val.dtype not in ops.FLOATS)
 
 
-def operator_name(node: fx.Node) -> str:
-    """ "rsqrt" for aten.rsqrt.default."""
-    schema = operator_schema(node.target)
-    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+def _called(node: fx.Node) -> str:
+    """ "rsqrt" for aten.rsqrt.default; a plain function's own name."""
+    return operator_name(node.target) or getattr(node.target, "__name__", str(node.target))
 
 
 def _what(
     node: fx.Node, read: list[tuple[str, fx.Node | None]], hidden: object
 ) -> Alike | tuple[str, fx.Node | None] | None:
     """What `node` is, given what it reads: one more value of rows, a statistic of rows, a root of one, or the norm."""
-    name = operator_name(node)
+    name = _called(node)
     statistics = [(kind, of) for kind, of in read if kind != _ROW]
     rooted = next((of for kind, of in statistics if kind == _ROOT), None)
     if len(statistics) == len(read):
@@ -124,6 +123,6 @@ def _reduces(node: fx.Node, hidden: Any, read: int) -> bool:
         inputs = tensor_inputs(inputs[0])
     if result is None or node.target in ops.SELECTIONS or not inputs or value(inputs[0]) is None:
         return False
-    if operator_name(node).startswith(ENDS) and read < len(inputs):
+    if _called(node).startswith(ENDS) and read < len(inputs):
         return False
     return same_size(result.numel() * hidden, val(inputs[0]).numel()) and not same_size(hidden, 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from tpfuse._torch_private import operator_full_name
+from tpfuse._torch_private import operator_name
 from tpfuse.report import Step
 
 from ..facts.collectives import ResolveGroup
@@ -29,7 +29,7 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         fused = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
         group = argument(node, "group_name")
         ranks = resolve(group) if isinstance(group, str) else None
-        op = fused or operator_full_name(node.target).split("::")[-1]
+        op = fused or operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
         relies = sent.relied_on(node)

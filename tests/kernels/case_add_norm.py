@@ -47,7 +47,10 @@ def same(out, ref, dtype):
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "none"])
 @pytest.mark.parametrize("post", [False, True])
-@pytest.mark.parametrize(("H", "megabytes", "rows"), [(96, 0, 6), (600, 4, 6), (600, 6, 1000)])
+@pytest.mark.parametrize(
+    ("H", "megabytes", "rows"),
+    [(96, 0, 6), pytest.param(600, 4, 6, marks=pytest.mark.nightly), (600, 6, 1000)],
+)
 def test_every_combination_of_operands(H, megabytes, rows, norm, post, monkeypatch):
     """In a row's three ways: at once, with the weight after the statistics, and in two pieces as well."""
     own = module.tuning

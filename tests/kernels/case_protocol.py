@@ -141,7 +141,7 @@ def test_each_kernel_right_and_bitwise_equal(world: int, kernel: str) -> None:
     equal_on_all_ranks(run(world, play, mixture([kernel], 12, world), seed=world))
 
 
-@pytest.mark.parametrize("world", [4, 8])
+@pytest.mark.parametrize("world", [4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_kernels_alternate_on_one_workspace(world: int) -> None:
     kernels = ["one_shot", "one_shot", "two_shot", "barrier"]
     equal_on_all_ranks(run(world, play, mixture(kernels, 24 if world < 8 else 8, world), seed=10 + world))

@@ -2,16 +2,19 @@
 
 A boundary that gathers rows over dp needs equal rows, announced ones, or no more than the policy's `max_rows`. What one
 replica sees of that is an error which the others wait for in vain. So before the first such boundary of a model runs,
-the replicas exchange a few numbers: their rows, to how many they pad, and what is wrong with them. The place is the
-boundary that the model's first call came to first, and stays that one: ranks compile at different times, or not at all,
-but all of them call it as often. Eager code meets there and then. Compiled code cannot leave the graph, so the operator
-`same_rows` marks the place; the tpfuse backend takes the marks out again and meets before it runs the graph. Under
-another backend the operator itself meets when it runs.
+the replicas exchange a few numbers: their rows, to how many they pad, and what is wrong with them. The first time by a
+collective; from then on through a `Mailbox`, so that a step has no more collectives and waits for no device.
+
+The place is the boundary that the model's first call came to first, and stays that one: ranks compile at different
+times, or not at all, but all of them call it as often. Eager code meets there and then. Compiled code cannot leave the
+graph, so the operator `same_rows` marks the place; the tpfuse backend takes the marks out again and meets before it
+runs the graph. Under another backend the operator itself meets when it runs.
 """
 
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +27,7 @@ from torch import Tensor, fx
 from tpfuse._torch_private import process_group, under_dispatch_mode
 from tpfuse.errors import PolicyError
 from tpfuse.parallel.collectives import all_gather
+from tpfuse.parallel.mailbox import Mailbox
 from tpfuse.parallel.mesh import Group
 
 
@@ -77,11 +81,13 @@ class RowsCheck:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.site: int | None = None
+        #: From the second meeting on; None as long as nobody was met.
+        self.mailbox: Mailbox | None = None
         self.key = _CHECKS.add(self)
 
     def __deepcopy__(self, memo: dict) -> RowsCheck:
         memo[id(self)] = copied = RowsCheck()
-        copied.names, copied.site = list(self.names), self.site
+        copied.names = list(self.names)  # it meets anew: a mailbox has one owner on each rank
         return copied
 
     def number_of(self, name: str) -> int:
@@ -110,15 +116,34 @@ class RowsCheck:
             raise PolicyError(self._wrong([[rows, says.padded, says.fault, says.limit, site]]))
 
     def meet(self, rows: int, group_name: str, device: torch.device, site: int, says: Says) -> bool:
-        """Exchange it, if `site` is the place to; a collective. Raises as `__call__`. Returns whether it was."""
+        """Exchange it, if `site` is the place to; all replicas do. Raises as `__call__`. Returns whether it was."""
         if self.site not in (None, site) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return False
-        size = dist.get_world_size(process_group(group_name))
-        own = torch.tensor([[rows, says.padded, says.fault, says.limit, site]], device=device)
-        if words := self._wrong(all_gather(own, size, group_name).tolist()):
+        group = process_group(group_name)
+        assert group is not None
+        fake = dist.get_backend(group) == "fake"
+        own = [rows, says.padded, says.fault, says.limit, site]
+        if self.site is not None and fake:
+            return False  # nobody answers
+        if self.mailbox is not None:
+            said = self.mailbox.exchange(own)
+        else:
+            said = self._first_meeting(own, group, group_name, device)
+        if words := self._wrong(said):
             raise PolicyError(words)
         self.site = site
         return True
+
+    def _first_meeting(
+        self, own: list[int], group: dist.ProcessGroup, group_name: str, device: torch.device
+    ) -> list[list[int]]:
+        """By a collective, which also agrees on the mailbox's name: that of the first replica."""
+        size = dist.get_world_size(group)
+        message = torch.tensor([[*own, secrets.randbits(62)]], device=device)
+        said = all_gather(message, size, group_name).tolist()
+        if dist.get_backend(group) != "fake":
+            self.mailbox = Mailbox(f"rows/{said[0][-1]}", dist.get_rank(group), size)
+        return [numbers[:-1] for numbers in said]
 
     def _wrong(self, said: list[list[int]]) -> str:
         """What is wrong with the replicas' rows, the same sentence on all of them; or ''."""
