@@ -53,6 +53,8 @@ def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float =
                 dist.destroy_process_group()
 
     threads = [threading.Thread(target=entry, args=(rank,), daemon=True) for rank in range(world)]
+    # A rank that calls its compiled model while another one traces is not inside that tracing, as torch takes it to be.
+    torch._dynamo.config.force_compile_during_fx_trace = True
     try:
         for thread in threads:
             thread.start()
@@ -60,6 +62,7 @@ def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float =
             thread.join(timeout)
         hung = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     finally:
+        torch._dynamo.config.force_compile_during_fx_trace = False
         ProcessLocalGroup.reset()
         _uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

@@ -185,6 +185,26 @@ def census() -> Counter[str]:
     return counts
 
 
+def test_a_graph_compiled_at_its_first_run_waits_for_another_threads_compilation():
+    """Both trace by patching torch, and a second patch inside the first one's time would take it off too early."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    from tpfuse._torch_private import tracing_again
+
+    entered = threading.Event()
+
+    def again() -> None:
+        with tracing_again([])():
+            entered.set()
+
+    thread = threading.Thread(target=again)
+    with compile_lock:
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    thread.join()
+
+
 @pytest.fixture
 def unlogged():
     """pytest keeps the log records of a running test, and torch's trace records hold graph modules."""

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,8 @@ def default_group() -> dist.ProcessGroup | None:
     return _c10d._world.default_pg if _c10d is not None else None
 
 
-def default_store() -> dist.Store:
-    """The store through which the ranks met.
+def default_store() -> Any:
+    """The store through which the ranks met: a `Store`, whose stub leaves out `timeout` and `has_extended_api`.
 
     If `_get_default_store` goes: a PrefixStore over the store given to `init_process_group` by the caller.
     """
@@ -424,24 +424,29 @@ def compilation() -> tuple[int | None, int]:
 def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]:
     """Called while Dynamo has a graph with these inputs compiled: what makes a later compilation of that graph see the
     same symbols for its sizes and numbers. Without it a graph of symbolic sizes fits those of its first inputs alone.
+    It holds Dynamo's lock: tracing patches what other threads' tracing patches too.
 
-    If `TracingContext` goes: graphs that ranks do not agree on would have to be compiled once for each size.
+    If `TracingContext` goes: graphs that ranks do not agree on would have to be compiled once for each size. If
+    `compile_lock` goes: a lock of our own, taken here and in the backend.
     """
+    from torch._dynamo.convert_frame import compile_lock
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
 
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
-        return nullcontext
+        return lambda: compile_lock
     # Dynamo empties the context once it has what it compiled.
     known = [(t, context.tensor_to_context[t]) for t in tensor_leaves(inputs) if t in context.tensor_to_context]
     shapes = context.fake_mode.shape_env
 
-    def again() -> AbstractContextManager:
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
         anew = TracingContext(FakeTensorMode(shape_env=shapes))
         for tensor, symbols in known:
             anew.tensor_to_context[tensor] = symbols
-        return tracing(anew)
+        with compile_lock, tracing(anew):
+            yield
 
     return again
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-
-import torch.distributed as dist
+from typing import Any
 
 from tpfuse._torch_private import default_store
 from tpfuse.errors import PeerTimeoutError
@@ -54,7 +53,7 @@ class Mailbox:
             asked += 1
             time.sleep(0 if asked < _AT_ONCE else _PAUSE)
 
-    def _posts(self, store: dist.Store, keys: list[str]) -> list[tuple[int, list[int]]]:
+    def _posts(self, store: Any, keys: list[str]) -> list[tuple[int, list[int]]]:
         """[count, what was given] of each rank; count 0 of one that never wrote under its key."""
         if self.count > 2 or store.check(keys):  # from then on every key is there, and one question is enough
             found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
