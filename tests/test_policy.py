@@ -74,7 +74,10 @@ def test_a_policy_is_frozen_all_the_way_down():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(tp_size=8, dp_size=2, moe_dense_tp_size=2), ["moe_dense_tp_size=2", "attn_tp_size=4", "None, 1, 4, 8"]),
+        (
+            dict(tp_size=8, dp_size=2, moe_dense_tp_size=2),
+            ["moe_dense_tp_size=2", "attn_tp_size=4", "None, 1, 4, 8", "no process group is made of a part of an axis"],
+        ),
         (dict(tp_size=8, dp_size=3), ["dp_size=3", "tp_size=8", "divisor"]),
         (dict(tp_size=8, moe_dense_tp_size=0), ["moe_dense_tp_size=0", "None or an integer from 1"]),
         (dict(tp_size=8, moe_dense_tp_size=-1), ["moe_dense_tp_size=-1"]),

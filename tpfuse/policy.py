@@ -132,7 +132,9 @@ class SharingPolicy(StrictJson):
         if size not in allowed:
             raise PolicyError(
                 f"SharingPolicy.{name}={size} is not possible with tp_size={self.tp_size} and dp_size={self.dp_size} "
-                f"(attn_tp_size={self.attn_tp_size}); allowed: None, {', '.join(map(str, allowed))}"
+                f"(attn_tp_size={self.attn_tp_size}); allowed: None, {', '.join(map(str, allowed))}. A dense MLP is "
+                "held whole, or cut over all ranks of an attention group or of the TP group: its rows lie along the "
+                "mesh's two axes (dp, attn_tp), and no process group is made of a part of an axis"
             )
 
     @property
