@@ -169,9 +169,10 @@ def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, ne
     rowwise = tuple(n for n, s in leaves.items() if s in ROWWISE | SPLIT_INPUT)
     if not colwise or not rowwise:
         one, other = ("column", "row") if colwise else ("row", "column")
+        hint = "; for an output projection whose columns are gathered, write 'colwise_gather_output'" if colwise else ""
         raise PlanError(
             f"{source}: {owner} ({type(module).__name__}) has {one}-wise weights {colwise or rowwise} and no "
-            f"{other}-wise one; a module is cut with both, or not at all"
+            f"{other}-wise one; a module is cut with both, or not at all{hint}"
         )
     packed: dict[str, Parts] = {n: 2 for n, s in leaves.items() if s == "packed_colwise"}
     packed |= {n: parts for n in colwise if leaves[n] == "gathered" and (parts := _parts(module, n)) != 1}
