@@ -7,7 +7,7 @@ judged by its numbers. Sums of float16 and bfloat16 are rounded to that dtype as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,11 @@ def executed_collectives(fn: Callable[..., Any], *args: Any) -> Counter:
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fn(*args)
-    names = [e.name.removeprefix("c10d::") for e in profile.events() if e.name.startswith("c10d::")]
+    return collectives_of(profile.events())
+
+
+def collectives_of(events: Iterable[Any]) -> Counter:
+    """The collectives among the profiler's events."""
+    names = [e.name.removeprefix("c10d::") for e in events if e.name.startswith("c10d::")]
     words = {name: next((word for part, word in _C10D_NAMES.items() if part in name), name) for name in names}
     return Counter(words[name] for name in names if "barrier" not in name)
