@@ -62,10 +62,15 @@ def compiled(policy, stated):
 @pytest.mark.parametrize(
     "stated",
     [
-        SharingPolicy(4, 1, 4),
         SharingPolicy(4, 2, 2, overrides={"0.mlp": 1}),
-        SharingPolicy(4, 2, 2, residual="scattered"),
-        SharingPolicy(4, 2, 2, max_rows=64),
+        *(
+            pytest.param(stated, marks=pytest.mark.nightly)
+            for stated in (
+                SharingPolicy(4, 1, 4),
+                SharingPolicy(4, 2, 2, residual="scattered"),
+                SharingPolicy(4, 2, 2, max_rows=64),
+            )
+        ),
     ],
 )
 def test_options_may_only_repeat_the_policy_that_parallelize_recorded(stated):

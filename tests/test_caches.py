@@ -259,9 +259,8 @@ USERS_PASS = """
 """
 
 
-@pytest.mark.parametrize(
-    "stage", ["joint_custom_post_pass", pytest.param("joint_custom_pre_pass", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", ["joint_custom_post_pass", "joint_custom_pre_pass"])
 def test_a_report_is_that_of_the_graph_with_the_users_own_pass(stage, tmp_path):
     """Three processes on one cache: with a pass of the user's that keeps the boundary from fusing, without, with."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -101,6 +101,7 @@ def test_whole_demo(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "boundaries.png").exists()
 
 
+@pytest.mark.nightly
 def test_a_rank_that_raises_fails_with_its_traceback(tmp_path):
     setup = demo.Setup("cpu", "gloo", False, "aot_eager")
     with pytest.raises(demo.DemoError, match=r"rank [01] raised(.|\n)*Traceback"):

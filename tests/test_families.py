@@ -23,7 +23,6 @@ OFTEN = {
     ("falcon", "training"),  # parallel blocks cut with parallelize_module
     ("deepseek_v3", "inference"),  # routed and shared experts
     ("olmo2", "inference"),  # norms before the addition only
-    ("granite", "dynamic"),  # multipliers that become graph inputs
 }
 
 

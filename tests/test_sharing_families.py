@@ -21,7 +21,7 @@ from .test_parallelize_models import batches_of, mesh_of
 
 FAMILIES = ["deepseek_v3", "qwen3_moe", "glm4_moe"]
 #: (tp, dp, dense). Every family runs once with each kind of policy; more ranks and the rest of the matrix nightly.
-SHORT = {("deepseek_v3", 4, 2, 2), ("qwen3_moe", 2, 1, 1), ("glm4_moe", 2, 2, 2)}
+SHORT = {("qwen3_moe", 2, 1, 1), ("glm4_moe", 2, 2, 2)}
 MESHES = [(2, 1), (2, 2), (4, 2), (8, 2)]
 POLICIES = [(tp, dp, dense) for tp, dp in MESHES for dense in sorted({1, tp // dp, tp})]
 CASES = [pytest.param(f, *p, marks=() if (f, *p) in SHORT else pytest.mark.nightly) for f in FAMILIES for p in POLICIES]
@@ -102,10 +102,10 @@ def check_error_rule(plain, policy):
 @compiles_in_threads
 @pytest.mark.parametrize(
     ("tp", "dp", "dense"),
-    [(4, 2, 1), (4, 2, 2)]
+    [(4, 2, 2)]
     + [
         pytest.param(*sizes, marks=pytest.mark.nightly)
-        for sizes in [(4, 2, 4), (2, 1, 2), (2, 2, 2), (8, 2, 1), (8, 2, 4), (8, 2, 8)]
+        for sizes in [(4, 2, 1), (4, 2, 4), (2, 1, 2), (2, 2, 2), (8, 2, 1), (8, 2, 4), (8, 2, 8)]
     ],
 )
 def test_bfloat16_of_our_own_model_is_within_the_error_rule(tp, dp, dense):

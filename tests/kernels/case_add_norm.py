@@ -49,7 +49,7 @@ def same(out, ref, dtype):
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize(
     ("H", "megabytes", "rows"),
-    [(96, 0, 6), pytest.param(600, 4, 6, marks=pytest.mark.nightly), (600, 6, 1000)],
+    [(96, 0, 6), *(pytest.param(*sizes, marks=pytest.mark.nightly) for sizes in [(600, 4, 6), (600, 6, 1000)])],
 )
 def test_every_combination_of_operands(H, megabytes, rows, norm, post, monkeypatch):
     """In a row's three ways: at once, with the weight after the statistics, and in two pieces as well."""
@@ -127,7 +127,7 @@ def test_nan_and_inf_stay_in_their_rows():
     assert out.residual_out[1, 7] == float("inf")
 
 
-@pytest.mark.parametrize("batch_invariant", [True, False])
+@pytest.mark.parametrize("batch_invariant", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_rows_bits_do_not_depend_on_the_batch(batch_invariant):
     """400 rows go in two pieces, 100 in one; without the option that shows."""
     s, residual, _, weight, _ = make((400, 2000), F32, 5)

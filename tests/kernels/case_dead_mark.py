@@ -17,7 +17,10 @@ from .case_protocol import Call, launch
 from .protocol import Seat, run
 
 KERNELS = ["one_shot", "split", "two_shot", "barrier", "barrier_twice"]
-CASES = [*((2, kernel) for kernel in KERNELS), (4, "one_shot"), (4, "two_shot")]
+CASES = [
+    *((2, kernel) for kernel in KERNELS),
+    *(pytest.param(4, kernel, marks=pytest.mark.nightly) for kernel in ("one_shot", "two_shot")),
+]
 
 
 def make(seat: Seat, call: Call) -> torch.Tensor:

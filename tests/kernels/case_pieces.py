@@ -77,7 +77,7 @@ def each_size(seat: Seat, batch_invariant: bool) -> list[Any]:
     return out
 
 
-@pytest.mark.parametrize("batch_invariant", [True, False])
+@pytest.mark.parametrize("batch_invariant", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_rows_bits_do_not_depend_on_the_batch(batch_invariant: bool) -> None:
     """With the option they are equal at every size, in pieces too; without it this very row is not."""
     answers = protocol.run(4, each_size, batch_invariant, slot_bytes=9 * 4 * HIDDEN * 2, max_blocks=3)

@@ -138,13 +138,13 @@ def mixture(kernels: list[str], count: int, world: int) -> list[Call]:
 @pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier", "barrier_twice"])
 @pytest.mark.parametrize("world", [2])
 def test_each_kernel_right_and_bitwise_equal(world: int, kernel: str) -> None:
-    equal_on_all_ranks(run(world, play, mixture([kernel], 12, world), seed=world))
+    equal_on_all_ranks(run(world, play, mixture([kernel], 8, world), seed=world))
 
 
 @pytest.mark.parametrize("world", [4, pytest.param(8, marks=pytest.mark.nightly)])
 def test_kernels_alternate_on_one_workspace(world: int) -> None:
     kernels = ["one_shot", "one_shot", "two_shot", "barrier"]
-    equal_on_all_ranks(run(world, play, mixture(kernels, 24 if world < 8 else 8, world), seed=10 + world))
+    equal_on_all_ranks(run(world, play, mixture(kernels, 16 if world < 8 else 8, world), seed=10 + world))
 
 
 @pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier"])

@@ -22,7 +22,7 @@ from ..graphs import fake_world, fused, on_ranks, relative_error, trace
 from .random_programs import GROUPS, Program, Step, as_function, programs
 
 WORLD, SHAPE = 4, (4, 8, 16)
-FEW = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 
 
