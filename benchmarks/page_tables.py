@@ -7,6 +7,8 @@ A page says where a table goes, and which one of benchmarks/tables.py, for which
 
     <!-- table: linked h200 -->
     <!-- end -->
+
+What was counted and not measured names no card.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import typer
 from tables import CARDS, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(page: str) -> str:
     """`page` with every table that it names as the results files have it; KeyError for an unknown table or card."""
-    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]](CARDS[place[3]])}\n{place[4]}", page)
+    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]](CARDS[place[3] or 'h200'])}\n{place[4]}", page)
 
 
 def pages() -> list[Path]:

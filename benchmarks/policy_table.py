@@ -1,6 +1,7 @@
 """Tabulate what each sharing policy costs at the boundaries of a dense layer, naive and rewritten.
 
     python benchmarks/policy_table.py --plot docs/policy_table.svg --json benchmarks/results/policy_table.json
+    python benchmarks/policy_table.py --families        counted in traced models instead (policy_families.py)
 
 A model, not a measurement: bytes and collectives are counted, times come from the planner's own latency-plus-bytes
 model (`tpfuse.passes.layouts`) and, for the MLP itself, from the time to read its weights or to do its arithmetic,
@@ -15,6 +16,7 @@ import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import policy_families
 from records import write
 
 from tpfuse.passes.plan.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
@@ -167,7 +169,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument("--plot", type=Path, help="also draw it (.svg or .png)")
+    parser.add_argument("--families", action="store_true", help="count what real model families send, in place of it")
     arguments = parser.parse_args()
+    if arguments.families:
+        return policy_families.main()
     rows = table()
     print(markdown(rows))
     if arguments.json:

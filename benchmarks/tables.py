@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py [--card h100] linked | shipped | four | side_by_side | brings | four_summary |
         virtual | virtual_summary | norm | norm_summary | variants | layers | models | models_short | reduce_overhead |
-        overhead
+        overhead | policy_families
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_tables
+import policy_families
 from md import RESULTS, records_of, table
 from records import documents
 
@@ -343,6 +344,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "models_short": lambda card: model_tables.models_short(card.models),
     "reduce_overhead": lambda _: model_tables.reduce_overhead(REDUCE_OVERHEAD),
     "overhead": lambda _: model_tables.overhead("op_overhead.json"),
+    "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
 
 if __name__ == "__main__":
