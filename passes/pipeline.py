@@ -183,8 +183,14 @@ def _normalise(graph: fx.Graph, context: Context) -> Verdicts:
 def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
     """Lay the rows of the residual streams out anew where that sends less."""
     options, known, rank = context.options, context.known, own_rank()
-    if rank is None or options.split or options.as_written:
+    if rank is None or options.split:
         return {}
+    if options.as_written:
+        return {
+            name: replace(boundary, reason=f"the rows keep their layout: {options.as_written}")
+            for name, boundary in context.boundaries.items()
+            if boundary.collective == "reduce_scatter" and boundary.feeds_norm
+        }
     policy = options.policy
     residual, rows = ("auto", None) if policy is None else (policy.residual, policy.max_rows)
     choice = Choice(residual, rows, options.rewrites, inference=not known.backward)

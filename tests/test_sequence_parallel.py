@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,9 +22,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 import tpfuse
+from tpfuse.backend import tpfuse as tpfuse_backend
 
 from .graphs import executed_collectives, relative_error
 from .models import HIDDEN, INTER
+from .policy_harness import compiles_in_threads, run_threads
 from .ranks import run_processes
 
 WORLD, LAYERS, TOKENS, BATCH, LENGTH = 2, 2, 50, 2, 6
@@ -132,3 +136,45 @@ def test_in_training_they_stay_and_the_report_says_so(seen):
     words = "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
     for rank in seen:
         assert rank["training"] == {("reduce_scatter", False, words)}
+
+
+# -- hidden states that arrive scattered: a stage of a pipeline, a stretch of layers that is compiled alone -----------
+
+
+class Stretch(nn.Module):
+    """Blocks over [S / n, B, H] as Megatron writes them: gathered and reduce-scattered along the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(4))
+        self.blocks = nn.ModuleList(Pair(HIDDEN) for _ in range(3))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, own: Tensor) -> Tensor:
+        self.steps += 1
+        group = dist.group.WORLD
+        for norm, block in zip(self.norms, self.blocks, strict=False):
+            everybody = funcol.all_gather_tensor(norm(own), 0, group)
+            own = own + funcol.reduce_scatter_tensor(block(everybody), "sum", 0, group)
+        return self.norms[-1](own)
+
+
+def error_and_rewrites(rank: int, model: nn.Module) -> tuple[float, list[set]]:
+    x = torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(rank))
+    before = len(tpfuse.reports())
+    options = {"inner": "aot_eager", "strict": True, "policy": tpfuse.SharingPolicy(WORLD, residual="replicated")}
+    run = torch.compile(model, backend=tpfuse_backend, options=options, fullgraph=True)
+    with torch.no_grad():
+        error = relative_error([run(x)], [model(x).double()])[0]
+    return error, [{b.rewrite for b in report.fused} for report in tpfuse.reports()[before:]]
+
+
+@compiles_in_threads
+def test_rows_that_arrive_scattered_are_each_ranks_own():
+    """They are gathered once; that they differ between ranks is no reason to leave the graph as it is written."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models = [Stretch() for _ in range(WORLD)]  # their blocks are parts of no common weight, and differ
+    for error, rewrites in run_threads(WORLD, lambda rank: error_and_rewrites(rank, models[rank])):
+        assert error < 1e-5
+        assert {"share_attention_group"} in rewrites and set() not in rewrites

@@ -18,6 +18,8 @@ from .fakes import call_on_fakes
 
 #: Metadata: the name of the collective that a node stands for (see accounting.py).
 ORIGIN = "tpfuse_origin"
+#: Metadata of a gather: it gathers what is each rank's own, whatever that is.
+OWN_ROWS = "tpfuse_own_rows"
 
 #: Metadata a new node takes from the node it replaces, so that activation checkpointing, stack traces and module
 #: names survive. "val" is not among them: the new node's own value is computed.

@@ -18,6 +18,7 @@ from tpfuse.errors import TPFuseError
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import (
+    OWN_ROWS,
     added,
     argument,
     input_node,
@@ -152,7 +153,11 @@ class Chain:
         if node in self.full:
             return self.full[node]
         if node not in self.gathers:
-            self.gathers[node] = self.whole_of(node) or self._gathered(self.own.get(node, node), stage)
+            whole = self.whole_of(node)
+            if whole is None:
+                whole = self._gathered(self.own.get(node, node), stage)
+                input_node(whole).meta[OWN_ROWS] = True
+            self.gathers[node] = whole
         return self.gathers[node]
 
     def whole_of(self, node: fx.Node) -> fx.Node | None:

@@ -18,7 +18,7 @@ from tpfuse._torch_private import without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import argument, is_call, value
+from ..facts.graph import OWN_ROWS, argument, is_call, value
 from ..recognise.streams import calls
 from .accounting import origin
 
@@ -76,6 +76,8 @@ class Sent:
         """What `node`, a collective or a fused operation, sends."""
         if node.name in self.index and self.targets[node.name] is node.target:
             return f"#{self.index[node.name]}"
+        if node.meta.get(OWN_ROWS):  # of two that the same boundary adds, either may come first
+            return f"own rows, #{self.index.get(origin(node), 0)}"
         source = _input(node)
         if not isinstance(source, fx.Node):
             return "?"
@@ -94,7 +96,7 @@ class Sent:
         stands before its sum: those whose values the ranks compare before the first run, in the order in which what is
         sent reads them. Sizes of the tensors that the program sums are not among them: they are equal or nothing runs,
         and change with the rows."""
-        if self.by(node).startswith("#"):
+        if self.by(node).startswith(("#", "own rows")):
             return ()
         return tuple(input_index(current) for current in self._read(self._needed(_input(node))))
 
