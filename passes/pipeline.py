@@ -24,9 +24,9 @@ from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Report, Transfer
 
 from .facts.collectives import Collective, ResolveGroup, find_collectives, is_collective
-from .facts.graph import use_positions
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .plan.sites import REWRITES, Decisions, plan
+from .recognise.hazards import Hazards
 from .recognise.known import Known
 from .recognise.norms import find_norms
 from .recognise.sites import Recognition
@@ -34,8 +34,9 @@ from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
 from .rewrite.merge_backward import merge_all_reduces
-from .rewrite.normalise import drop_copies
+from .rewrite.normalise import normalise
 from .rewrite.relayout import Choice, relayout
+from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.accounting import origin
 from .verdict.names import module_name
@@ -169,8 +170,7 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
 def _normalise(graph: fx.Graph, context: Context) -> Verdicts:
     """Write calls the way the recognisers read them, and say what is to be said of the graph as the program wrote it;
     that a boundary is fused is said once it is."""
-    use_positions(graph)
-    drop_copies(graph)
+    normalise(graph)
     recognition = context.known.recognition
     accounting.mark(recognition.collectives)
     context.norms = len(recognition.norms)
@@ -253,6 +253,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     """Put what the steps inserted in order, and tell it what the whole graph is told."""
     if context.rewritten:
         restore_order(graph)
+        settle_strides(graph, at_once=bool(Hazards(graph).writes))
         if context.options.batch_invariant:
             for node in graph.nodes:
                 if calls(node, "tpfuse::all_reduce_norm"):

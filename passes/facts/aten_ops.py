@@ -37,6 +37,15 @@ VIEWS = {
     aten.flatten.using_ints,
 }
 
+#: Those among them that keep shape and order: a copy, or another name.
+COPIES_OF_VALUES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+}
+
 #: The views among them that may put elements into another order.
 REORDERINGS = {aten.permute.default, aten.transpose.int, aten.t.default}
 

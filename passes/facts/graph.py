@@ -177,9 +177,13 @@ def row_major(node: fx.Node) -> bool:
 
 def same_strides(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes of one shape surely have equal strides wherever a stride means something."""
-    va, vb = val(a), val(b)
-    return any(same_size(size, 0) for size in va.shape) or all(
-        same_size(size, 1) or same_size(x, y) for size, x, y in zip(va.shape, va.stride(), vb.stride(), strict=True)
+    return strides_agree(val(a), val(b))
+
+
+def strides_agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The same of two tensors."""
+    return any(same_size(size, 0) for size in a.shape) or all(
+        same_size(size, 1) or same_size(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 

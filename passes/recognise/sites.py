@@ -18,11 +18,8 @@ from ..facts.graph import (
     is_float,
     last_dim,
     region_between,
-    row_major,
     same_shape,
     same_size,
-    same_strides,
-    tensor_inputs,
     val,
     value,
     why_unusual,
@@ -248,11 +245,6 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> s
         return problem
     if not same_size(last_dim(hidden), last_dim(norm.source)):
         return "a view between the all-reduce and the norm changes the last dimension"
-    for node in total.interior:
-        dtypes = {read.dtype for child in tensor_inputs(node) if (read := value(child)) is not None}
-        if is_call(node, ops.ADDS | ops.SUBS) and len(dtypes) > 1:
-            mixed = " and ".join(sorted(map(str, dtypes)))
-            return f"an addition before the norm mixes {mixed}; cast one side explicitly"
     if not all(math.isfinite(term.scale) for term in total.terms):
         return "the numbers that the all-reduced sum is multiplied by have a product that is not finite"
     if any(abs(term.scale) < sys.float_info.min for term in total.owed):
@@ -310,7 +302,7 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
 
 
 def _values_problem(site: Site, total: Sum) -> str:
-    """Whether every tensor that the fused operation reads or gives is a plain one, on one device, laid out in rows."""
+    """Whether every tensor that the fused operation reads or gives is a plain one, on one device."""
     norm, hidden = site.norm, site.hidden
     out = site.add_after if site.add_after is not None else norm.output
     named = [("the hidden states", hidden), ("the normed value", out), ("the norm's input", norm.source)]
@@ -333,18 +325,8 @@ def _values_problem(site: Site, total: Sum) -> str:
     for node in total.interior:
         if any("val" not in parent.meta for parent in node.all_input_nodes):
             return f"an input of {node.target} has no fake value (meta['val'])"
-    return _strides_problem(norm, hidden, out)
-
-
-def _strides_problem(norm: Norm, hidden: fx.Node, out: fx.Node) -> str:
-    """The fused operation gives compact rows, and the views between hidden states and norm are repeated on those."""
-    compact = row_major(hidden)
-    # Rows chosen out of a larger tensor may be handed out compact; another order of the dimensions may not.
-    if not compact and not (norm.source is hidden and is_call(hidden, ops.SELECTIONS)):
-        strides = tuple(val(hidden).stride())
-        return f"the hidden states do not lie in memory row after row: their strides are {strides}"
-    if not same_shape(out, norm.source) or not (same_strides(out, norm.source) if compact else row_major(out)):
-        return "the normed value has another shape or other strides than what is normalised"
+    if not same_shape(out, norm.source):
+        return "the normed value has another shape than what is normalised"
     return ""
 
 

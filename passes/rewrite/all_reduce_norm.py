@@ -35,6 +35,7 @@ from ..facts.graph import (
 )
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
+from .strides import hand_over
 
 aten = ops.aten
 
@@ -245,14 +246,14 @@ def _hand_out(
 
     chain = _view_chain(norm.source, hidden)
     normed = replay(graph, [Step(view) for view in chain], next_output())
-    out.replace_all_uses_with(_cast_like(graph, normed, out), propagate_meta=False)
+    hand_over(out, _cast_like(graph, normed, out))
     if wanted.hidden:
-        hidden.replace_all_uses_with(next_output(), propagate_meta=False)
+        hand_over(hidden, next_output())
     if wanted.total:
         total = next_output()
         for wait, collective in waits.items():
             if wait is not hidden:
-                wait.replace_all_uses_with(_shaped_like(graph, total, collective.input), propagate_meta=False)
+                hand_over(wait, _shaped_like(graph, total, collective.input))
     if wanted.mean or wanted.rstd:
         statistics: list[tuple[fx.Node | None, fx.Node]] = []
         if norm.kind == "layer_norm":
@@ -260,18 +261,18 @@ def _hand_out(
         statistics.append((norm.rstd, next_output()))
         for old, new in statistics:
             if old is not None and old.users:
-                # Statistics of a single row may have no dimension at all.
-                if chain or val(old).dim() == 0:
-                    sizes = [*sizes_of(graph, normed)[:-1], 1] if val(old).dim() else []
+                # Statistics may lack the last dimension; those of a single row may have none at all.
+                if chain or val(old).dim() != val(new).dim():
+                    sizes = [*sizes_of(graph, normed)[:-1], 1][: val(old).dim()]
                     new = insert_call(graph, aten.reshape.default, (new, sizes), like=old)
-                old.replace_all_uses_with(_cast_like(graph, new, old), propagate_meta=False)
+                hand_over(old, _cast_like(graph, new, old))
 
 
 def _view_chain(source: fx.Node, hidden: fx.Node) -> list[fx.Node]:
     """The views that lead from `hidden` to the norm's source, in the order in which they apply."""
     chain: list[fx.Node] = []
     while source is not hidden:
-        if is_call(source, ops.VIEWS):
+        if is_call(source, ops.VIEWS - ops.COPIES_OF_VALUES):
             chain.append(source)
         source = input_node(source)
     return chain[::-1]

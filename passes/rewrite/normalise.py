@@ -1,6 +1,11 @@
-"""An in-place `dist.all_reduce` in the form that the recogniser reads.
+"""Other spellings of a sum, in the form that the recogniser reads.
 
-torch.export keeps the write that the user wrote:
+*Waited for twice*, as `funcol.wait_tensor(funcol.all_reduce(x))` is: the first wait is enough.
+
+*Leading dimensions of size 1*. A sum [S, H] that is added to hidden states [1, S, H] is broadcast to nothing but
+itself, so it is viewed as [1, S, H] first.
+
+*In place.* torch.export keeps the write that the user wrote:
 
     y = mm(...)                        y = mm(...)
     s = wait(all_reduce(y))       →    s = wait(all_reduce(y))
@@ -17,7 +22,64 @@ from torch import fx
 from tpfuse._torch_private import operator_schema, storage_identity
 
 from ..facts import aten_ops as ops
-from ..facts.graph import same_shape, same_strides, val, value
+from ..facts.collectives import is_collective
+from ..facts.graph import insert_call, same_shape, same_size, same_strides, use_positions, val, value
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Bring `graph` into the form that the recogniser reads. Changes `graph`; what it computes stays."""
+    use_positions(graph)
+    wait_once(graph)
+    drop_copies(graph)
+    view_leading_ones(graph)
+
+
+def wait_once(graph: fx.Graph) -> None:
+    """Let what waits for a collective a second time read the first wait's result."""
+    first: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not ops.WAIT or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if source.target is not ops.WAIT and (not is_collective(source) or source not in first):
+            first[source] = node
+            continue
+        node.replace_all_uses_with(source if source.target is ops.WAIT else first[source], propagate_meta=False)
+        graph.erase_node(node)
+
+
+#: What a sum may go through and still be one that is added to something.
+_LINEAR = ops.VIEWS | ops.SELECTIONS | ops.CASTS | ops.ROW_SUMS | ops.ADDS | ops.SUBS | ops.MULS | ops.DIVS
+
+
+def view_leading_ones(graph: fx.Graph) -> None:
+    """Where a sum is added to (or multiplied by) a value that has leading dimensions of size 1 besides, view it so."""
+    carrying: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.target is ops.WAIT:
+            carrying.add(node)
+        if node.op != "call_function" or node.target not in _LINEAR or carrying.isdisjoint(node.all_input_nodes):
+            continue
+        carrying.add(node)
+        if node.target in ops.ADDS | ops.SUBS | ops.MULS | ops.DIVS:
+            for position, child in enumerate(node.args[:2]):
+                missing = _leading_ones(node, child) if child in carrying else 0
+                with graph.inserting_before(node):
+                    for _ in range(missing):
+                        child = insert_call(graph, ops.aten.unsqueeze.default, (child, 0), like=node)
+                if missing:
+                    node.update_arg(position, child)
+                    carrying.add(child)
+
+
+def _leading_ones(node: fx.Node, child: fx.Node) -> int:
+    """How many leading dimensions of size 1 the shape of `node` has more than that of `child`, where that is all."""
+    whole, part = value(node), value(child)
+    if whole is None or part is None or part.dim() == 0 or part.dim() >= whole.dim():
+        return 0
+    missing = whole.dim() - part.dim()
+    sizes = zip(whole.shape, (1,) * missing + tuple(part.shape), strict=True)
+    return missing if all(same_size(x, y) for x, y in sizes) else 0
 
 
 def drop_copies(graph: fx.Graph) -> None:

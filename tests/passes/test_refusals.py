@@ -99,12 +99,16 @@ def test_a_norm_over_two_dimensions(four_ranks):
     assert "not over the last one only" in verdict.reason
 
 
-def test_mixed_dtypes(four_ranks):
+def test_an_addition_of_mixed_dtypes_is_fused_in_the_wider_one(four_ranks):
     def run(x, r, weight, bias):
         return spellings.rms_llama(all_reduce(x) + r.double(), weight, bias)
 
-    (verdict,) = refused(run).boundaries
-    assert "torch.float32" in verdict.reason and "torch.float64" in verdict.reason
+    partials, *rest = inputs(0, torch.float32)
+    before = trace(run, partials[0], *rest)
+    after, report = fused(before)
+    assert len(report.fused) == 1
+    expected, got = on_ranks(before, 4, partials, *rest), on_ranks(after, 4, partials, *rest)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # float64's, not float32's
 
 
 def test_an_operator_in_the_way_is_named(four_ranks):
