@@ -37,11 +37,13 @@ class Owed:
 
     `used_alone`: something besides this norm's own addition needs this sum by itself.
     `fed_by_others`: its partial input is computed from another of the site's sums, so that one must be paid first.
+    `added_wider`: it is added up in a finer dtype than it is sent in, and not rounded to that again.
     """
 
     collective: Collective
     used_alone: bool
     fed_by_others: bool
+    added_wider: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def _owed(term: Term, total: Sum, owed: dict[fx.Node, Collective]) -> Owed:
     # A node between this sum and the total that something else reads is a use of this sum by itself, too.
     below = _between(term.leaf, inside)
     used_alone = used_alone or any(user not in inside for node in below - {total.root} for user in node.users)
-    return Owed(collective, used_alone, depends_on(collective.input, others))
+    added_wider = term.joins is not None and term.stays_wider(term.joins, total.root)
+    return Owed(collective, used_alone, depends_on(collective.input, others), added_wider)
 
 
 def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
@@ -276,7 +279,7 @@ def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, str]]:
     found: dict[fx.Node, tuple[Owed, str]] = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        reason = _step_problem(term, owed, leaves, parting)
+        reason = _step_problem(term, owed, leaves, parting) or _rounded_more(term, total.root)
         if reason:
             found.setdefault(term.leaf, (owed, reason))
     return list(found.values())
@@ -298,6 +301,18 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
             f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
             "only one of the two could be had from a fused operation"
         )
+    return ""
+
+
+def _rounded_more(term: Term, root: fx.Node) -> str:
+    """What is computed of a sum in float32 would be rounded to what is sent, on every rank, in front of the sum."""
+    for step in term.steps:
+        if not step.moves_only and term.stays_wider(step.node, root):
+            wide, sent = val(step.node).dtype, val(term.leaf).dtype
+            return (
+                f"{step.node.target} makes a {wide} value of the all-reduced sum, which is {sent}; in front of the sum "
+                f"its result would be rounded to {sent} on every rank. Cast the result, or reduce in {wide}"
+            )
     return ""
 
 

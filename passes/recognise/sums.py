@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
@@ -40,6 +41,11 @@ class Step:
     @property
     def is_gate(self) -> bool:
         return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS | ops.CASTS)
+
+    @property
+    def moves_only(self) -> bool:
+        """Whether the step computes nothing: a view, or a choice of elements."""
+        return is_call(self.node, ops.VIEWS | ops.SELECTIONS)
 
     @property
     def reshapes(self) -> bool:
@@ -80,6 +86,17 @@ class Term:
         """Whether the leaf's value can be had back from the sum's shape: no gate, no choice of rows, no new order."""
         return all(step.reshapes for step in self.steps)
 
+    def stays_wider(self, at: fx.Node, root: fx.Node) -> bool:
+        """Whether what the leaf has become at `at`, a node between it and `root`, is of a finer dtype than the leaf and
+        is not rounded to the leaf's before somebody reads `root`."""
+        dtype = val(self.leaf).dtype
+        if not finer(val(at).dtype, dtype):
+            return False
+        casts = [step.node for step in self.path if at < step.node and is_call(step.node, ops.CASTS)]
+        if any(not finer(val(cast).dtype, dtype) for cast in casts):
+            return False
+        return not all(is_call(user, ops.CASTS) and not finer(val(user).dtype, dtype) for user in root.users)
+
     def is_row_vector_of(self, root: fx.Node) -> bool:
         """Whether the leaf adds one number per hidden unit, the same in every row of `root`: a bias."""
         vector = value(self.leaf)
@@ -90,6 +107,11 @@ class Term:
             and same_size(vector.shape[0], last_dim(root))
             and all(step.reshapes and same_size(last_dim(step.node), vector.shape[0]) for step in self.steps)
         )
+
+
+def finer(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype rounds less than another."""
+    return torch.finfo(one).eps < torch.finfo(other).eps
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
@@ -161,17 +162,30 @@ def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Col
 def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -> tuple[fx.Node | None, fx.Node | None]:
     """(a bias per hidden unit, the residual): everything that is added to the sums, each as one tensor or None."""
     vector = residual = None
+    vectors = {term for term in total.replicated if term.is_row_vector_of(total.root)}
     for term in total.replicated:
-        if term.is_row_vector_of(total.root):
-            vector = added(graph, vector, scaled(graph, term.leaf, term.scale))
+        node, alone = term.leaf, len(vectors if term in vectors else set(total.replicated) - vectors) == 1
+        if not alone or term.scale != 1.0 or any(not step.moves_only for step in term.steps):
+            # What stands in front of the operation must be as exact as the graph was; the operation itself is.
+            node = _widened(graph, node, total)
+        if term in vectors:
+            vector = added(graph, vector, scaled(graph, node, term.scale))
             continue
-        node = term.leaf
         if term.joins is not None and not same_shape(node, term.joins):
             # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
             sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
         residual = added(graph, residual, scaled(graph, replay(graph, term.steps, node), term.scale))
     return vector, residual
+
+
+def _widened(graph: fx.Graph, node: fx.Node, total: Sum) -> fx.Node:
+    """`node` in the widest dtype that the graph adds up in."""
+    widest = reduce(torch.promote_types, (val(node).dtype for node in {*total.interior, total.root}))
+    wider = torch.promote_types(val(node).dtype, widest)
+    if wider == val(node).dtype:
+        return node
+    return insert_call(graph, ops.prims.convert_element_type.default, (node, wider), like=node)
 
 
 def _partial_shaped_like(node: fx.Node, waits: dict[fx.Node, Collective]) -> fx.Node | None:

@@ -33,6 +33,8 @@ _EXACT = {
     "aten::view_as_complex",
     "aten::view_as_real",
     "aten::unfold",
+    "prims::as_strided",
+    "prims::as_strided_scatter",
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 

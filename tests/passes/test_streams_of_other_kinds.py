@@ -77,5 +77,51 @@ def test_the_boundary_fuses_and_its_outputs_keep_strides_dtypes_and_numbers(four
     was, now = on_ranks(before, four_ranks, partials, *rest), on_ranks(after, four_ranks, partials, *rest)
     for old, new, reference in zip(was, now, exact, strict=True):
         assert [(t.dtype, t.shape, t.stride()) for t in new] == [(t.dtype, t.shape, t.stride()) for t in old]
-        for a, b in zip(relative_error(new, reference), relative_error(old, reference), strict=True):
-            assert a <= 1.1 * b + torch.finfo(dtype).eps / 2
+        for out, a, b in zip(new, relative_error(new, reference), relative_error(old, reference), strict=True):
+            assert a <= 1.1 * b + torch.finfo(out.dtype).eps / 2
+
+
+def two_wide_sums(x, r, weight):
+    """Added up in float32: as one they would be rounded to bfloat16 once more on every rank."""
+    h = r.float() + all_reduce(x) + all_reduce(x.flip(0))
+    return norm(h, weight.float()), h
+
+
+def wide_gate(x, r, weight):
+    h = all_reduce(x) * r[..., :1].float() + r
+    return norm(h, weight.float()), h
+
+
+def wide_row_sum(x, r, weight):
+    h = all_reduce(x).float().sum(1) + r[:, 0]
+    return norm(h, weight.float()), h
+
+
+def wide_sums_rounded(x, r, weight):
+    h = (all_reduce(x).float() + all_reduce(x.flip(0)).float()).to(x.dtype) + r
+    return norm(h, weight), h
+
+
+@pytest.mark.parametrize(
+    ("run", "wide", "own"),
+    [(two_wide_sums, 1, 2), (wide_gate, 0, 1), (wide_row_sum, 0, 1), (wide_sums_rounded, 2, 2)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_nothing_is_rounded_in_front_of_a_sum_that_was_not_rounded_behind_it(four_ranks, run, wide, own):
+    """`wide`, `own`: how many boundaries are fused where the sum is bfloat16, and where it is float32 itself."""
+    for dtype, count in ((torch.bfloat16, wide), (torch.float32, own)):
+        old, new = [], []
+        for seed in range(20):
+            torch.manual_seed(seed)
+            partials = [torch.randn(3, 5, H).to(dtype) for _ in range(four_ranks)]
+            rest = torch.randn(3, 5, H).to(dtype), (torch.randn(H) + 1).to(dtype)
+            if not seed:
+                before, exact = trace(run, partials[0], *rest), trace(run, *(t.double() for t in (partials[0], *rest)))
+                after, report = fused(before, strict=True)
+                assert len(report.fused) == count, report
+            reference = on_ranks(exact, four_ranks, [p.double() for p in partials], *(t.double() for t in rest))[0]
+            results = [on_ranks(gm, four_ranks, partials, *rest)[0] for gm in (before, after)]
+            old.append(relative_error(results[0], reference))
+            new.append(relative_error(results[1], reference))
+        roundings = torch.tensor([torch.finfo(t.dtype).eps / 2 for t in results[0]])
+        assert (torch.tensor(new).mean(0) <= 1.1 * torch.tensor(old).mean(0) + roundings).all(), report
