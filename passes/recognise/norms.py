@@ -13,9 +13,7 @@ cast, and Gemma's `1 + weight`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -34,11 +32,20 @@ from ..facts.graph import (
     val,
     value,
 )
+from .statistics import (
+    TRANSPARENT,
+    Moments,
+    keeps_order,
+    moments,
+    moments_of_squares,
+    one_a_row,
+    repeats_over_rows,
+    root_of,
+    strip_views,
+    vector_norm,
+)
 
 aten = ops.aten
-
-#: Leave the value as it is, up to rounding.
-_TRANSPARENT = ops.CASTS | {aten.alias.default, aten.detach.default, aten.clone.default}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ def whole_norm(node: fx.Node) -> Norm | None:
 #: The operators that an inverse square root ends in, or a division by a square root.
 _ANCHORS = {aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.sqrt.default}
 _ANCHORS |= {in_place for in_place, twin in ops.IN_PLACE_TWINS.items() if twin in _ANCHORS}
+_ANCHORS |= {aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim}
+#: `F.normalize` divides by max(|x|, least). As eps the square of a number as small changes only rows whose every
+#: element is smaller still.
+_LARGEST_LEAST = 1e-10
 
 
 def written_out_norm(node: fx.Node) -> Norm | None:
@@ -116,48 +127,55 @@ def written_out_norm(node: fx.Node) -> Norm | None:
         return None
     radicand, divides = inverse
     statistic, eps = _split_eps(radicand)
-    if statistic is None:
+    found = moments(statistic) if radicand is not node else moments_of_squares(vector_norm(node))
+    if found is None:
         return None
-    moments = _mean_of_squares(statistic) or _variance(statistic)
-    if moments is None:
-        return None
-    kind, centred, source, mean, problem = moments
-    scaled = _scaled_by(node, centred, divides)
+    scaled = _scaled_by(node, found, divides)
     if scaled is None:
         return None
-    norm = Norm(kind, source, scaled, eps, mean=mean, rstd=None if divides else node, problem=problem)
-    return _with_affine(norm)
-
-
-# -- the statistics ---------------------------------------------------------------------------------------------------
+    factor, size = scaled.factor, last_dim(found.source)
+    if scaled.least:
+        if isinstance(eps, fx.Node) or eps or scaled.least > _LARGEST_LEAST or not found.total:
+            return None
+        eps = scaled.least**2
+    if found.total:
+        if not isinstance(size, int) or not size or isinstance(eps, fx.Node):
+            return None
+        eps, factor = eps / size, factor / math.sqrt(size)
+    rstd = None if divides or found.total or not _of_rows(node, scaled.source) else node
+    mean = found.mean if found.mean is not None and _of_rows(found.mean, scaled.source) else None
+    norm = Norm(found.kind, scaled.source, scaled.output, eps, mean=mean, rstd=rstd, problem=found.problem)
+    return _with_affine(norm, factor)
 
 
 def _inverse_square_root(node: fx.Node) -> tuple[fx.Node, bool] | None:
-    """(radicand, whether the value is later divided by `node` rather than multiplied)."""
+    """(radicand, whether the value is later divided by `node` rather than multiplied); of a vector norm, itself."""
     if is_call(node, aten.rsqrt.default):
         return input_node(node), False
     if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5:
         return input_node(node), False
-    if is_call(node, aten.reciprocal.default) and is_call(node.args[0], aten.sqrt.default):
-        return input_node(node.args[0]), False
-    if is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5):
-        return input_node(node), True
-    return None
+    if is_call(node, aten.reciprocal.default):
+        radicand = root_of(node.args[0])
+        return (radicand, False) if radicand is not None else None
+    if vector_norm(node) is not None:
+        return node, True
+    radicand = root_of(node)
+    return (radicand, True) if radicand is not None else None
 
 
-def _split_eps(radicand: fx.Node) -> tuple[fx.Node | None, float | fx.Node]:
-    """`statistic + eps` in either order; eps is a number or a 0-d tensor."""
+def _split_eps(radicand: fx.Node) -> tuple[fx.Node, float | fx.Node]:
+    """`statistic + eps` in either order, eps a number or a 0-d tensor; or the statistic alone."""
     if not is_call(radicand, ops.ADDS) or len(radicand.args) < 2 or radicand.kwargs.get("alpha", 1) != 1:
-        return None, 0.0
+        return radicand, 0.0
     for statistic, eps in (radicand.args[:2], radicand.args[1::-1]):
         if not isinstance(statistic, fx.Node):
             continue
         if is_number(eps):
             return statistic, float(eps)
         if isinstance(eps, fx.Node) and _is_scalar(eps):
-            root = strip(eps, _TRANSPARENT)
+            root = strip(eps, TRANSPARENT)
             return statistic, root if value(root) is not None else eps
-    return None, 0.0
+    return radicand, 0.0
 
 
 def _is_scalar(node: fx.Node) -> bool:
@@ -165,140 +183,78 @@ def _is_scalar(node: fx.Node) -> bool:
     return val is not None and val.dim() == 0
 
 
-def _mean_of(node: fx.Node) -> tuple[fx.Node, str] | None:
-    """(the value averaged, problem) if `node` averages over dimensions: mean, or a sum divided by the size."""
-    node = strip(node, _TRANSPARENT)
-    if is_call(node, aten.mean.dim):
-        return input_node(node), _dims_problem(node)
-    if not is_call(node, ops.DIVS | ops.MULS) or len(node.args) < 2:
-        return None
-    divided, factor = strip(node.args[0], _TRANSPARENT), node.args[1]
-    if not is_call(divided, aten.sum.dim_IntList):
-        return None
-    size = last_dim(input_node(divided))
-    return (input_node(divided), _dims_problem(divided)) if _divides_by(node, factor, size) else None
-
-
-def _divides_by(node: fx.Node, factor: object, size: Any) -> bool:
-    """Whether dividing (or multiplying) by `factor` divides by `size`, a number or a symbol."""
-    if is_call(node, ops.DIVS) and isinstance(factor, fx.Node):
-        return same_size(factor.meta.get("val"), size)
-    if not is_number(factor) or not isinstance(size, int) or not size or not factor:
+def _of_rows(statistic: fx.Node, source: fx.Node) -> bool:
+    """Whether a statistic has the rows' shape, with or without a last dimension of size 1."""
+    numbers, rows = value(statistic), value(source)
+    if numbers is None or rows is None:
         return False
-    return math.isclose(factor if is_call(node, ops.DIVS) else 1 / factor, size, rel_tol=1e-6)
-
-
-def _dims_problem(reduction: fx.Node) -> str:
-    dims, keepdim = argument(reduction, "dim"), argument(reduction, "keepdim", False)
-    dims = [dims] if isinstance(dims, int) else dims
-    if dims is not None and not all(isinstance(d, int) for d in dims):
-        return "the dimensions that the norm runs over are computed in the graph"
-    val = value(reduction.args[0])
-    rank = val.dim() if val is not None else 0
-    if dims is None or [d % rank if rank else d for d in dims] != [rank - 1]:
-        return f"the norm runs over dimensions {list(dims) if dims is not None else 'all'}, not over the last one only"
-    if not keepdim and rank > 1:
-        return "the norm's statistics drop the last dimension (keepdim=False)"
-    return ""
-
-
-def _squared(node: fx.Node) -> fx.Node | None:
-    node = strip(node, _TRANSPARENT)
-    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
-        return input_node(node)
-    if is_call(node, aten.square.default):
-        return input_node(node)
-    if is_call(node, ops.MULS) and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
-        left, right = (strip(a, _TRANSPARENT) for a in node.args[:2])
-        if left is right:
-            return input_node(node)
-    return None
-
-
-_Moments = tuple[str, fx.Node, fx.Node, "fx.Node | None", str]
-
-
-def _mean_of_squares(statistic: fx.Node) -> _Moments | None:
-    """mean(x^2): RMSNorm's statistic, or LayerNorm's when x is `v - mean(v)`."""
-    averaged = _mean_of(statistic)
-    if averaged is None:
-        return None
-    squared, problem = averaged
-    root = _squared(squared)
-    if root is None:
-        return None
-    source = strip(root, _TRANSPARENT)
-    if _subtracts_value(source):
-        mean = strip(source.args[1], _TRANSPARENT)
-        inner = _mean_of(mean)
-        if inner is not None and strip(inner[0], _TRANSPARENT) is strip(source.args[0], _TRANSPARENT):
-            return "layer_norm", source, strip(source.args[0], _TRANSPARENT), mean, problem or inner[1]
-    return "rms_norm", source, source, None, problem
-
-
-def _variance(statistic: fx.Node) -> _Moments | None:
-    """var(x) from `var_mean` or `var`, uncorrected: LayerNorm's statistic. The centred value is `x - mean`."""
-    node = strip(statistic, _TRANSPARENT)
-    pair = input_node(node) if node.target is ops.operator.getitem and node.args[1] == 0 else None
-    if is_call(node, aten.var.correction) or is_call(node, aten.var.dim):
-        reduction = node
-    elif is_call(pair, aten.var_mean.correction):
-        reduction = pair
-    else:
-        return None
-    correction = argument(reduction, "correction")
-    if is_call(reduction, aten.var.dim):
-        correction = 1 if argument(reduction, "unbiased", True) else 0
-    problem = _dims_problem(reduction)
-    if correction != 0:
-        problem = problem or f"the norm's variance is corrected by {1 if correction is None else correction}, not 0"
-    source = strip(input_node(reduction), _TRANSPARENT)
-    for candidate in _through_casts(input_node(reduction), source):
-        for user in candidate.users:
-            if _subtracts_value(user) and user.args[0] is candidate:
-                mean = strip(user.args[1], _TRANSPARENT)
-                from_pair = mean.target is ops.operator.getitem and mean.args == (pair, 1)
-                averaged = None if from_pair else _mean_of(mean)
-                if from_pair or (averaged is not None and strip(averaged[0], _TRANSPARENT) is source):
-                    return "layer_norm", user, source, mean, problem or (averaged[1] if averaged else "")
-    return None
-
-
-def _subtracts_value(node: fx.Node) -> bool:
-    """Whether `node` is one value minus another, once."""
-    if not is_call(node, ops.SUBS) or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
-        return False
-    return all(isinstance(side, fx.Node) for side in node.args[:2])
-
-
-def _through_casts(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
-    """`source` and every cast of it, `node` first."""
-    yield node
-    pending = [source]
-    while pending:
-        current = pending.pop()
-        if current is not node:
-            yield current
-        pending.extend(user for user in current.users if is_call(user, _TRANSPARENT))
+    flat = numbers.dim() == rows.dim() - 1 and all(map(same_size, numbers.shape, rows.shape[:-1]))
+    return flat or one_a_row(statistic, source)
 
 
 # -- from the statistics to the output --------------------------------------------------------------------------------
 
 
-def _scaled_by(inverse: fx.Node, centred: fx.Node, divides: bool) -> fx.Node | None:
-    """The node `centred * inverse` (or `centred / inverse`), looking through casts of both."""
-    wanted = ops.DIVS if divides else ops.MULS
-    root = strip(centred, _TRANSPARENT)
-    for factor in _through_casts(inverse, inverse):
-        for user in factor.users:
-            if not is_call(user, wanted) or len(user.args) < 2:
-                continue
-            left, right = user.args[:2]
-            other = left if right is factor else right
-            if divides and right is not factor:
-                continue
-            if isinstance(other, fx.Node) and _same_value(strip(other, _TRANSPARENT), root):
-                return user
+@dataclass(frozen=True)
+class _Scaled:
+    """`output` = source (or what is centred) * `factor` / root; `least`: where the root is max(root, least), else 0."""
+
+    output: fx.Node
+    source: fx.Node
+    factor: float
+    least: float = 0.0
+
+
+def _scaled_by(inverse: fx.Node, found: Moments, divides: bool) -> _Scaled | None:
+    """Where `found.centred` is multiplied by `inverse`, or divided by it, over casts, views and numbers."""
+    pending: list[tuple[fx.Node, float, float]] = [(inverse, 1.0, 0.0)]
+    while pending:
+        node, factor, least = pending.pop(0)
+        further = []
+        for user in node.users:
+            times = _times_number(user)
+            if is_call(user, TRANSPARENT) or keeps_order(user) or repeats_over_rows(user):
+                further.append((user, factor, least))
+            elif times is not None:
+                further.append((user, factor * times[1], least))
+            elif divides and is_call(user, aten.clamp_min.default) and factor > 0 and is_number(user.args[1]):
+                further.append((user, factor, float(user.args[1]) / factor))
+            elif (output := _scales(user, node, found, divides)) is not None:
+                source, times = output
+                return _Scaled(user, source, times / factor if divides else times * factor, least)
+        pending = further + pending
+    return None
+
+
+def _scales(user: fx.Node, factor: fx.Node, found: Moments, divides: bool) -> tuple[fx.Node, float] | None:
+    """(what is normalised, the number it was multiplied by before) if `user` scales `found.centred` by `factor`."""
+    if not is_call(user, ops.DIVS if divides else ops.MULS) or len(user.args) < 2:
+        return None
+    left, right = user.args[:2]
+    other = left if right is factor else right
+    if not isinstance(other, fx.Node) or (divides and right is not factor):
+        return None
+    if not found.problem and not one_a_row(factor, other):
+        return None
+    rows, times = strip(other, TRANSPARENT), 1.0
+    while not _same_value(rows, found.centred):
+        below = _times_number(rows)
+        if below is None:
+            alike = found.centred is found.source and same_size(last_dim(rows), last_dim(found.source))
+            return (rows, times) if alike and strip_views(rows) is strip_views(found.source) else None
+        rows, times = strip(below[0], TRANSPARENT), times * below[1]
+    return found.source, times
+
+
+def _times_number(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, number) if `node` is x times a number, or divided by one."""
+    if not is_call(node, ops.MULS | ops.DIVS) or len(node.args) < 2 or not is_float(node):
+        return None
+    left, right = node.args[:2]
+    if isinstance(left, fx.Node) and is_number(right) and right:
+        return left, float(right) if is_call(node, ops.MULS) else 1.0 / right
+    if is_call(node, ops.MULS) and isinstance(right, fx.Node) and is_number(left) and left:
+        return right, float(left)
     return None
 
 
@@ -308,27 +264,35 @@ def _same_value(a: fx.Node, b: fx.Node) -> bool:
         return True
     if not (is_call(a, ops.SUBS) and is_call(b, ops.SUBS)) or a.target is not b.target or a.kwargs != b.kwargs:
         return False
-    return all(strip(x, _TRANSPARENT) is strip(y, _TRANSPARENT) for x, y in zip(a.args, b.args, strict=True))
+    return all(strip(x, TRANSPARENT) is strip(y, TRANSPARENT) for x, y in zip(a.args, b.args, strict=True))
 
 
-def _with_affine(norm: Norm) -> Norm:
-    """Extend the output over casts, one multiplication by a weight and one addition of a bias.
+def _with_affine(norm: Norm, factor: float) -> Norm | None:
+    """Extend the output over casts, one multiplication by a weight and one addition of a bias; None where a `factor` is
+    left over that is not 1.
 
     A value used twice is followed along its last user that fits, which is the forward's: other users, such as
     backward's, keep the old chain alive, and that chain is computed from the statistics.
     """
     while True:
-        longer = next((step for user in norm.output.users if (step := _affine_step(norm, user)) is not None), None)
+        steps = (step for user in norm.output.users if (step := _affine_step(norm, user, factor)) is not None)
+        longer = next(steps, None)
         if longer is None:
-            return norm
-        norm = longer
+            return norm if _is_one(factor) else None
+        norm, factor = longer
 
 
-def _affine_step(norm: Norm, user: fx.Node) -> Norm | None:
+def _is_one(factor: float) -> bool:
+    return math.isclose(factor, 1.0, rel_tol=1e-6)
+
+
+def _affine_step(norm: Norm, user: fx.Node, factor: float) -> tuple[Norm, float] | None:
     at = norm.output
     if is_call(user, ops.CASTS):
         val = value(user)
-        return replace(norm, output=user) if val is not None and val.dtype in ops.FLOATS else None
+        return (replace(norm, output=user), factor) if val is not None and val.dtype in ops.FLOATS else None
+    if not _is_one(factor) and (times := _times_number(user)) is not None:
+        return replace(norm, output=user), factor * times[1]
     if len(user.args) < 2 or not same_shape(user, at):
         return None
     left, right = user.args[:2]
@@ -336,10 +300,12 @@ def _affine_step(norm: Norm, user: fx.Node) -> Norm | None:
     if not isinstance(vector, fx.Node) or vector is at or not _is_row_vector(vector, norm.source):
         return None
     if norm.weight is None and norm.bias is None and is_call(user, ops.MULS):
+        if not _is_one(factor) and (times := _times_number(vector)) is not None:
+            vector, factor = times[0], factor * times[1]
         weight, offset = _split_offset(vector)
-        return replace(norm, output=user, weight=weight, weight_offset=offset)
-    if norm.bias is None and is_call(user, ops.ADDS) and user.kwargs.get("alpha", 1) == 1:
-        return replace(norm, output=user, bias=vector)
+        return replace(norm, output=user, weight=weight, weight_offset=offset), factor
+    if norm.bias is None and is_call(user, ops.ADDS) and user.kwargs.get("alpha", 1) == 1 and _is_one(factor):
+        return replace(norm, output=user, bias=vector), factor
     return None
 
 
@@ -364,11 +330,11 @@ def _from_inputs(node: fx.Node, depth: int = 12) -> bool:
 
 def _split_offset(vector: fx.Node) -> tuple[fx.Node, float]:
     """Gemma's `1 + weight`: (weight, 1.0); anything else: (vector, 0.0)."""
-    node = strip(vector, _TRANSPARENT)
+    node = strip(vector, TRANSPARENT)
     if is_call(node, ops.ADDS) and len(node.args) > 1 and node.kwargs.get("alpha", 1) == 1:
         for weight, offset in (node.args[:2], node.args[1::-1]):
             if isinstance(weight, fx.Node) and is_number(offset):
-                root = strip(weight, _TRANSPARENT)
+                root = strip(weight, TRANSPARENT)
                 return (root if value(root) is not None else weight), float(offset)
     return vector, 0.0
 

@@ -58,6 +58,23 @@ def rms_sum_over_size(x, weight, bias):
     return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) / x.shape[-1] + EPS)).to(x.dtype) * weight
 
 
+def rms_einsum(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = torch.einsum("...h,...h->...", h, h)[..., None]
+    return (h * torch.rsqrt(squares / x.shape[-1] + EPS)).to(x.dtype) * weight
+
+
+def rms_regained_dimension(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (h * torch.rsqrt(h.pow(2).mean(-1) + EPS)[..., None]).to(x.dtype) * weight
+
+
+def rms_vector_norm(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return (h / torch.sqrt(length**2 / x.shape[-1] + EPS)).to(x.dtype) * weight
+
+
 def rms_with_bias(x, weight, bias):
     return rms_llama(x, weight, bias) + bias
 
@@ -91,6 +108,12 @@ def layer_centred_twice(x, weight, bias):
 def layer_with_variance(x, weight, bias):
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     h = (h - h.mean(-1, keepdim=True)) * torch.rsqrt(h.var(-1, keepdim=True, unbiased=False) + EPS)
+    return (h * weight + bias).to(x.dtype)
+
+
+def layer_regained_dimension(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    h = (h - h.mean(-1)[..., None]) / torch.sqrt(h.var(-1, unbiased=False) + EPS).unsqueeze(-1)
     return (h * weight + bias).to(x.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ..graphs import all_reduce, executed_collectives, fused, on_ranks, relative_error, trace
 from . import spellings
@@ -100,6 +101,55 @@ def test_graphs_of_torch_export(four_ranks, norm):
     assert [b.fused for b in report.boundaries] == [True], report
     expected, got = (on_ranks(gm, 4, partials, *rest)[0] for gm in (before, after))
     torch.testing.assert_close(got, expected)
+
+
+LENGTHS = [
+    lambda h, w: F.normalize(h, dim=-1) * HIDDEN**0.5 * w,
+    lambda h, w: F.normalize(h, dim=-1) * (w * HIDDEN**0.5),
+    lambda h, w: F.normalize(h, dim=-1) * HIDDEN**0.5 * (w + 1),
+    lambda h, w: h * HIDDEN**0.5 / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
+    lambda h, w: h / (h.norm(2, dim=-1, keepdim=True) * HIDDEN**-0.5) * w,
+    lambda h, w: F.normalize(h - h.mean(-1, keepdim=True), dim=-1) * HIDDEN**0.5 * w,
+]
+
+
+@pytest.mark.parametrize("norm", LENGTHS, ids=range(len(LENGTHS)))
+def test_rows_that_are_divided_by_their_length(four_ranks, norm):
+    def run(x, r, weight, bias):
+        h = all_reduce(x) + r
+        return norm(h, weight), h
+
+    (verdict,) = assert_error_rule(run, four_ranks, torch.float32).boundaries
+    assert verdict.fused, verdict.reason
+    partials, *rest = inputs(0, torch.float32)
+    partials, rest[0] = (
+        [p.index_fill(1, torch.tensor(0), 0) for p in partials],
+        rest[0].index_fill(1, torch.tensor(0), 0),
+    )
+    before = trace(run, partials[0], *rest, decompose=False)  # a row of zeros stays one
+    after, report = fused(before)
+    assert report.fused
+    expected, got = (on_ranks(gm, 4, partials, *rest)[0] for gm in (before, after))
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda h: F.normalize(h, dim=-1) * 2,
+        lambda h: F.normalize(h, dim=-1, eps=1e-3) * HIDDEN**0.5,
+        lambda h: F.normalize(h, dim=1) * HIDDEN**0.5,
+        lambda h: F.normalize(h, p=1, dim=-1) * HIDDEN**0.5,
+        lambda h: h * torch.rsqrt(torch.einsum("bsh,bsh->bh", h, h)[:, None] / HIDDEN + 1e-5),
+        lambda h: h * torch.rsqrt(h.pow(2).mean(-1).view(-1, 2).mT.reshape(3, 2, 1) + 1e-5).view(2, 3, 1),
+        lambda h: h[:, :2] * torch.rsqrt(h[:, :2].pow(2).mean(-1).mT[..., None] + 1e-5),
+    ],
+    ids=["another factor", "a large least", "another dim", "p = 1", "sums of columns", "rows moved", "rows transposed"],
+)
+def test_what_divides_rows_by_something_else_is_left(four_ranks, norm):
+    partials, *rest = inputs(0, torch.float32)
+    run = lambda x, r, weight, bias: norm(all_reduce(x) + r)  # noqa: E731
+    assert not fused(trace(run, partials[0], *rest))[1].fused
 
 
 def test_views_and_casts_between(four_ranks):
