@@ -19,11 +19,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from tpfuse.declared import Declaration
 from tpfuse.errors import FusionError
 from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Report, Transfer
 
 from .facts.collectives import Collective, ResolveGroup, find_collectives, is_collective
+from .facts.declared import as_declared, as_functional
+from .facts.group_names import with_group_names
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .plan.sites import REWRITES, Decisions, plan
 from .recognise.hazards import Hazards
@@ -43,6 +46,7 @@ from .verdict.names import module_name
 from .verdict.runs import NO_KERNEL, how_it_runs
 from .verdict.steps import dtype_and_hidden, find_steps
 from .verdict.subgraphs import collectives_inside
+from .verdict.undeclared import undeclared
 from .verdict.verdicts import verdicts
 
 log = logging.getLogger(__name__)
@@ -59,7 +63,7 @@ class PassOptions:
     where that is known; equal on all ranks. ranks: of the whole TP group, where they are known. batch_invariant: what
     every fused operation is told. split: the graph is the forward half of one that was split; the other half reads its
     outputs. as_written: where not empty, every rank goes on sending what the program wrote, for this reason: a boundary
-    is fused only where that changes nothing before its collective.
+    is fused only where that changes nothing before its collective. declared: other tools' all-reduces.
     """
 
     rewrites: tuple[str, ...] = REWRITES
@@ -69,13 +73,15 @@ class PassOptions:
     batch_invariant: bool = False
     split: bool = False
     as_written: str = ""
+    declared: tuple[Declaration, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The graph to use from here on (the given one where nothing was fused), its report, and the seconds it took.
 
-    `names`: of the collectives' nodes in the given graph, in the order of the report's verdicts.
+    `names`: of the collectives' nodes in the given graph, in the order of the report's verdicts (of what stands for
+    declared ones).
     """
 
     graph: fx.Graph
@@ -88,10 +94,16 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     """Fuse every boundary of `graph` that can be fused. `graph` itself is never changed."""
     options = options or PassOptions()
     began = time.perf_counter()
+    plain, left = as_functional(with_group_names(graph), options.declared)
     try:
-        changed, report = _through_steps(graph, resolve, options)
+        changed, report = _through_steps(plain, resolve, options)
+        changed = graph if changed is plain else changed
+        if plain is not graph:
+            as_declared(changed)
+        notes = [*report.notes, *left, *undeclared(graph, options.declared, resolve)]
+        report = replace(report, notes=notes)
     except Exception as error:
-        changed, report = graph, _report_of_failure(graph, resolve, error)
+        changed, report = graph, _report_of_failure(plain, resolve, error)
         if options.strict:
             raise FusionError(
                 f"strict=True, and an internal error of tpfuse keeps a graph as it was:\n{report}"
@@ -101,7 +113,7 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
         )
     seconds = time.perf_counter() - began
     log.info("%s (%.3f s)", report.summary(), seconds)
-    return Outcome(changed, report, seconds, tuple(node.name for node in graph.nodes if is_collective(node)))
+    return Outcome(changed, report, seconds, tuple(node.name for node in plain.nodes if is_collective(node)))
 
 
 # -- the way of a graph -----------------------------------------------------------------------------------------------

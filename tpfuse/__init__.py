@@ -1,7 +1,9 @@
 """tpfuse: fused all-reduce + residual + norm for tensor-parallel models under torch.compile."""
 
 from . import ops
+from .declared import register_all_reduce
 from .errors import (
+    DeclarationError,
     FusionError,
     OpError,
     OptionError,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Boundary",
     "CutReport",
+    "DeclarationError",
     "FusionError",
     "OpError",
     "OptionError",
@@ -53,6 +56,7 @@ __all__ = [
     "moe",
     "ops",
     "parallelize",
+    "register_all_reduce",
     "reports",
     "rows",
     "share_tp_group",

@@ -543,6 +543,35 @@ def operator_name(target: Any) -> str:
     return operator_full_name(target).split("::")[-1]
 
 
+def compiles_on_one_rank() -> bool:
+    """Whether graphs are kept free of what only one rank knows (2.13 and newer)."""
+    config = sys.modules.get("torch.distributed.config")
+    return bool(getattr(config, "compile_on_one_rank", False))
+
+
+def qualified_operator(op: Any) -> str:
+    """"ns::op" of torch.ops.ns.op or of what torch.library.custom_op returns, "ns::op.overload" of an overload; "" for
+    anything else.
+
+    If the names go: only an operator's name as a string is taken.
+    """
+    for name in ("_qualified_op_name", "_qualname"):
+        if isinstance(found := getattr(op, name, None), str):
+            return found
+    return f"{operator_full_name(op)}.{op._overloadname}" if isinstance(op, torch._ops.OpOverload) else ""
+
+
+def operator_overloads(name: str) -> list[Any]:
+    """The operators that are called "ns::op", or the one called "ns::op.overload"; none where there is none yet."""
+    namespace, _, rest = name.partition("::")
+    op, _, overload = rest.partition(".")
+    try:
+        packet = getattr(getattr(torch.ops, namespace), op)
+        return [getattr(packet, each) for each in ([overload] if overload else packet.overloads())]
+    except AttributeError:
+        return []
+
+
 def storage_identity(val: torch.Tensor) -> int | None:
     """What tells the storage of a tensor, fake ones included, from others; None for those without one (sparse).
 

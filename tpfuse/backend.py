@@ -18,11 +18,13 @@ from torch import fx
 
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
+from .declared import Declaration, declarations
 from .errors import FusionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .parallel.rows_check import checking, take_marks
 from .passes.facts.checkpoint import ASTRIDE
+from .passes.facts.declared import as_functional
 from .passes.facts.groups import resolve_group
 from .passes.pipeline import PassOptions, fuse
 from .passes.recognise.sites import backward_nodes
@@ -146,18 +148,18 @@ def _owner(graph: fx.Graph) -> fx.GraphModule:
     return graph.owning_module
 
 
-def pass_options(options: Options) -> PassOptions:
+def pass_options(options: Options, declared: tuple[Declaration, ...]) -> PassOptions:
     """What of the backend's options concerns the pass."""
     return PassOptions(
         options.rewrites, options.strict, options.policy, options.ranks, options.batch_invariant,
-        as_written=options.as_written,
+        as_written=options.as_written, declared=declared,
     )  # fmt: skip
 
 
-def pass_options_of_a_half(options: Options) -> PassOptions:
+def pass_options_of_a_half(options: Options, declared: tuple[Declaration, ...]) -> PassOptions:
     """The same for the forward half of a split graph, whose steps no peer is told of: it moves nothing."""
     why = options.as_written or "an activation checkpoint splits this graph before the boundary is fused"
-    return replace(pass_options(options), split=True, as_written=why)
+    return replace(pass_options(options, declared), split=True, as_written=why)
 
 
 class FusionPass(CustomGraphPass):
@@ -166,6 +168,8 @@ class FusionPass(CustomGraphPass):
     def __init__(self, options: Options, before: Sequence[Callable[[fx.Graph], None]] = ()):
         self.options = options
         self.before = tuple(before)
+        #: As of now: what is declared later is for what is compiled later.
+        self.declared = declarations()
         self.reports: list[Report] = []
         self.seconds = 0.0
         #: Names of the collectives in the last joint graph, while boundaries of it wait for its forward half.
@@ -176,7 +180,7 @@ class FusionPass(CustomGraphPass):
         for user_pass in self.before:
             user_pass(owner.graph)
         private.trace_artifact("tpfuse_graph_before", lambda: as_text(owner))
-        outcome = fuse(owner.graph, resolve_group, pass_options(self.options))
+        outcome = fuse(owner.graph, resolve_group, pass_options(self.options, self.declared))
         if outcome.graph is not owner.graph:
             owner.graph = outcome.graph
         private.trace_artifact("tpfuse_graph_after", lambda: as_text(owner))
@@ -191,8 +195,8 @@ class FusionPass(CustomGraphPass):
             return
         owner = _owner(graph)
         names, self.waiting = self.waiting, ()
-        before = len(find_steps(graph, resolve_group))
-        outcome = fuse(graph, resolve_group, pass_options_of_a_half(self.options))
+        before = len(find_steps(as_functional(graph, self.declared)[0], resolve_group))
+        outcome = fuse(graph, resolve_group, pass_options_of_a_half(self.options, self.declared))
         if outcome.graph is not graph:
             owner.graph = outcome.graph
         self.seconds += outcome.seconds
@@ -210,8 +214,8 @@ class FusionPass(CustomGraphPass):
         self.reports[-1] = replace(report, boundaries=boundaries, collectives_after=after, steps=steps)
 
     def uuid(self) -> bytes | None:
-        """None, which bypasses the caches, where a user's pass has no key of its own."""
-        return _key(self.options, self.before)
+        """None, which bypasses the caches, where a user's pass or a declaration's `resolve` has no key of its own."""
+        return _key(self.options, self.declared, self.before)
 
 
 class ForwardHalf(CustomGraphPass):
@@ -228,11 +232,15 @@ class ForwardHalf(CustomGraphPass):
         self.fusion.finish(owner.graph)
 
     def uuid(self) -> bytes | None:
-        return _key(self.fusion.options, self.before)
+        return _key(self.fusion.options, self.fusion.declared, self.before)
 
 
-def _key(options: Options, before: Sequence[Callable[[fx.Graph], None]]) -> bytes | None:
-    parts = [cache_key(options)]
+def _key(
+    options: Options, declared: Sequence[Declaration], before: Sequence[Callable[[fx.Graph], None]]
+) -> bytes | None:
+    if any(declaration.resolve is not None for declaration in declared):
+        return None
+    parts = [cache_key(options), repr([declaration.key for declaration in declared]).encode()]
     for user_pass in before:
         part = user_pass.uuid() if isinstance(user_pass, CustomGraphPass) else None
         if part is None:

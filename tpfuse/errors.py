@@ -30,6 +30,10 @@ class OpError(TPFuseError, ValueError):
     """A functional op was called with tensors, a group or an eps that it cannot take."""
 
 
+class DeclarationError(TPFuseError, ValueError):
+    """An operator was declared as a collective that it cannot be, or in two ways."""
+
+
 class FusionError(TPFuseError):
     """`expect_fused` or `strict` was not met; the message holds the whole report."""
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
+from .declared import declarations
 from .errors import PlanError, PolicyError, TPFuseError
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .passes.facts.groups import resolve_group
@@ -118,7 +119,7 @@ def fuse_graph(
         raise PolicyError(f"fuse_graph(policy={policy!r}): allowed: a tpfuse.SharingPolicy, or None")
     if alike is None:
         alike = not _has_peers()
-    options = PassOptions(strict=strict, policy=policy, as_written="" if alike else NOT_ASKED)
+    options = PassOptions(strict=strict, policy=policy, as_written="" if alike else NOT_ASKED, declared=declarations())
     outcome = fuse(graph_module.graph, resolve_group, options)
     check_groups(outcome.report, policy)
     if outcome.graph is not graph_module.graph:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tpfuse._torch_private import operator_name
+from tpfuse._torch_private import compiles_on_one_rank, operator_name
 
 from . import aten_ops as ops
+from .declared import operator_of
 from .graph import argument, why_unusual
 
 #: Answers which global ranks a group name stands for on this rank; None when it cannot be resolved.
@@ -23,6 +24,7 @@ class Collective:
     `ranks` are the members of its group: groups are compared by members, never by name, since one logical group has
     different names on different ranks and different groups may share one. `ranks`, `group_name` and `reduce_op` are
     empty where they are not known. `problem` is empty, or one sentence on why no pass may touch this collective.
+    `declared`: the name of another tool's operator that it stands for, or ''.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Collective:
     ranks: tuple[int, ...]
     reduce_op: str
     problem: str = ""
+    declared: str = ""
 
     @property
     def input(self) -> fx.Node:
@@ -62,16 +65,30 @@ def _describe(node: fx.Node, resolve: ResolveGroup) -> Collective:
     group = argument(node, "group_name")
     ranks = resolve(group) if isinstance(group, str) else None
     reduce_op = argument(node, "reduce_op")
+    declared = operator_of(node)
 
     problem = ""
     if not isinstance(group, str):
-        problem = f"its group is a {type(group).__name__}, not a group name; only named groups can be fused"
+        problem = _no_group_name(group)
     elif ranks is None:
         problem = f"the group {group!r} cannot be resolved on this rank: no process group of that name exists here"
+        if declared:
+            problem += f"; register_all_reduce({declared!r}, ..., resolve=...) tells which one {declared} means by it"
     elif kind == "all_reduce":
         problem = _all_reduce_problem(node, name, wait, waits, reduce_op)
     group_name, reduction = (word if isinstance(word, str) else "" for word in (group, reduce_op))
-    return Collective(kind, node, wait, group_name, ranks or (), reduction, problem)
+    return Collective(kind, node, wait, group_name, ranks or (), reduction, problem, declared)
+
+
+def _no_group_name(group: object) -> str:
+    if not isinstance(group, fx.Node):
+        return f"its group is a {type(group).__name__}, not a group name; only named groups can be fused"
+    whose = "is an input of the graph" if group.op == "placeholder" else f"is made in the graph by {group.target}"
+    unknown = "which ranks it has is not known while compiling"
+    if not compiles_on_one_rank():
+        return f"its group {whose}, and {unknown}; only named groups can be fused"
+    setting = "torch.distributed.config.compile_on_one_rank"
+    return f"its group {whose}, because {setting} is on, and {unknown}; with it off it can be fused"
 
 
 def _all_reduce_problem(node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object) -> str:

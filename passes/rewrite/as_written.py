@@ -34,6 +34,8 @@ def as_written(recognition: Recognition, rewrites: tuple[str, ...], why: str) ->
 def _changes(plan: Plan) -> str:
     """What fusing would change of what is sent, or ''."""
     (owed,) = plan.paid
+    if owed.collective.declared:
+        return f"{owed.collective.declared} would no longer be what sums it up"
     total = decompose(plan.site.hidden, {owed.collective.result}, set())
     if owed.collective.reduce_op.lower() != "sum" or len(total.owed) > 1 or not total.owed[0].only_reshapes:
         return "it would be sent with what is done to it afterwards applied before"

@@ -18,6 +18,7 @@ from tpfuse._torch_private import without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
+from ..facts.declared import operator_of
 from ..facts.graph import OWN_ROWS, argument, is_call, value
 from ..recognise.streams import calls
 from .accounting import origin
@@ -61,6 +62,7 @@ class Sent:
         self.owner = owner
         self.index = {node.name: i for i, node in enumerate(originals)}
         self.targets = {node.name: node.target for node in originals}
+        self.declared = {node.name for node in originals if operator_of(node)}
         self.inputs: dict[str, list[int]] = {}
         self.input_of: dict[int, str] = {}
         for i, node in enumerate(originals):
@@ -88,7 +90,8 @@ class Sent:
             plain = plain.args[0]
         index = self.index.get(origin(node))
         if index is not None and self.input_of.get(index) == plain.name and _same_collective(self.targets, node):
-            return f"#{index}"
+            # In the place of another tool's operator it is performed in another way than peers may perform theirs.
+            return f"#{index}" if origin(node) not in self.declared else f"{digest(['functional'])}:#{index}"
         return self._expression(node, source)
 
     def relied_on(self, node: fx.Node) -> tuple[int, ...]:
