@@ -104,8 +104,10 @@ def one_a_row(node: fx.Node, source: fx.Node) -> bool:
     if repeats_over_rows(node):
         node = input_node(node)
     numbers, rows = value(node), value(source)
-    if numbers is None or rows is None or numbers.dim() != rows.dim() or not rows.dim():
+    if numbers is None or rows is None or numbers.dim() != rows.dim():
         return False
+    if not rows.dim():
+        return True  # a single number is a row by itself
     return same_size(numbers.shape[-1], 1) and all(map(same_size, numbers.shape[:-1], rows.shape[:-1]))
 
 
