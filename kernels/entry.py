@@ -16,7 +16,8 @@ from ..errors import OpError
 from ..parallel.mesh import group_name_of
 from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
-from .symmetric.dispatch import choose
+from .replay import Site
+from .symmetric.dispatch import choose, default_table
 from .symmetric.operands import Operands
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
@@ -42,6 +43,8 @@ def all_reduce_add_norm(
     want_sum: bool = False,
     stats: bool = False,
     batch_invariant: bool = False,
+    into: tuple[AddNormOut, Tensor | None] | None = None,
+    site: Site | None = None,
 ) -> tuple[AddNormOut, Tensor | None] | None:
     """`add_norm` of the sum of every rank's `x`, as one kernel; with `want_sum` also that sum, in the dtype of x.
 
@@ -49,15 +52,18 @@ def all_reduce_add_norm(
     or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
     symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
     neither. Without rows nobody is waited for and nothing is touched. `batch_invariant`: a row's result does not depend
-    on how many rows there are.
+    on how many rows there are. `into`: contiguous tensors to fill in place of new ones. `site`: where a call that is one
+    launch leaves a record of it.
     """
-    if not x.is_cuda:
+    if not on_gpu(x):
         return None
     op = Operands(x, residual, pre_bias, weight, bias, eps, norm, out_dtype, residual_dtype, weight_offset, alpha, post,
-                  want_sum, stats)  # fmt: skip
+                  want_sum, stats, *(into or ()))  # fmt: skip
     if not op.supported():
         return None
     if op.rows == 0:
+        if into is not None:
+            return into
         out = empty_outputs(x, norm, out_dtype, residual_dtype, stats)
         return out, torch.empty_like(x, memory_format=torch.contiguous_format) if want_sum else None
     ws = workspace_of(group_name, x.device)
@@ -66,8 +72,14 @@ def all_reduce_add_norm(
     check_peers(group_name)  # of older, smaller workspaces too
     if torch.cuda.is_current_stream_capturing():
         note_capture(ws)
-    device = ws.device_name or torch.cuda.get_device_name(x.device)
-    return run(choose(device, ws.world, op.hidden, x.element_size(), op.rows), op, ws, batch_invariant)
+    device, table = ws.device_name or torch.cuda.get_device_name(x.device), default_table()
+    chosen = choose(device, ws.world, op.hidden, x.element_size(), op.rows)
+    ran = None if site is None else lambda launch: site.leave(launch, op, ws, table)
+    return run(chosen, op, ws, batch_invariant, ran)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def init_workspace(group: Any, max_rows: int, hidden: int, dtype: torch.dtype, *, timeout: float | None = None) -> bool:

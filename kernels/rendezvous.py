@@ -24,6 +24,7 @@ from ..errors import PeerTimeoutError
 from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
+from .records import Records
 from .symmetric.timeout import gave_up, raise_if_late, set_timeout
 from .symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, buffer_words, from_buffers, initialise
 from .words import STATE_WORDS
@@ -35,13 +36,15 @@ WORLDS = (2, 4, 8)
 @dataclass
 class Member:
     """What the registry holds of one group: its workspace or why there is none, workspaces that were outgrown but may
-    still be addressed by captured graphs, and the limit that `init_workspace` was given for its waits."""
+    still be addressed by captured graphs, the limit that `init_workspace` was given for its waits, and the records of
+    its launches, which hold for the workspace in use."""
 
     group: Any
     workspace: Workspace | None
     refusal: str
     outgrown: list[Workspace] = field(default_factory=list)
     timeout: float | None = None
+    records: Records = field(default_factory=Records)
 
     @property
     def workspaces(self) -> tuple[Workspace, ...]:
@@ -158,6 +161,7 @@ def _set_up(known: Member | None, group: Any, group_name: str, device: torch.dev
         if known.workspace is not None:
             known.outgrown.append(known.workspace)
         known.workspace = workspace
+        known.records.clear()  # they hold for the old one, and are not used any more
         known.set_timeout(known.timeout)
     return known
 

@@ -28,6 +28,7 @@ from .passes.facts.declared import as_functional
 from .passes.facts.groups import resolve_group
 from .passes.pipeline import PassOptions, fuse
 from .passes.recognise.sites import backward_nodes
+from .passes.rewrite.lower import lower
 from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record
 from .runtime import report_store
@@ -235,6 +236,24 @@ class ForwardHalf(CustomGraphPass):
         return _key(self.fusion.options, self.fusion.declared, self.before)
 
 
+class Lowering(CustomGraphPass):
+    """Fused operations in the form that costs the host least, as Inductor calls it at the end of its passes over each
+    half. `before`: as above."""
+
+    def __init__(self, fusion: FusionPass, before: Sequence[Callable[[fx.Graph], None]] = ()):
+        self.fusion = fusion
+        self.before = tuple(before)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        owner = _owner(graph)
+        for user_pass in self.before:
+            user_pass(owner.graph)
+        lower(owner.graph)
+
+    def uuid(self) -> bytes | None:
+        return _key(self.fusion.options, self.fusion.declared, self.before)
+
+
 def _key(
     options: Options, declared: Sequence[Declaration], before: Sequence[Callable[[fx.Graph], None]]
 ) -> bytes | None:
@@ -258,6 +277,7 @@ def assemble(options: Options) -> tuple[FusionPass, dict[str, Any]]:
     fusion = FusionPass(options, _users_passes(patches, "joint_custom_post_pass"))
     patches["joint_custom_post_pass"] = fusion
     patches["post_grad_custom_pre_pass"] = ForwardHalf(fusion, _users_passes(patches, "post_grad_custom_pre_pass"))
+    patches["post_grad_custom_post_pass"] = Lowering(fusion, _users_passes(patches, "post_grad_custom_post_pass"))
     return fusion, patches
 
 

@@ -35,6 +35,7 @@ from ._torch_private import group_size, process_group, register_local_tensor_rul
 from .errors import OpError
 from .kernels.add_norm import AddNormOut, add_norm
 from .kernels.entry import all_reduce_add_norm
+from .lean import define as define_lean
 from .parallel.mesh import group_name_of, no_such_group
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
@@ -293,6 +294,13 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     def functional(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
         return _add_norm(pay(x, options["group_name"]), *operands, **options)
 
+    def lean(x: Tensor, *operands: Any, **more: Any) -> list[Tensor]:
+        done = in_one_kernel(x, *operands, **more)
+        if done is None:
+            options = {name: value for name, value in more.items() if name not in ("into", "site")}
+            done = functional(x, *operands, **options)
+        return done
+
     def result_shape(x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple:
         shape = shape_of(x, options["group_name"])
         if residual is not None and _surely_differ(residual.shape, shape):
@@ -312,6 +320,7 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
     register_local_tensor_rule(f"tpfuse::{name}", functional)
+    define_lean(_LIBRARY, name, lean)
 
 
 _define("all_reduce_norm", _all_reduced, _same_shape, _in_one_kernel)

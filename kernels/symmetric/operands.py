@@ -94,6 +94,10 @@ class Launch:
                         COMPILED_REGISTRY[key] = compiled, [self.constants[name] for name in names]
         return self.out, self.sum
 
+    def compiled(self) -> tuple[Any, list[Any]] | None:
+        """What `run` launched, and the kernel's constexprs in order; None before it, and where nothing is compiled."""
+        return COMPILED_REGISTRY.get(self._specialisation()) if self.kernel is not None else None
+
     def _specialisation(self) -> tuple:
         """All that Triton compiles a kernel for: of tensors the dtype and alignment, of integers whether they are 1 or
         multiples of 16 (told apart also where a kernel forbids it, which costs an entry and no compilation)."""

@@ -7,30 +7,37 @@ captured graph replays them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..add_norm import AddNormOut, empty_outputs
 from .dispatch import Entry, bind
-from .operands import Operands
+from .operands import Launch, Operands
 from .registry import KERNELS
 from .workspace import Workspace
 
 
 def run(
-    entry: Entry, op: Operands, ws: Workspace, batch_invariant: bool = False
-) -> tuple[AddNormOut, Tensor | None] | None:
+    entry: Entry, op: Operands, ws: Workspace, batch_invariant: bool = False,
+    ran: Callable[[Launch], None] | None = None,
+) -> tuple[AddNormOut, Tensor | None] | None:  # fmt: skip
     """What `bind(entry, op, ws, batch_invariant)` gives, run; in pieces where it is too large. None for the functional
-    path."""
+    path. `ran` is told of a call that was one launch."""
     launch = bind(entry, op, ws, batch_invariant)
     if launch is not None:
-        return launch.run()
+        done = launch.run()
+        if ran is not None:
+            ran(launch)
+        return done
     most = most_rows("one_shot" if batch_invariant else entry.kernel, op, ws)
     if most == 0:
         return None
-    out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
-    total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
+    out, total = op.out, op.sum_out
+    if out is None:
+        out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
+        total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
     count = -(-op.rows // most)
     each = -(-op.rows // count)
     for start in range(0, op.rows, each):

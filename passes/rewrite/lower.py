@@ -1,0 +1,124 @@
+"""Lowering: the fused operations of a graph that is split already, in the form that costs the host least.
+
+    [y, h] = all_reduce_norm(x, residual, None, weight, None, None, norm="rms_norm", eps=1e-6, ...)
+
+becomes
+
+    y', h' = empty(...), empty(...)
+    _, y, h, ... = auto_functionalized(all_reduce_norm.lean, x=x, y=y', spec="[...]", residual=..., hidden=h')
+
+`auto_functionalized` is how compiled graphs hold operators that write into their arguments: the graph stays functional
+for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs
+that nobody reads are not asked for.
+
+Only the calls are written differently: what is sent, and in which order, stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpfuse._torch_private import argument_names, auto_functionalized, new_fake_like, operator_full_name
+from tpfuse.boundary_spec import FEW, OPERANDS, OUTPUTS, BoundarySpec
+
+from ..facts import aten_ops as ops
+from ..facts.graph import argument, carry_meta, insert_call, same_size, value
+
+_OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm")
+
+
+def lower(graph: fx.Graph) -> int:
+    """Lower every fused operation of `graph` that can be; how many were. The others stay as they are, and run so."""
+    found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
+    lowered = sum(_lower(graph, node) for node in found)
+    if lowered:
+        graph.lint()
+    return lowered
+
+
+def _lower(graph: fx.Graph, node: fx.Node) -> bool:
+    operands = {name: argument(node, name) for name in OPERANDS}
+    read = {user.args[1]: user for user in node.users if user.target is ops.operator.getitem and user.users}
+    spec = _spec(node, operands)
+    if spec is None:
+        return False
+    fakes = dict(zip(spec.outputs, node.meta["val"], strict=True))
+    readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
+    spec = _only(spec, readers)
+    sizes = {name: _sizes(fakes[name], operands) for name in spec.outputs}
+    if None in sizes.values():
+        return False
+    with graph.inserting_before(node):
+        outputs = {name: _empty(graph, sizes[name], fakes[name], node) for name in spec.outputs}
+        given = {"spec": spec.text(), **operands, **outputs}
+        overload = _overload(node, given)
+        names = argument_names(overload)
+        call = graph.call_function(auto_functionalized(), (overload,), {name: given.get(name) for name in names})
+        carry_meta(node, call)
+        filled = [name for name in names if name in OUTPUTS]
+        call.meta["val"] = (None, *(fakes[name] if name in outputs else None for name in filled))
+        for name, reader in readers.items():
+            anew = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(name)))
+            anew.meta.update(reader.meta)
+            reader.replace_all_uses_with(anew)
+    for user in list(node.users):
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return True
+
+
+def _overload(node: fx.Node, given: dict[str, Any]) -> Any:
+    """The smaller of the operator's two forms where that has all that is given."""
+    packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2])
+    return packet.lean if all(value is None or name in FEW for name, value in given.items()) else packet.full
+
+
+def _spec(node: fx.Node, operands: dict[str, Any]) -> BoundarySpec | None:
+    """What the node is told; None where some of it is only known when the graph runs."""
+    fakes = {name: value(operand) for name, operand in operands.items()}
+    if any(fakes[name] is None and operands[name] is not None for name in OPERANDS):
+        return None
+    options = {name: argument(node, name) for name in argument_names(node.target) if name not in OPERANDS}
+    if any(not isinstance(option, (str, float, int, bool, torch.dtype, type(None))) for option in options.values()):
+        return None
+    return BoundarySpec(**options, operands=tuple(None if (t := fakes[name]) is None else t.dtype for name in OPERANDS))
+
+
+def _only(spec: BoundarySpec, readers: dict[str, fx.Node]) -> BoundarySpec:
+    """The same without the outputs that nobody reads; `y` there always is."""
+    return replace(
+        spec,
+        hidden_dtype=spec.hidden_dtype if "hidden" in readers else None,
+        want_sum="total" in readers,
+        stats="mean" in readers or "rstd" in readers,
+    )
+
+
+def _sizes(fake: torch.Tensor, operands: dict[str, Any]) -> list[int | tuple[fx.Node, int]] | None:
+    """Each size of an output: a number, or the operand that has it in the same place; None where none has."""
+    sizes: list[int | tuple[fx.Node, int]] = []
+    like = [node for name in ("x", "residual") if (node := operands[name]) is not None]
+    for dim, size in enumerate(fake.shape):
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        node = next((n for n in like if (t := value(n)) is not None and t.dim() > dim and same_size(t.shape[dim], size)), None)
+        if node is None:
+            return None
+        sizes.append((node, dim))
+    return sizes
+
+
+def _empty(graph: fx.Graph, sizes: Any, fake: torch.Tensor, like: fx.Node) -> fx.Node:
+    size = [
+        each if isinstance(each, int) else insert_call(graph, ops.aten.sym_size.int, each, like=like) for each in sizes
+    ]
+    options = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+    node = graph.call_function(ops.aten.empty.memory_format, (size,), options)
+    carry_meta(like, node)
+    node.meta["val"] = new_fake_like(fake)
+    return node
