@@ -52,8 +52,8 @@ def all_reduce_add_norm(
     or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
     symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
     neither. Without rows nobody is waited for and nothing is touched. `batch_invariant`: a row's result does not depend
-    on how many rows there are. `into`: contiguous tensors to fill in place of new ones. `site`: where a call that is one
-    launch leaves a record of it.
+    on how many rows there are. `into`: contiguous tensors to fill in place of new ones. `site`: where a call that is
+    one launch leaves a record of it.
     """
     if not on_gpu(x):
         return None

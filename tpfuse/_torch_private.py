@@ -128,6 +128,9 @@ def raw_stream(device: int) -> int:
 #: A build for CPUs has none.
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
+#: The number of the GPU that kernels are launched on now. If `_cuda_getDevice` goes: `torch.cuda.current_device`.
+current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 
 def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
     """How long an operation of `group` may wait, from now on.

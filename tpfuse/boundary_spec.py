@@ -7,7 +7,6 @@ kept and found again by other processes; it is read once in each of them.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,8 +18,17 @@ from .errors import OpError
 OPERANDS = ("x", "residual", "pre_bias", "weight", "bias", "eps_tensor")
 #: The tensors it may fill, in the order in which the functional operator returns those that are wanted.
 OUTPUTS = ("y", "hidden", "total", "mean", "rstd")
-#: The arguments of the smaller of the two lean forms.
-FEW = ("x", "y", "spec", "residual", "weight", "hidden")
+#: The arguments of a lean operator, most often given first; every form of it takes the first so many of them.
+ARGUMENTS = (
+    "x", "y", "spec", "residual", "weight", "hidden", "rstd", "bias", "mean", "pre_bias", "total", "eps_tensor",
+)  # fmt: skip
+FORMS = {"lean": 6, "with_rstd": 7, "with_bias": 8, "full": 12}
+
+
+def form_for(given: set[str]) -> str:
+    """The name of the smallest form that takes all of these arguments."""
+    need = 1 + max(ARGUMENTS.index(name) for name in given)
+    return next(form for form, count in FORMS.items() if count >= need)
 
 
 @dataclass(frozen=True)
@@ -57,30 +65,36 @@ class BoundarySpec:
         return tuple(name for name in OUTPUTS if wanted[name])
 
     def text(self) -> str:
-        """The spec as a string; `read_spec` gives it back, every number bit for bit."""
-        words = [_word(getattr(self, field.name)) for field in fields(self)]
-        return json.dumps(words, separators=(",", ":"))
+        """The spec as a string, a short one; `read_spec` gives it back, every number bit for bit."""
+        operands = ",".join(map(_word, self.operands))
+        numbers = (self.eps, self.weight_offset, self.alpha)
+        flags = (self.post, self.want_sum, self.stats, self.batch_invariant)
+        words = [self.norm, *map(repr, numbers), "".join(str(int(flag)) for flag in flags)]
+        return "|".join([*words, _word(self.out_dtype), _word(self.hidden_dtype), operands, self.group_name])
 
 
 def read_spec(text: str) -> BoundarySpec:
     """The inverse of `BoundarySpec.text`. Raises OpError for anything that is no such text."""
     try:
-        *words, operands = json.loads(text)
-        given = dict(zip([field.name for field in fields(BoundarySpec)], words, strict=False))
-        given |= {name: _dtype(given[name]) for name in ("out_dtype", "hidden_dtype")}
-        return BoundarySpec(**given, operands=tuple(_dtype(word) for word in operands))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        norm, eps, weight_offset, alpha, flags, out, hidden, operands, group_name = text.split("|", 8)
+        post, want_sum, stats, batch_invariant = (flag == "1" for flag in flags)
+        out_dtype = _dtype(out)
+        if out_dtype is None:
+            raise ValueError("no dtype for y")
+        return BoundarySpec(
+            norm, float(eps), float(weight_offset), float(alpha), post, out_dtype, _dtype(hidden), want_sum, stats,
+            group_name, batch_invariant, tuple(map(_dtype, operands.split(","))),
+        )  # fmt: skip
+    except (ValueError, AttributeError) as error:
         raise OpError(f"spec={text!r} is none of tpfuse's: {error}; only compiled graphs call this operator") from error
 
 
-def _word(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_word(each) for each in value]
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+def _word(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _dtype(word: str | None) -> torch.dtype | None:
-    if word is None:
+def _dtype(word: str) -> torch.dtype | None:
+    if not word:
         return None
     found = getattr(torch, word)
     if not isinstance(found, torch.dtype):

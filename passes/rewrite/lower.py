@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from tpfuse._torch_private import argument_names, auto_functionalized, new_fake_like, operator_full_name
-from tpfuse.boundary_spec import FEW, OPERANDS, OUTPUTS, BoundarySpec
+from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
@@ -72,9 +72,9 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _overload(node: fx.Node, given: dict[str, Any]) -> Any:
-    """The smaller of the operator's two forms where that has all that is given."""
+    """The smallest of the operator's forms that takes all that is given."""
     packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2])
-    return packet.lean if all(value is None or name in FEW for name, value in given.items()) else packet.full
+    return getattr(packet, form_for({name for name, value in given.items() if value is not None}))
 
 
 def _spec(node: fx.Node, operands: dict[str, Any]) -> BoundarySpec | None:
@@ -98,15 +98,15 @@ def _only(spec: BoundarySpec, readers: dict[str, fx.Node]) -> BoundarySpec:
     )
 
 
-def _sizes(fake: torch.Tensor, operands: dict[str, Any]) -> list[int | tuple[fx.Node, int]] | None:
+def _sizes(output: torch.Tensor, operands: dict[str, Any]) -> list[int | tuple[fx.Node, int]] | None:
     """Each size of an output: a number, or the operand that has it in the same place; None where none has."""
     sizes: list[int | tuple[fx.Node, int]] = []
-    like = [node for name in ("x", "residual") if (node := operands[name]) is not None]
-    for dim, size in enumerate(fake.shape):
+    known = [(node, fake.shape) for node in (operands["x"], operands["residual"]) if (fake := value(node)) is not None]
+    for dim, size in enumerate(output.shape):
         if isinstance(size, int):
             sizes.append(size)
             continue
-        node = next((n for n in like if (t := value(n)) is not None and t.dim() > dim and same_size(t.shape[dim], size)), None)
+        node = next((n for n, shape in known if len(shape) > dim and same_size(shape[dim], size)), None)
         if node is None:
             return None
         sizes.append((node, dim))

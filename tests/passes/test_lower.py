@@ -1,0 +1,88 @@
+"""Lowering: the same values by the form that costs the host least, and only what is read is asked for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tests.graphs import all_reduce, fake_world, fused, trace
+from tpfuse._torch_private import operator_full_name
+from tpfuse.boundary_spec import FORMS, BoundarySpec, form_for, read_spec
+from tpfuse.errors import OpError
+from tpfuse.passes.rewrite.lower import lower
+
+H = 16
+
+
+@pytest.fixture(autouse=True)
+def two_ranks():
+    with fake_world(2):
+        yield
+
+
+def boundary(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, norm: str, read: tuple[str, ...]):
+    total = all_reduce(x)
+    hidden = residual + total
+    normed = F.layer_norm(hidden, (H,), weight, bias) if norm == "layer" else F.rms_norm(hidden, (H,), weight, 1e-6)
+    found = {"y": normed, "hidden": hidden, "total": total}
+    return tuple(found[name] for name in read)
+
+
+def lean_calls(graph: fx.Graph) -> list[str]:
+    return [str(node.args[0]) for node in graph.nodes if "auto_functionalized" in str(node.target)]
+
+
+READ = [("y",), ("y", "hidden"), ("y", "hidden", "total"), ("y", "total")]
+
+
+@pytest.mark.parametrize(("norm", "read", "dynamic"), itertools.product(["rms", "layer"], READ, [False, True]))
+def test_a_lowered_graph_computes_the_same(norm, read, dynamic):
+    args = torch.randn(3, 5, H), torch.randn(3, 5, H), torch.randn(H), torch.randn(H)
+    gm = trace(lambda *given: boundary(*given, norm=norm, read=read), *args, dynamic=dynamic)
+    gm, report = fused(gm)
+    assert report.fused_forward == 1
+    before = gm(*args)
+    lowered = copy.deepcopy(gm)
+    assert lower(lowered.graph) == 1
+    lowered.recompile()
+    assert not any(operator_full_name(node.target).startswith("tpfuse::") for node in lowered.graph.nodes)
+    assert all(torch.equal(a, b) for a, b in zip(lowered(*args), before, strict=True))
+    if dynamic:
+        args = torch.randn(2, 7, H), torch.randn(2, 7, H), *args[2:]
+        assert all(torch.equal(a, b) for a, b in zip(lowered(*args), gm(*args), strict=True))
+
+
+def test_the_smallest_form_is_taken_and_unread_outputs_are_not_asked_for():
+    args = torch.randn(3, H), torch.randn(3, H), torch.randn(H), torch.randn(H)
+    for norm, form in (("rms", "lean"), ("layer", "with_bias")):
+        gm, _ = fused(trace(lambda *given, n=norm: boundary(*given, norm=n, read=("y",)), *args))
+        assert lower(gm.graph) == 1
+        assert lean_calls(gm.graph) == [f"tpfuse.all_reduce_norm.{form}"]
+        (call,) = (node for node in gm.graph.nodes if "auto_functionalized" in str(node.target))
+        assert read_spec(call.kwargs["spec"]).outputs == ("y",) and call.kwargs["hidden"] is None
+
+
+def test_only_graphs_with_fused_operations_are_touched():
+    gm = trace(lambda x: all_reduce(x) * 2, torch.randn(3, H))
+    before = str(gm.graph)
+    assert lower(gm.graph) == 0 and str(gm.graph) == before
+
+
+def test_a_spec_says_every_number_bit_for_bit():
+    given = BoundarySpec(
+        "layer_norm", 1.1920928955078125e-07, 1.0, 1 / 3, True, torch.bfloat16, None, True, False, "a|b", True,
+        (torch.float32, None, torch.float16, None, torch.bfloat16, None),
+    )  # fmt: skip
+    assert read_spec(given.text()) == given and given.outputs == ("y", "total")
+    for wrong in ("", given.text().replace("bfloat16", "nn", 1), "rms_norm|1|2"):
+        with pytest.raises(OpError, match="none of tpfuse's"):
+            read_spec(wrong)
+
+
+def test_forms_hold_what_they_are_named_for():
+    assert [form_for(given) for given in ({"x", "y", "spec"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"})] == [*FORMS]
