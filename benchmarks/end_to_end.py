@@ -10,6 +10,9 @@ Models are in models.py; every rank holds its part, cut by `tpfuse.parallelize`.
     inductor, tpfuse                            torch.compile(backend=...), launched from Python
     inductor + CUDA graph, tpfuse + CUDA graph  the same compiled step, captured and replayed
     ... reduce-overhead                         torch.compile's own CUDA graphs, with --reduce-overhead
+    auto_select, auto_select + CUDA graph       Inductor with `_collective.auto_select`, with --auto-select: it lowers
+                                                small sums to symmetric memory, and fails when a second size follows in
+                                                the same process, so such a run has one model and one size
 
 Times are the slowest rank's, medians of alternating rounds. Outputs of the two are compared. One replay of each graph
 is profiled: time in boundary kernels (NCCL or fused, and kernels with a norm in them), in all others, and between them.
@@ -36,6 +39,7 @@ from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
+from auto_select import auto_select
 from machine import machine
 from models import Run, Step, build
 from records import write
@@ -69,11 +73,13 @@ class Record:
     note: str = ""
 
 
-def compiled_steps(step: Step, reduce_overhead: bool) -> dict[str, Callable]:
+def compiled_steps(step: Step, reduce_overhead: bool, selected: bool = False) -> dict[str, Callable]:
     modes = [None, "reduce-overhead"] if reduce_overhead else [None]
     out: dict[str, Callable] = {}
-    for name, backend in (("inductor", "inductor"), ("tpfuse", tpfuse_backend)):
-        for mode in modes:
+    backends: list[tuple[str, Any]] = [("inductor", "inductor"), ("tpfuse", tpfuse_backend)]
+    backends += [("auto_select", auto_select)] if selected else []
+    for name, backend in backends:
+        for mode in modes if name != "auto_select" else [None]:
             label = f"{name} {mode}" if mode else name
             out[label] = torch.compile(step.call, backend=backend, mode=mode, fullgraph=True, dynamic=False)
     return out
@@ -159,7 +165,7 @@ def measure(run: Run, device: torch.device, arguments: argparse.Namespace) -> li
     profiles: dict[str, dict[str, float]] = {}
     notes: dict[str, str] = {}
     with torch.no_grad():
-        for name, call in compiled_steps(step, arguments.reduce_overhead).items():
+        for name, call in compiled_steps(step, arguments.reduce_overhead, arguments.auto_select).items():
             skipped = counters["inductor"]["cudagraph_skips"]
             for _ in range(3):
                 step.reset()
@@ -232,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--reduce-overhead", action="store_true", help="also torch.compile's own CUDA graphs")
+    parser.add_argument("--auto-select", action="store_true", help="also Inductor's own way to symmetric memory")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on CPUs where there are no GPUs: a rehearsal")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))
@@ -239,6 +246,8 @@ def main() -> None:
     if arguments.plot:
         plots.end_to_end(*arguments.plot)
         return
+    if arguments.auto_select and len(arguments.models) * len(arguments.decode + arguments.prefill) != 1:
+        parser.error("--auto-select is for one model and one size: --models llama --decode 1 --prefill")
     cuda = torch.cuda.is_available()
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")

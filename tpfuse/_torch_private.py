@@ -623,6 +623,19 @@ def under_dispatch_mode() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def runs_as_it_stands(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an operator on these tensors just runs: nobody traces, transforms or differentiates it, forward neither.
+
+    If one of these looks goes: answer False, and eager calls cost the host what they did before.
+    """
+    if under_dispatch_mode() or not all(type(t) in _PLAIN for t in tensors):
+        return False
+    return torch._C._functorch.maybe_current_level() is None and torch.autograd.forward_ad._current_level < 0
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def without_modes() -> AbstractContextManager:
     """Operators run as they are inside it, under no dispatch mode (a fake-tensor mode, say).
 

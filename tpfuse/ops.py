@@ -31,10 +31,11 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ._torch_private import group_size, process_group, register_local_tensor_rule
+from ._torch_private import group_size, process_group, register_local_tensor_rule, runs_as_it_stands
 from .errors import OpError
 from .kernels.add_norm import AddNormOut, add_norm
 from .kernels.entry import all_reduce_add_norm
+from .lean import call_leanly
 from .lean import define as define_lean
 from .parallel.mesh import group_name_of, no_such_group
 
@@ -110,8 +111,12 @@ def _call(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     _check(x, residual, weight, bias, eps)
-    as_tensor = isinstance(eps, Tensor)
-    outputs = torch.ops.tpfuse.all_reduce_norm(
+    as_tensor, group_name = isinstance(eps, Tensor), group_name_of(group)
+    given = [t for t in (x, residual, weight, bias) if t is not None]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if not (differentiated or as_tensor or torch.compiler.is_compiling()) and runs_as_it_stands(given):
+        return call_leanly(x, residual, weight, bias, float(eps), group_name, norm, weight_offset)
+    outputs = torch.ops.tpfuse.all_reduce_norm.default(
         x,
         residual,
         None,
@@ -126,8 +131,8 @@ def _call(
         out_dtype=x.dtype,
         hidden_dtype=x.dtype,
         want_sum=False,
-        stats=True,
-        group_name=group_name_of(group),
+        stats=differentiated,  # only gradients are computed from them
+        group_name=group_name,
     )
     return outputs[0], outputs[1]
 
