@@ -145,13 +145,14 @@ def add_norm(
     residual_dtype: torch.dtype | None,
     stats: bool = False,
     batch_invariant: bool = False,
+    out: AddNormOut | None = None,
 ) -> AddNormOut:
     """The formula above. s, residual: [..., H]; pre_bias, weight, bias: [H] or None; any float dtypes.
 
     eps: a float or a 0-d tensor (one on the device is read there, without a synchronisation). `residual_dtype=None`
     means that `residual_out` is not wanted. Sums and norms are float32 (float64 when an input is float64). The outputs
-    are new contiguous tensors. `batch_invariant`: a row's bits do not depend on how many rows there are. Raises
-    KeyError for an unknown `norm`.
+    are new contiguous tensors, or those of `out` where the kernel runs. `batch_invariant`: a row's bits do not depend
+    on how many rows there are. Raises KeyError for an unknown `norm`.
     """
     H = s.shape[-1]
     wide = out_dtype not in KERNEL_DTYPES or (residual_dtype is not None and residual_dtype not in KERNEL_DTYPES)
@@ -160,7 +161,7 @@ def add_norm(
             s, residual, pre_bias, weight, bias, eps, norm=norm, weight_offset=weight_offset, alpha=alpha, post=post,
             out_dtype=out_dtype, residual_dtype=residual_dtype, stats=stats,
         )  # fmt: skip
-    out = empty_outputs(s, norm, out_dtype, residual_dtype, stats)
+    out = empty_outputs(s, norm, out_dtype, residual_dtype, stats) if out is None else out
     s2, r2 = _rows(s), None if residual is None else _rows(residual)
     rows = s2.shape[0]
     if rows == 0:

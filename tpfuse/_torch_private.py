@@ -117,6 +117,18 @@ def group_exists(group: dist.ProcessGroup | None) -> bool:
     return group in _c10d._world.pg_map
 
 
+def trace_on_fakes(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
+    """The graph of `function` on fake tensors of one graph, in the operators that Inductor lowers.
+
+    If `enable_python_dispatcher` goes: `make_fx` alone traces graphs without symbolic sizes.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with enable_python_dispatcher(), fakes[0].fake_mode, torch.no_grad():
+        return make_fx(function, decomposition_table=inductor_decompositions(), tracing_mode="real")(*fakes)
+
+
 def raw_stream(device: int) -> int:
     """The address of the current stream of the GPU with this number; 0 for a CPU (-1).
 

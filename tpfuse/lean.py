@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .boundary_spec import ARGUMENTS, FORMS, OUTPUTS, BoundarySpec, read_spec
+from .boundary_spec import ARGUMENTS, FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
 from .errors import OpError
-from .kernels.add_norm import AddNormOut
+from .kernels.add_norm import AddNormOut, add_norm_reference
 from .kernels.replay import Site, with_records
 
 
@@ -122,3 +122,19 @@ def call_leanly(
     else:
         torch.ops.tpfuse.all_reduce_norm.with_bias(x, y, text, residual, weight, hidden, None, bias)
     return y, hidden
+
+
+def plain_outputs(tensors: dict[str, Tensor], spec: BoundarySpec) -> list[Tensor]:
+    """What `tpfuse::all_reduce_norm` returns, in plain operations that can be traced. `tensors`: by the names of its
+    operands."""
+    x, residual, pre_bias, weight, bias, eps_tensor = (tensors.get(name) for name in OPERANDS)
+    assert x is not None, "every operation has one"
+    pending = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", spec.group_name)
+    total = torch.ops._c10d_functional.wait_tensor(pending)
+    out = add_norm_reference(
+        total, residual, pre_bias, weight, bias, spec.eps if eps_tensor is None else eps_tensor, norm=spec.norm,
+        weight_offset=spec.weight_offset, alpha=spec.alpha, post=spec.post, out_dtype=spec.out_dtype,
+        residual_dtype=spec.hidden_dtype, stats=spec.stats,
+    )  # fmt: skip
+    found = {"y": out.y, "hidden": out.residual_out, "total": total, "mean": out.mean, "rstd": out.rstd}
+    return [t for name in spec.outputs if (t := found[name]) is not None]

@@ -225,6 +225,7 @@ def _add_norm(
     stats: bool,
     group_name: str,
     batch_invariant: bool = False,
+    **into: AddNormOut,
 ) -> list[Tensor]:
     out = add_norm(
         total,
@@ -241,6 +242,7 @@ def _add_norm(
         residual_dtype=hidden_dtype,
         stats=stats,
         batch_invariant=batch_invariant,
+        **into,
     )
     return _outputs(out, total if want_sum else None)
 
@@ -299,11 +301,11 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     def functional(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
         return _add_norm(pay(x, options["group_name"]), *operands, **options)
 
-    def lean(x: Tensor, *operands: Any, **more: Any) -> list[Tensor]:
-        done = in_one_kernel(x, *operands, **more)
+    def lean(x: Tensor, *operands: Any, into: Any, site: Any, **options: Any) -> list[Tensor]:
+        done = in_one_kernel(x, *operands, **options, into=into, site=site)
         if done is None:
-            options = {name: value for name, value in more.items() if name not in ("into", "site")}
-            done = functional(x, *operands, **options)
+            out = {} if into is None else {"out": into[0]}
+            done = functional(x, *operands, **options, **out)
         return done
 
     def result_shape(x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple:

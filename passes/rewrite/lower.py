@@ -11,7 +11,8 @@ becomes
 for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs
 that nobody reads are not asked for.
 
-Only the calls are written differently: what is sent, and in which order, stays.
+Where a group cannot run an operation as one kernel it is written out instead (`plain.py`). Only the calls are written
+differently: what is sent, and in which order, stays.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
+from ..verdict.runs import runs_in_a_kernel
+from .plain import write_out
 
+#: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
+#: in tests and in the demo.
+STAY = ("cpu",)
 _OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm")
 
 
@@ -46,6 +52,9 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     spec = _spec(node, operands)
     if spec is None:
         return False
+    if _without_kernel(node, operands["x"], spec):
+        write_out(graph, node, operands, spec)
+        return True
     fakes = dict(zip(spec.outputs, node.meta["val"], strict=True))
     readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
     spec = _only(spec, readers)
@@ -69,6 +78,14 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
         graph.erase_node(user)
     graph.erase_node(node)
     return True
+
+
+def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
+    """Whether its group cannot run it as one kernel, and other operations may give a row's bits."""
+    given = value(x)
+    plain = given is not None and given.device.type not in STAY and not spec.batch_invariant
+    named = operator_full_name(node.target) == "tpfuse::all_reduce_norm"
+    return plain and named and not runs_in_a_kernel(spec.group_name, x)
 
 
 def _overload(node: fx.Node, given: dict[str, Any]) -> Any:

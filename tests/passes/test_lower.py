@@ -86,3 +86,32 @@ def test_a_spec_says_every_number_bit_for_bit():
 
 def test_forms_hold_what_they_are_named_for():
     assert [form_for(given) for given in ({"x", "y", "spec"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"})] == [*FORMS]
+
+
+@pytest.mark.parametrize(("norm", "read", "dynamic"), [("rms", READ[2], True), ("layer", READ[1], False)])
+def test_a_group_without_a_kernel_gets_plain_operations(monkeypatch, norm, read, dynamic):
+    """The same collective, the operator's own formula, no operator of ours. (On a CPU this is not done of itself.)"""
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ())
+    args = torch.randn(3, 5, H), torch.randn(3, 5, H), torch.randn(H), torch.randn(H)
+    gm, _ = fused(trace(lambda *given: boundary(*given, norm=norm, read=read), *args, dynamic=dynamic))
+    plain = copy.deepcopy(gm)
+    assert lower(plain.graph) == 1
+    plain.recompile()
+    names = [operator_full_name(node.target) for node in plain.graph.nodes]
+    assert not any(name.startswith("tpfuse::") for name in names) and not lean_calls(plain.graph)
+    assert names.count("_c10d_functional::all_reduce") == names.count("_c10d_functional::wait_tensor") == 1
+    if dynamic:
+        args = torch.randn(2, 7, H), torch.randn(2, 7, H), *args[2:]
+    for got, expected in zip(plain(*args), gm(*args), strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_what_must_not_depend_on_the_rows_stays_an_operator(monkeypatch, invariant):
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ())
+    args = torch.randn(3, H), torch.randn(3, H), torch.randn(H), torch.randn(H)
+    gm, _ = fused(trace(lambda *given: boundary(*given, norm="rms", read=("y",)), *args))
+    (node,) = (node for node in gm.graph.nodes if operator_full_name(node.target) == "tpfuse::all_reduce_norm")
+    node.update_kwarg("batch_invariant", invariant)
+    assert lower(gm.graph) == 1 and bool(lean_calls(gm.graph)) == invariant
