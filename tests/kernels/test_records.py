@@ -21,7 +21,7 @@ from tpfuse.kernels import records
 from tpfuse.kernels import rendezvous as groups
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, injected, workspace_of
-from tpfuse.kernels.symmetric import dispatch
+from tpfuse.kernels.symmetric import dispatch, one_shot, operands
 from tpfuse.kernels.symmetric.entries import Entry, Table
 from tpfuse.kernels.symmetric.timeout import GONE
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
@@ -285,3 +285,19 @@ def test_tensors_that_are_not_the_specs_are_refused(kernel: StubKernel) -> None:
         torch.ops.tpfuse.all_reduce_norm.lean(call.x, call.y, call.text, call.residual, call.weight)
     with pytest.raises(OpError, match="is none of tpfuse's"):
         torch.ops.tpfuse.all_reduce_norm.lean(call.x, call.y, "rms_norm|fast", call.residual, call.weight, call.hidden)
+
+
+def test_a_launch_on_other_tensors_than_the_calls_leaves_no_record(kernel: StubKernel) -> None:
+    """Copies of inputs, or a number that was read from a tensor of eps: a later call's would not be read."""
+    call = Call()
+    call.run()
+    ws = WORKSPACE_REGISTRY["0"].workspace
+    op = operands.Operands(call.x, call.residual, None, call.weight, None, 1e-6, "rms_norm", F32, F32)
+    launch = one_shot.one_shot(op, ws)
+    launch.run()
+    tensors = launch.args[: records.TENSORS]
+    table = dispatch.default_table()
+    assert records.record_of(launch, tensors, ws, table, (ws,)) is not None
+    for index, other in ((0, call.x.clone()), (10, torch.tensor(1e-6))):
+        changed = (*tensors[:index], other, *tensors[index + 1 :])
+        assert records.record_of(launch, changed, ws, table, (ws,)) is None
