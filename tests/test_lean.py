@@ -56,8 +56,14 @@ def step(fn, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
-@pytest.mark.parametrize("dynamic", [False, True])
+nightly = pytest.mark.nightly
+CASES = [
+    (nn.RMSNorm, True),
+    *(pytest.param(*case, marks=nightly) for case in [(nn.RMSNorm, False), (nn.LayerNorm, True)]),
+]
+
+
+@pytest.mark.parametrize(("norm", "dynamic"), CASES)
 def test_inference_calls_the_lean_form_and_launches_again(kernel, monkeypatch, norm, dynamic):
     torch.manual_seed(0)
     model = Stack(1, layers=1, norm=norm).eval()
@@ -75,7 +81,7 @@ def test_inference_calls_the_lean_form_and_launches_again(kernel, monkeypatch, n
     assert len(calls) == (4 if dynamic else 2)  # two boundaries differ in what is read, each first at every size
 
 
-@pytest.mark.parametrize(("norm", "dynamic"), [(nn.RMSNorm, True), (nn.LayerNorm, False)])
+@pytest.mark.parametrize(("norm", "dynamic"), [(nn.RMSNorm, True), pytest.param(nn.LayerNorm, False, marks=nightly)])
 def test_training_calls_it_in_the_forward_half_and_gradients_are_the_same(kernel, monkeypatch, norm, dynamic):
     torch.manual_seed(0)
     model = Stack(1, layers=1, norm=norm)
@@ -104,7 +110,7 @@ class UsersPass(CustomGraphPass):
         return "the user's"
 
 
-@pytest.mark.parametrize("keyed", [True, False])
+@pytest.mark.parametrize("keyed", [True, pytest.param(False, marks=nightly)])
 def test_a_users_own_pass_at_that_stage_runs_first_on_functional_operators(kernel, keyed):
     own = UsersPass()
     model, x = Stack(1, layers=1).eval(), torch.randn(3, HIDDEN)
@@ -118,6 +124,26 @@ def test_a_users_own_pass_at_that_stage_runs_first_on_functional_operators(kerne
             torch.testing.assert_close(fn(x), model(x), rtol=1e-5, atol=1e-5)
     assert own.seen.count("tpfuse.all_reduce_norm.default") == (2 if keyed else 4)
     assert (counters["aot_autograd"]["autograd_cache_hit"] == 1) == keyed
+
+
+@nightly
+@pytest.mark.parametrize("train", [False, True])
+def test_a_group_without_a_kernel_leaves_its_boundaries_to_inductor(monkeypatch, train):
+    """As on GPUs; a CPU keeps the operator, unless told otherwise."""
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ())
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Stack(1, layers=1), torch.randn(3, HIDDEN)
+    with fresh_cache(), fake_world(2):
+        fn = torch.compile(model, backend="tpfuse", dynamic=True, options={"expect_fused": 2})
+        with torch.set_grad_enabled(train):
+            run = (lambda call, x: step(call, model, x)) if train else (lambda call, x: [call(x)])
+            _, (code, *_) = run_and_get_code(run, fn, x)
+            for rows in (3, 5):
+                x = torch.randn(rows, HIDDEN)
+                for got, exact in zip(run(fn, x), run(model, x), strict=True):
+                    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+            assert "torch.ops.tpfuse" not in code and code.count("_c10d_functional.all_reduce_.default(") == 2
 
 
 WARM = """
@@ -144,6 +170,7 @@ WARM = """
 """
 
 
+@nightly
 def test_a_second_process_takes_the_graph_from_the_cache_and_launches_by_itself(tmp_path):
     """Nothing of the first process is in it: not an address, not a number of a table."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
