@@ -30,7 +30,7 @@ MODES = ["prefill", "decode", "generate"]
 POLICIES = [(tp, dp, dense) for tp, dp in [(4, 2), (8, 2), (8, 4)] for dense in (None, 1, tp // dp)]
 #: What runs with every change; everything else is nightly.
 SHORT = {
-    "collectives": {("llama", 8, 2, None, "decode"), ("deepseek_v3", 4, 2, 1, "decode")},
+    "collectives": {("llama", 8, 2, None, "decode")},
     "tokens": {("llama", 4, 2, None, "decode")},
 }
 PROMPT, STEPS = 3, 3
