@@ -72,11 +72,34 @@ def reduce_overhead(file: str) -> str:
 
 def overhead(file: str) -> str:
     """Host time of an eager call."""
-    records = json.loads((RESULTS / file).read_text())["records"]
+    records = [r for r in json.loads((RESULTS / file).read_text())["records"] if "of_inductor" not in r]
     lines = []
     for rows, hidden in dict.fromkeys((r["rows"], r["hidden"]) for r in records):
         us = {r["what"]: r["host_us"] for r in records if (r["rows"], r["hidden"]) == (rows, hidden)}
-        cells = [f"{us[what]:.0f}" for what in ("operator", "kernel", "unfused")]
+        cells = [f"{us[what]:.0f}" for what in ("operator", "operator, differentiated", "unfused")]
         lines.append([f"{rows}", f"{hidden}", *cells, f"{us['look at the watch']:.1f}"])
-    return table(["rows", "hidden", "eager operator", "of that the kernel's entry",
+    return table(["rows", "hidden", "eager operator", "with gradients",
                   "unfused: functional all-reduce, add, RMSNorm", "look at the watch"], lines)  # fmt: skip
+
+
+def overhead_slope(file: str) -> str:
+    """Host time of one boundary more in a compiled graph; each line is one run, all of its ways in turn."""
+    runs: list[list[dict]] = []
+    for record in (r for r in json.loads((RESULTS / file).read_text())["records"] if "of_inductor" in r):
+        if record["what"] == "slope, inductor":
+            runs.append([])
+        runs[-1].append(record)
+    lines = []
+    for run in runs:
+        us = {r["what"].removeprefix("slope, "): r for r in run}
+        cells = [f"{us[way]['host_us']:.0f}" if way in us else "-" for way in ("inductor", "auto_select", "tpfuse")]
+        lines.append([*cells, f"{us['tpfuse']['of_inductor']:.2f}"])
+    return table(["Inductor", "Inductor, auto_select", "tpfuse", "tpfuse of Inductor"], lines)
+
+
+def from_python(file: str) -> str:
+    """A decoding step launched from Python, and the same under a CUDA graph."""
+    lines = []
+    for r in records_of(file):
+        lines.append([r["provider"], f"{r['ms']:.3f}", f"{r['spread']:.3f}"])
+    return table(["decode 1", "ms a step", "spread of the rounds"], lines)

@@ -344,6 +344,8 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "models_short": lambda card: model_tables.models_short(card.models),
     "reduce_overhead": lambda _: model_tables.reduce_overhead(REDUCE_OVERHEAD),
     "overhead": lambda _: model_tables.overhead("op_overhead.json"),
+    "overhead_slope": lambda _: model_tables.overhead_slope("op_overhead.json"),
+    "from_python": lambda _: model_tables.from_python("end_to_end_python_h200_x2.json"),
     "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
 
