@@ -92,6 +92,7 @@ class Step(StrictJson):
     kernel: whether it may run as one kernel in symmetric memory, which a peer's plain collective cannot take part in.
     relies: which inputs of the compiled graph are taken for equal on all ranks: something made of them was moved
         in front of the sum; -1 is one that cannot be told. The ranks compare their values before the first run.
+    shapes: a digest of the sizes that what is sent was viewed in on the way, compared with them.
     """
 
     op: str
@@ -102,6 +103,7 @@ class Step(StrictJson):
     sends: str = ""
     kernel: bool = False
     relies: tuple[int, ...] = ()
+    shapes: str = ""
 
 
 @dataclass(frozen=True)

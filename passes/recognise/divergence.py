@@ -25,6 +25,8 @@ from .sums import linear_inputs
 _SUMMING = ("all_reduce", "reduce_scatter")
 #: Give every rank something of its own; all other collectives end with the same value on all ranks of their group.
 _SCATTERING = ("reduce_scatter", "all_to_all", "tpfuse::cut_rows")
+#: Sums its first argument, and adds and normalises with the others.
+_SUMS = "tpfuse::all_reduce_norm"
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Parting:
 
     `partial`: what is to be summed over ranks, scattered or not, and what that is a sum, a view or a multiple of: no
     two ranks need hold the same of it. Of two addends the graph does not say which is a rank's own, so both count.
-    `finished`: results of all-reduces and all-gathers, and the ranks that hold the same of each. `same`: what was found
-    to be the same, by what was asked; a residual stream is looked at once for all of its norms.
+    `finished`: results of all-reduces and all-gathers, and the ranks that hold the same of each. `groups`: the ranks of
+    each group, by its name. `same`: what was found to be the same, by what was asked; a residual stream is looked at
+    once for all of its norms.
     """
 
     partial: frozenset[fx.Node]
     finished: dict[fx.Node, tuple[int, ...]]
+    groups: dict[str, tuple[int, ...]]
     same: dict[tuple[int, ...], set[fx.Node]] = field(default_factory=dict)
 
 
@@ -52,7 +56,7 @@ def find_partings(collectives: Iterable[Collective]) -> Parting:
         if node not in partial and node not in finished:
             partial.add(node)
             pending += [child for child, _, _ in linear_inputs(node)]
-    return Parting(frozenset(partial), finished)
+    return Parting(frozenset(partial), finished, {c.group_name: c.ranks for c in found})
 
 
 def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
@@ -84,6 +88,12 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
                 f"a random mask ({current.target}), which every rank draws for itself: the mask of a sum is the sum of"
                 " masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary fuses"
             )
+        if _name(current) == _SUMS:
+            held = parting.groups.get(str(current.kwargs.get("group_name")), ())
+            if not _cover({held}, ranks):
+                return f"a value that differs between ranks ({current} is equal on ranks {list(held)} only)"
+            pending += [(arg, groups) for arg in current.args[1:] if isinstance(arg, fx.Node)]
+            continue
         if any(word in _name(current) for word in _SCATTERING):
             return f"a value that differs between ranks ({current.target} gives each rank its own rows)"
         pending.extend((parent, groups) for parent in current.all_input_nodes)

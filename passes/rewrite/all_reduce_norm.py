@@ -36,6 +36,7 @@ from ..facts.graph import (
 )
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
+from ..verdict.expression import FINISHES
 from .strides import hand_over
 
 aten = ops.aten
@@ -236,6 +237,8 @@ def _insert_fused(
         },
     )
     carry_meta(collective.node, fused)
+    if FINISHES in collective.node.meta:
+        fused.meta[FINISHES] = True
     fused.meta["val"] = fake_result(fused)
     return fused
 

@@ -27,6 +27,7 @@ from ..facts.graph import (
 from ..plan.layouts import TP_ATTN_FULL
 from ..recognise.streams import StreamStage, divides
 from ..verdict.accounting import origin
+from ..verdict.expression import FINISHES
 from .all_reduce_norm import sizes_of
 from .chain import Chain
 
@@ -39,6 +40,7 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
     with inserting_behind(graph, norm.output):
         reduced = (addend.source, "sum", addend.collective.group_name)
         node = insert_call(graph, c10d.all_reduce.default, reduced, like=addend.collective.node)
+        node.meta[FINISHES] = True
         chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, "")
         chain.moved.layouts[origin(addend.collective.node)] = TP_ATTN_FULL
         replacements = {addend.leaf: insert_call(graph, ops.WAIT, (node,), like=addend.leaf)}

@@ -19,6 +19,7 @@ from ..plan.layouts import SCATTERED
 from ..recognise.padding import padding_is_dropped
 from ..recognise.streams import StreamStage, divides, flat_rows
 from ..verdict.accounting import origin
+from ..verdict.expression import FINISHES
 from .all_reduce_norm import replay
 from .chain import Chain
 
@@ -36,6 +37,9 @@ def scatter(chain: Chain, stage: StreamStage) -> None:
             source, group = _owed_over(chain, stage)
             op = torch.ops.tpfuse.reduce_scatter_norm.default
             y, h = chain.norm_op(stage, op, source, residual, vector, group)
+            # The replicas' own rows are no two alike, so over the whole group there is nothing to compare.
+            if group == addend.collective.group_name:
+                input_node(y).meta[FINISHES] = True
         chain.own[stage.hidden] = h
         _readers_of_scattered(chain, stage, y)
     chain.replaced |= {addend.collective.node, addend.collective.result}

@@ -32,8 +32,8 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         op = fused or operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
-        relies = sent.relied_on(node)
-        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies))
+        relies, shapes = sent.relied_on(node), sent.shapes(node)
+        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies, shapes))
     return steps
 
 

@@ -14,7 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from .._torch_private import local_of
 from .plan_check import Ranks, Record
 
 #: Larger tensors are weighed on their device, this many bytes at a time; smaller ones are hashed.
@@ -31,8 +33,9 @@ def with_values(plans: Mapping[Ranks, Record], args: Sequence[Any]) -> dict[Rank
                 known[index] = _digest(args[index]) if 0 <= index < len(args) else str(uuid.uuid4())
         # Step by step: two ranks may take the same values for each other's steps.
         words = [known[index] for step in record.steps for index in step.relies]
-        counts = [str(len(step.relies)) for step in record.steps]
-        values = hashlib.sha256("\0".join(counts + words).encode()).hexdigest()[:16] if words else ""
+        counts = [f"{len(step.relies)} {step.shapes}" for step in record.steps]
+        told = words or any(step.shapes for step in record.steps)
+        values = hashlib.sha256("\0".join(counts + words).encode()).hexdigest()[:16] if told else ""
         found[group] = replace(record, values=values)
     return found
 
@@ -40,6 +43,8 @@ def with_values(plans: Mapping[Ranks, Record], args: Sequence[Any]) -> dict[Rank
 def _digest(value: Any) -> str:
     if isinstance(value, (bool, int, float)):
         return repr(value)
+    if isinstance(value, DTensor):
+        value = local_of(value)  # where it is sharded, this rank's part, which no other has
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return str(uuid.uuid4())
     with torch.no_grad():

@@ -1,0 +1,277 @@
+"""How what is sent is computed, in words that are equal on ranks that compute it alike. Reads only.
+
+A rewritten graph may send something that the program did not: tensors of the program's, carried through steps that stood
+behind their sums. What is carried is a rank's own, for it is summed. What the steps read besides (gates, masks, sizes,
+addends) has to be the same on all ranks, and so have the operands of an operation that finishes rows for other ranks.
+Words say how those are computed, back to results of collectives and inputs of the graph; of the inputs the values are
+compared at the first run (`relied`), and so are the sizes that tensors are viewed in (`shapes`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from tpfuse._torch_private import without_modes
+
+from ..facts import aten_ops as ops
+from ..facts.collectives import is_collective
+from ..facts.graph import is_call, value
+from ..recognise.streams import calls
+
+#: The fused operators that communicate: one collective each.
+FUSED = ("all_reduce_norm", "reduce_scatter_norm")
+#: On a fused operation: its rank finishes rows that other ranks read, with its own residual, weight and bias.
+FINISHES = "tpfuse_finishes"
+#: Their lists are sizes, which differ with the rows: compared at the first run, and no part of the words.
+_SIZED = {
+    ops.aten.view.default,
+    ops.aten.reshape.default,
+    ops.aten._unsafe_view.default,
+    ops.aten.expand.default,
+    ops.aten.full.default,
+    ops.aten.empty.memory_format,
+    ops.aten.zeros.default,
+    ops.aten.ones.default,
+}
+_SIZES = {ops.aten.sym_size.int, ops.aten.sym_numel.default, ops.aten.sym_stride.int}
+#: What operators of these namespaces, and plain functions, give depends on their arguments alone. Others may ask which
+#: rank they are on.
+_KNOWN = ("aten", "prims", "tpfuse", "inductor", "inductor_prims", *ops.COLLECTIVE_NAMESPACES)
+_LARGEST_CONSTANT = 65_536
+
+
+def communicates(node: fx.Node) -> bool:
+    ours = getattr(node.target, "namespace", "") == "tpfuse"  # every node is asked, and few are
+    return is_collective(node) or (ours and any(calls(node, f"tpfuse::{name}") for name in FUSED))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the program sends. inputs: which of its collectives send the value of a node, by the node's name; summed:
+    those whose value is summed; sizes: symbols in their sizes."""
+
+    inputs: Mapping[str, Sequence[int]]
+    summed: frozenset[str]
+    sizes: frozenset[str]
+
+
+@dataclass
+class Expression:
+    """`node` is what communicates, `source` what it sends.
+
+    order: all that `source` is computed from, in an order that depends on the expression alone. beside: those of it
+    that have to be the same on all ranks.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    written: Written
+    carrying: frozenset[fx.Node]
+    owner: torch.nn.Module | None
+    order: dict[fx.Node, None] = field(default_factory=dict)
+    beside: set[fx.Node] = field(default_factory=set)
+    _symbols: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pending = [(operand, True) for operand in reversed(self._operands())] + [(self.source, False)]
+        while pending:
+            node, beside = pending.pop()
+            if node in self.order and (not beside or node in self.beside):
+                continue
+            self.order[node] = None
+            if beside:
+                self.beside.add(node)
+            pending += reversed(self._parents(node, beside))
+
+    def _operands(self) -> list[fx.Node]:
+        """What the operation itself takes for equal on all ranks, besides what it sends."""
+        if not self.node.meta.get(FINISHES):
+            return []
+        return _others(self.node)
+
+    def _parents(self, node: fx.Node, beside: bool) -> list[tuple[fx.Node, bool]]:
+        if node.op != "call_function" or (beside and self._is_known_size(node)):
+            return []
+        if calls(node, "tpfuse::rows_norm"):  # rows of a rank's own, and what they are finished with
+            return [(node.args[0], False), *((other, True) for other in _others(node))]  # type: ignore[list-item]
+        if communicates(node):
+            return [(other, True) for other in _others(node)] if beside and _is_whole(node) else []
+        if not beside and node.name in self.written.inputs:
+            return []
+        alone = not beside and self.source in self.carrying
+        return [(parent, beside or (alone and parent not in self.carrying)) for parent in node.all_input_nodes]
+
+    def _is_known_size(self, node: fx.Node) -> bool:
+        return node.target in _SIZES and symbols(node.meta.get("val")) <= self.written.sizes
+
+    # -- words --------------------------------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """The inputs of the graph whose values have to be equal. Sizes of the tensors that the program sums are not
+        among them: they are equal or nothing runs, and change with the rows."""
+        inputs = [node for node in self.order if node.op == "placeholder"]
+        inputs = [node for node in inputs if node in self.beside or node.name not in self.written.inputs]
+        return [node for node in inputs if not self._is_a_size(node)]
+
+    def _is_a_size(self, node: fx.Node) -> bool:
+        found = symbols(node.meta.get("val"))
+        return bool(found) and found <= self.written.sizes
+
+    def words(self) -> list[str]:
+        """How what is sent is computed, and what the operation finishes rows with."""
+        # The values of inputs are compared in this order, so which one is read where is part of the expression.
+        known = {node: f"input {i}" for i, node in enumerate(self.read)}
+        for node in self.source.graph.nodes:
+            if node in self.order:
+                known[node] = self._word(node, known)
+        return [known[self.source], *(known[operand] for operand in self._operands())]
+
+    def shapes(self) -> str:
+        """A digest of the sizes that values are viewed in; '' where none are."""
+        found = [
+            self._sizes(arg)
+            for node in self.order
+            if is_call(node, _SIZED)
+            for arg in (*node.args, *node.kwargs.values())
+            if isinstance(arg, (list, tuple))
+        ]
+        return digest(found) if found else ""
+
+    def _sizes(self, sizes: Sequence[object]) -> str:
+        return ",".join(self._size(s.meta.get("val")) if isinstance(s, fx.Node) else repr(s) for s in sizes)
+
+    def _size(self, number: object) -> str:
+        """A symbolic number, with its symbols named in the order in which they are met."""
+        if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+            return repr(number)
+        expression = number.node.expr
+        found = sorted(expression.free_symbols, key=lambda s: (self._symbols.get(str(s), "~"), str(s)))
+        names = {s: self._symbols.setdefault(str(s), f"n{len(self._symbols)}") for s in found}
+        return str(expression.subs({symbol: type(symbol)(name) for symbol, name in names.items()}))
+
+    def _word(self, node: fx.Node, known: Mapping[fx.Node, str]) -> str:
+        beside = node in self.beside
+        if not beside and node.name in self.written.inputs:
+            return f"sent {list(self.written.inputs[node.name])}"
+        val = value(node)
+        if node.op == "get_attr":
+            return constant_digest(self.owner, str(node.target))
+        if node.op != "call_function":
+            return f"{known.get(node, node.op)} {val.dtype if val is not None else ''}"
+        if communicates(node) and not (beside and _is_whole(node)):
+            return "received"
+        if beside and self._is_known_size(node):
+            return f"size {self._size(node.meta.get('val'))}"
+        if not _is_known(node):
+            return f"unknown {uuid.uuid4()}"
+        if calls(node, "tpfuse::cut_rows"):  # rows of a rank's own
+            return digest([str(node.target), known.get(node.args[0], "?"), repr(node.args[1])])  # type: ignore[arg-type]
+        sized = is_call(node, _SIZED)
+
+        def word(arg: object) -> str:
+            if isinstance(arg, fx.Node):
+                return known.get(arg, "?")
+            if isinstance(arg, (list, tuple)):
+                return f"[{','.join(word(a) for a in arg if not (sized and isinstance(a, (int, fx.Node))))}]"
+            if isinstance(arg, (bool, int, float, complex, str, torch.dtype, torch.memory_format)) or arg is None:
+                return repr(arg)
+            return type(arg).__name__
+
+        if communicates(node) or calls(node, "tpfuse::rows_norm"):
+            how = ("norm", "eps", "weight_offset", "alpha", "post", "out_dtype")
+            return digest(["received", *map(word, node.args[1:]), *(word(node.kwargs.get(name)) for name in how)])
+        if node.target is ops.operator.getitem and _gives_several(node.args[0]):
+            return digest([known.get(node.args[0], "?"), _called(node)])  # type: ignore[arg-type]
+        arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
+        return digest([str(node.target), *arguments])
+
+
+def find_carrying(graph: fx.Graph, written: Written, index: Mapping[str, int]) -> frozenset[fx.Node]:
+    """The nodes that are computed from what the program sums, before it is summed. `index`: the program's collectives,
+    by name; what others that scatter a sum give is still to be summed."""
+    carrying: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in written.summed:
+            carrying.add(node)
+        elif is_collective(node):
+            if node.name not in index and "reduce_scatter" in str(node.target):
+                carrying.add(node)
+        elif node.op == "call_function" and not communicates(node):
+            if any(parent in carrying for parent in node.all_input_nodes):
+                carrying.add(node)
+    return frozenset(carrying)
+
+
+def _others(node: fx.Node) -> list[fx.Node]:
+    """The operands of one of our norms besides what is summed: residual, bias in front, weight, bias, eps."""
+    return [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
+
+
+def _is_whole(node: fx.Node) -> bool:
+    return calls(node, "tpfuse::all_reduce_norm")
+
+
+def _gives_several(node: object) -> bool:
+    return any(calls(node, f"tpfuse::{name}") for name in (*FUSED, "rows_norm"))
+
+
+def _called(node: fx.Node) -> str:
+    """Which result of one of our norms `node` takes; where it stands depends on which others are handed out."""
+    norm, position = node.args
+    assert isinstance(norm, fx.Node) and isinstance(position, int)
+    options = norm.kwargs
+    names = ["y"]
+    names += ["hidden"] if options.get("hidden_dtype") is not None else []
+    names += ["sum"] if options.get("want_sum") else []
+    names += (["mean"] if options.get("norm") == "layer_norm" else []) + ["rstd"]
+    return names[position]
+
+
+def _is_known(node: fx.Node) -> bool:
+    namespace = getattr(node.target, "namespace", None)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return namespace in _KNOWN
+    module = str(getattr(node.target, "__module__", ""))
+    return module in ("_operator", "math", "builtins") or (
+        module.split(".")[0] == "torch" and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    )
+
+
+def symbols(number: object) -> frozenset[str]:
+    """Names of the symbols in a symbolic number; none in any other value."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return frozenset()
+    return frozenset(str(symbol) for symbol in number.node.expr.free_symbols)
+
+
+def input_index(node: fx.Node) -> int:
+    """Which of the compiled graph's inputs the placeholder `node` is, or is a part of; -1 where that is not known."""
+    desc = node.meta.get("desc")
+    if type(desc).__name__ == "SubclassGetAttrAOTInput":
+        desc = desc.base
+    index = getattr(desc, "idx", None)
+    return index if isinstance(index, int) and type(desc).__name__ == "PlainAOTInput" else -1
+
+
+def constant_digest(owner: torch.nn.Module | None, name: str) -> str:
+    """A word for the values of a constant tensor; one that no other rank has, where they cannot be read."""
+    found: object = owner
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    plain = type(found) in (torch.Tensor, torch.nn.Parameter)
+    if not isinstance(found, torch.Tensor) or not plain or found.numel() > _LARGEST_CONSTANT:
+        return f"constant {uuid.uuid4()}"
+    with without_modes():
+        return f"constant {found.dtype} {digest([repr(found.detach().cpu().tolist())])}"
+
+
+def digest(words: Sequence[str]) -> str:
+    """A short word for a list of words, equal in every process."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
