@@ -1,6 +1,6 @@
 """How what is sent is computed, in words that are equal on ranks that compute it alike. Reads only.
 
-A rewritten graph may send something that the program did not: tensors of the program's, carried through steps that stood
+A rewritten graph may send something that the program did not: the program's tensors, carried through steps that stood
 behind their sums. What is carried is a rank's own, for it is summed. What the steps read besides (gates, masks, sizes,
 addends) has to be the same on all ranks, and so have the operands of an operation that finishes rows for other ranks.
 Words say how those are computed, back to results of collectives and inputs of the graph; of the inputs the values are
@@ -203,9 +203,8 @@ def find_carrying(graph: fx.Graph, written: Written, index: Mapping[str, int]) -
         elif is_collective(node):
             if node.name not in index and "reduce_scatter" in str(node.target):
                 carrying.add(node)
-        elif node.op == "call_function" and not communicates(node):
-            if any(parent in carrying for parent in node.all_input_nodes):
-                carrying.add(node)
+        elif node.op == "call_function" and not communicates(node) and not carrying.isdisjoint(node.all_input_nodes):
+            carrying.add(node)
     return frozenset(carrying)
 
 

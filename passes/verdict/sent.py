@@ -19,7 +19,18 @@ from ..facts.declared import operator_of
 from ..facts.graph import OWN_ROWS, argument, is_call, value
 from ..recognise.streams import calls
 from .accounting import origin
-from .expression import FINISHES, FUSED, Expression, Written, communicates, digest, find_carrying, input_index, symbols
+from .expression import (
+    FINISHES,
+    FUSED,
+    Expression,
+    Written,
+    communicates,
+    constant_digest,
+    digest,
+    find_carrying,
+    input_index,
+    symbols,
+)
 
 _INDEX = re.compile(r"#(\d+)")
 
@@ -119,4 +130,4 @@ def _same_collective(targets: Mapping[str, object], node: fx.Node) -> bool:
     return kind is not None and kind.removesuffix("_norm") in str(targets[origin(node)])
 
 
-__all__ = ["FUSED", "Sent", "communicates", "communicating", "digest", "shifted"]
+__all__ = ["FUSED", "Sent", "communicates", "communicating", "constant_digest", "digest", "shifted"]

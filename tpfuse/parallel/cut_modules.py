@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpfuse.errors import PlanError
 from tpfuse.parallel.adapters import base_of, pairs_of, refuse_unknown
+from tpfuse.parallel.blocks import COLWISE_NAMES, ROWWISE_NAMES, parts_with_sums
 from tpfuse.parallel.calls import chunks_of, names_configured, reduces_features
 from tpfuse.parallel.cuts import Cut, Units, make_cut
 from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
@@ -21,9 +22,6 @@ from tpfuse.parallel.probe import miscut
 from tpfuse.parallel.roles import Parts, Role, role_of
 from tpfuse.parallel.weights import block_size, is_transposed, matrix_of, matrix_or_none, refuse_computed, widest_part
 
-# What the parts of an MLP are called where no role names them (experts and shared experts of a routed block).
-COLWISE_NAMES = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2, "gate_up": 2, "w1": 1, "w3": 1, "w13": 2, "fc1": 1}
-ROWWISE_NAMES = ("down_proj", "down", "w2", "fc2")
 SCALES = ("weight_scale_inv", "weight_scale")
 
 
@@ -78,12 +76,11 @@ def cut_module(
         return out
     refuse_unknown(name, module)
     if role.kind == "moe":
-        out.sum_at_output = True
-        if _norm_inside(module, role):
-            _sum_at_parts(out, name, module, role)
         for part in (role.experts, role.shared):
             if part is not None:
                 _cut_experts(out, join(name, part), getattr(module, part), groups, planned, part == role.experts)
+        out.summed_children = parts_with_sums(name, module, role, planned)
+        out.sum_at_output = not out.summed_children
         return out
     heads = heads_of(name, module, role) if role.kind == "attention" else Heads(None, None, None)
     named = local_counts(name, module, role, heads, groups.of(over).size) if role.kind == "attention" else {}
@@ -175,24 +172,6 @@ def cut_edge(
     if kind == "embedding":
         out.attributes.append((module, {"num_embeddings": vocabulary // group.size}))
     return out
-
-
-def _norm_inside(block: nn.Module, role: Role) -> str:
-    """The name of a norm that stands in a routed block beside its experts, or ''."""
-    parts = (role.experts, role.shared)
-    return next((n for n, child in block.named_children() if n not in parts and "norm" in n.lower()), "")
-
-
-def _sum_at_parts(out: ModuleCut, name: str, block: nn.Module, role: Role) -> None:
-    """A norm in the block must see finished sums, so experts and shared experts each pay their own."""
-    parts = [getattr(block, part) for part in (role.experts, role.shared) if part is not None]
-    if any(isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in parts):
-        raise PlanError(
-            f"{name} ({type(block).__name__}) norms what its experts give ({_norm_inside(block, role)}) before their "
-            "sum over ranks could be paid; leave the block whole, or move the norm behind it"
-        )
-    out.sum_at_output = False
-    out.summed_children = parts
 
 
 def _find_wide_norms(

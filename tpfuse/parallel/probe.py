@@ -9,6 +9,7 @@ each rank's slices. Nothing is multiplied, nothing is communicated, and nothing 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,9 +41,9 @@ def miscut(
     """
     weight: Any = module.get_submodule(next(iter(colwise))).weight
     real = type(weight.detach()) is Tensor and not weight.is_meta  # fake tensors hold no values to compare
-    if not real or not weight.is_floating_point() or not _takes_hidden_states_alone(module):
+    if not real or not weight.is_floating_point() or not takes_hidden_states_alone(module):
         return ""
-    with _as_it_was(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with as_it_was(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module.eval()
         x = torch.randn(*ROWS, weight.shape[1]).to(weight)
@@ -98,6 +99,10 @@ def _reaching(
 
     def given(leaf: str) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            if hidden.isnan().any():
+                raise _Failed(
+                    f"its forward calls {leaf} on what {' or '.join(rowwise)} gave, whose gradient is then never summed"
+                )
             called.add(leaf)
             # As many leading dimensions as the module works with.
             return outputs[leaf].reshape(*hidden.shape[:-1], -1)
@@ -108,7 +113,7 @@ def _reaching(
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             reached[leaf] = hidden.reshape(*ROWS, -1)
             weight: Any = module.get_submodule(leaf).weight
-            return hidden.new_zeros(*hidden.shape[:-1], weight.shape[0])
+            return hidden.new_full((*hidden.shape[:-1], weight.shape[0]), math.nan)  # whatever reads it shows
 
         return forward
 
@@ -123,7 +128,7 @@ def _reaching(
     return reached
 
 
-def _takes_hidden_states_alone(module: nn.Module) -> bool:
+def takes_hidden_states_alone(module: nn.Module) -> bool:
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
@@ -134,7 +139,7 @@ def _takes_hidden_states_alone(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def as_it_was(module: nn.Module) -> Iterator[None]:
     """Afterwards every submodule has its own forward again, and its mode."""
     before = [(each, vars(each).get("forward"), each.training) for each in module.modules()]
     try:
