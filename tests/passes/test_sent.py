@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 
 from tpfuse.passes.verdict.steps import with_late_steps
@@ -12,7 +14,7 @@ from tpfuse.runtime.plan_check import records
 from ..graphs import all_reduce, fused, trace
 
 HIDDEN = 16
-X = torch.randn(2, 3, HIDDEN)
+X, Y, Z = (torch.randn(2, 3, HIDDEN) for _ in range(3))
 
 
 def sent(run, *args):
@@ -59,3 +61,88 @@ def test_what_the_forward_half_changes_later_is_part_of_the_plan():
     assert with_late_steps(steps, same) == steps
     merged = with_late_steps(steps, [Step("all_reduce_norm", (0, 1), sends="a:#0,#1")])
     assert merged[0].sends.endswith(":#0") and merged[0] != steps[0] and merged[1] == steps[1]
+
+
+def taken_for_equal(run, *args):
+    """(what the last step of a program relies on, the sizes it was viewed in, what it sends)."""
+    _, report = fused(trace(run, *args), alike=True)
+    step = next(step for step in reversed(report.steps) if not step.sends.startswith("#"))
+    return step.relies, step.shapes, step.sends
+
+
+def test_sizes_that_rows_are_viewed_in_are_compared_where_they_say_which_rows_are_meant(four_ranks):
+    def turned(parts):
+        def program(y, r):
+            rows = all_reduce(y).view(parts, 12 // parts, HIDDEN).transpose(0, 1)
+            return F.rms_norm(r + rows.reshape(12, HIDDEN), (HIDDEN,))
+
+        return program
+
+    y, r = torch.randn(12, HIDDEN), torch.randn(12, HIDDEN)
+    (_, two, words), (_, three, same), (_, again, _) = [taken_for_equal(turned(n), y, r) for n in (2, 3, 2)]
+    assert two == again != three and two and words == same, "the words are those of any number of rows"
+
+
+def test_a_number_made_of_sizes_is_compared_too(four_ranks):
+    def counted(rows):
+        return lambda y: F.rms_norm(all_reduce(y) * torch.ones(rows, 1).sum(0), (HIDDEN,))
+
+    assert taken_for_equal(counted(3), X)[1] != taken_for_equal(counted(4), X)[1]
+
+
+def test_a_gate_that_is_gathered_elsewhere_is_compared(four_ranks):
+    def run(y, z):
+        gathered = funcol.all_gather_tensor(z, 0, dist.group.WORLD)
+        return F.rms_norm(all_reduce(y) * z, (HIDDEN,)), gathered
+
+    assert taken_for_equal(run, X, Y)[0] == (-1,), "an input that no index tells is never agreed on"
+
+
+def test_a_gate_made_of_a_fused_norm_relies_on_the_norms_own_operands(four_ranks):
+    def run(y, z, r, w, eps):
+        n = F.rms_norm(r + all_reduce(y), (HIDDEN,), w, eps)
+        return F.rms_norm(all_reduce(z) * n.mean(-1, keepdim=True).sigmoid(), (HIDDEN,))
+
+    w = torch.ones(HIDDEN)
+    relies, _, words = taken_for_equal(lambda y, z, r, w: run(y, z, r, w, 1e-5), X, Y, Z, w)
+    assert len(relies) == 2, "residual and weight"
+    assert words != taken_for_equal(lambda y, z, r, w: run(y, z, r, w, 1e-3), X, Y, Z, w)[2]
+
+
+def test_what_a_norm_hands_out_besides_is_no_part_of_what_its_readers_send(four_ranks):
+    def run(more):
+        def program(y, z, r):
+            h = r + all_reduce(y)
+            n = F.rms_norm(h, (HIDDEN,))
+            gate = (n * h).mean(-1, keepdim=True).sigmoid()
+            out = F.rms_norm(all_reduce(z) * gate, (HIDDEN,))
+            return (out, *more(h, n))
+
+        return program
+
+    assert taken_for_equal(run(lambda h, n: (n,)), X, Y, Z) == taken_for_equal(run(lambda h, n: (h * 2,)), X, Y, Z)
+
+
+def test_operators_that_may_ask_for_their_rank_are_alike_on_no_two_ranks(four_ranks):
+    with torch.library._scoped_library("sent_tests", "FRAGMENT") as library:
+        library.define("mine(Tensor x) -> Tensor")
+        library.impl("mine", lambda x: x * 2, "CompositeExplicitAutograd")
+
+        def run(y):
+            return F.rms_norm(all_reduce(y) * torch.ops.sent_tests.mine(torch.ones(3, 1)), (HIDDEN,))
+
+        assert taken_for_equal(run, X)[2] != taken_for_equal(run, X)[2]
+
+
+def test_norms_that_finish_rows_for_other_ranks_rely_on_their_operands(four_ranks):
+    def layer(rows, n, w):
+        group = dist.group.WORLD
+        rows = rows + funcol.reduce_scatter_tensor(n * 2, "sum", 0, group)
+        return rows, funcol.all_gather_tensor(F.rms_norm(rows, (HIDDEN,), w), 0, group)
+
+    def run(y, r, w):
+        return layer(*layer(r[:2], y, w), w)[1]
+
+    _, report = fused(trace(run, torch.randn(8, HIDDEN), torch.randn(8, HIDDEN), torch.ones(HIDDEN)), alike=True)
+    assert [b.rewrite for b in report.boundaries] == ["share_attention_group"] * 4
+    assert all(-1 in step.relies for step in report.steps if step.op == "all_reduce_norm")
