@@ -92,3 +92,9 @@ def test_the_module_is_left_as_it_was():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(module(x), want) and module.width == INNER
     assert module.training and not module.drop.training and "forward" not in vars(module.up)
+
+
+def test_a_projection_of_what_was_summed_before_is_refused():
+    module = type("Twice", (Mlp,), {"forward": lambda self, x: self.down(self.up(self.down(self.up(x))))})()
+    cut = Cut(0, "whole", (INNER,), (RANKS,), RANKS, 0)
+    assert "calls up on what down gave" in miscut(module, {"up": cut}, {"down": cut}, [])
