@@ -116,7 +116,8 @@ def call_leanly(
             norm, eps, float(weight_offset), 1.0, False, x.dtype, x.dtype, False, False, group_name, False, operands
         ).text()
         _TEXTS[told] = text
-    y, hidden = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    hidden = torch.empty_like(y)
     if bias is None:
         torch.ops.tpfuse.all_reduce_norm.lean(x, y, text, residual, weight, hidden)
     else:
