@@ -147,8 +147,31 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _site(norm: Norm, known: _Known) -> Site | None:
+    hidden = hidden_of(norm, set(known.eligible))
+    site = _site_over(hidden, norm, known)
+    if site is None or not site.problem:
+        return site
+    # The norm of chosen rows is chosen from the norm of all: worth it where all of them are summed in any case.
+    whole = _before_choice(hidden, site)
+    wider = _site_over(whole, norm, known) if whole is not None else None
+    return wider if wider is not None and not wider.problem else site
+
+
+def _before_choice(hidden: fx.Node, site: Site) -> fx.Node | None:
+    """What the norm's rows are chosen from, where the sum of all of them is read as well."""
+    if site.norm.source is not hidden or not any(owed.used_alone for owed in site.owed):
+        return None
+    node = hidden
+    while is_call(node, ops.SELECTIONS) and same_size(last_dim(node.args[0]), last_dim(node)):
+        at = int(node.args[1]) if len(node.args) > 1 else 0
+        if at % val(node.args[0]).dim() == val(node.args[0]).dim() - 1:
+            return None
+        node = node.args[0]
+    return node if node is not hidden else None
+
+
+def _site_over(hidden: fx.Node, norm: Norm, known: _Known) -> Site | None:
     owed = known.eligible
-    hidden = hidden_of(norm, set(owed))
     if hidden in known.fixed:
         return None
     left: list[tuple[Owed, str]] = []

@@ -296,12 +296,15 @@ def _adds_whole_rows(node: fx.Node) -> bool:
 
 
 def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
-    """The inputs in which `node` is linear while its others are held: factors of a product, a masked value.
+    """The inputs in which `node` is linear while its others are held: factors of a product, a masked value, rows that
+    are added up with weights.
 
-    Only inputs of the node's own shape: a sum is never broadcast before it is paid, that would send more bytes.
+    Of a product only inputs of the node's own shape: a sum is never broadcast before it is paid, that would send more.
     """
     if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS or not is_float(node):
         return []
+    if node.target is ops.aten.bmm.default:
+        return _weighted_rows(node)
     positions: tuple[int, ...]
     if node.target in ops.MULS:
         positions = (0, 1)
@@ -313,6 +316,19 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
         return []
     factors = [(node.args[position], Step(node, position)) for position in positions]
     return [(factor, step) for factor, step in factors if is_float(factor) and same_shape(factor, node)]
+
+
+def _weighted_rows(node: fx.Node) -> list[tuple[fx.Node, Step]]:
+    """Rows that are added up with a weight each, as an einsum over top-k experts is: the product with one vector for
+    each matrix. Linear in the matrices, and fewer rows have to be summed over the ranks."""
+    left, right = node.args[:2]
+    if not is_float(left) or not is_float(right):
+        return []
+    if same_size(val(right).shape[2], 1) and not same_size(val(left).shape[1], 1):
+        return [(left, Step(node, 0))]
+    if same_size(val(left).shape[1], 1) and not same_size(val(right).shape[2], 1):
+        return [(right, Step(node, 1))]
+    return []
 
 
 def _is_zero(node: object) -> bool:

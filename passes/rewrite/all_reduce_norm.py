@@ -278,6 +278,8 @@ def _hand_out(
         statistics.append((norm.rstd, next_output()))
         for old, new in statistics:
             if old is not None and old.users:
+                chosen = [Step(node) for node in chain if is_call(node, ops.SELECTIONS)]
+                new = replay(graph, chosen, new)
                 # Statistics may lack the last dimension; those of a single row may have none at all.
                 if chain or val(old).dim() != val(new).dim():
                     sizes = [*sizes_of(graph, normed)[:-1], 1][: val(old).dim()]
@@ -286,10 +288,10 @@ def _hand_out(
 
 
 def _view_chain(source: fx.Node, hidden: fx.Node) -> list[fx.Node]:
-    """The views that lead from `hidden` to the norm's source, in the order in which they apply."""
+    """The views and choices of rows that lead from `hidden` to the norm's source, in the order in which they apply."""
     chain: list[fx.Node] = []
     while source is not hidden:
-        if is_call(source, ops.VIEWS - ops.COPIES_OF_VALUES):
+        if is_call(source, (ops.VIEWS - ops.COPIES_OF_VALUES) | ops.SELECTIONS):
             chain.append(source)
         source = input_node(source)
     return chain[::-1]

@@ -29,9 +29,17 @@ from ..facts.graph import insert_call, same_shape, same_size, same_strides, use_
 def normalise(graph: fx.Graph) -> None:
     """Bring `graph` into the form that the recogniser reads. Changes `graph`; what it computes stays."""
     use_positions(graph)
+    drop_unread(graph)
     wait_once(graph)
     drop_copies(graph)
     view_leading_ones(graph)
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Erase views and casts that nobody reads, as decompositions leave them: they are no use of a sum."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and node.target in ops.VIEWS | ops.CASTS and not node.users:
+            graph.erase_node(node)
 
 
 def wait_once(graph: fx.Graph) -> None:
@@ -50,6 +58,7 @@ def wait_once(graph: fx.Graph) -> None:
 
 #: What a sum may go through and still be one that is added to something.
 _LINEAR = ops.VIEWS | ops.SELECTIONS | ops.CASTS | ops.ROW_SUMS | ops.ADDS | ops.SUBS | ops.MULS | ops.DIVS
+_LINEAR |= {ops.aten.bmm.default}
 
 
 def view_leading_ones(graph: fx.Graph) -> None:

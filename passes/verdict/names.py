@@ -113,7 +113,7 @@ def _role(node: fx.Node) -> str | None:
 
 
 def role_of_name(segment: str) -> str | None:
-    """"attention", "moe", "dense_mlp" or "embedding" of one part of a module's name; None where it does not tell."""
+    """ "attention", "moe", "dense_mlp" or "embedding" of one part of a module's name; None where it does not tell."""
     return next((role for role, pattern in _NAMES if pattern.search(segment)), None)
 
 
