@@ -31,6 +31,7 @@ _NORM = re.compile(r"norm", re.IGNORECASE)
 
 _ATTENTION_OPS = ("scaled_dot_product", "softmax", "flash_attn", "flex_attention")
 _MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.matmul.default}
+_MATMULS |= {aten._scaled_mm.default, aten._int_mm.default}  # of FP8 and INT8 weights
 
 
 def boundary_kind(producer: fx.Node, consumer: fx.Node | None, normed: frozenset[fx.Node] = frozenset()) -> str:

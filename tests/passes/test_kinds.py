@@ -116,3 +116,15 @@ def test_the_block_behind_a_gather_of_rows_reads_the_norm(four_ranks):
 
     _, report = fused(trace(run, torch.randn(8, HIDDEN), torch.randn(HIDDEN, HIDDEN)))
     assert report.boundaries[0].kind == "dense_mlp→dense_mlp"
+
+
+def test_products_of_quantised_weights_are_products(four_ranks):
+    def run(x, w, r, weight):
+        h = r + torch.ops._c10d_functional.wait_tensor(
+            torch.ops._c10d_functional.all_reduce(torch._int_mm(x, w).float() * 0.1, "sum", "0")
+        )
+        return nn.functional.rms_norm(h, (HIDDEN,), weight)
+
+    x, w = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, HIDDEN, dtype=torch.int8)
+    (verdict,) = fused(trace(run, x, w, torch.randn(32, HIDDEN), torch.randn(HIDDEN)))[1].boundaries
+    assert verdict.kind == "dense_mlp→final_norm" and verdict.fused

@@ -255,7 +255,7 @@ def test_an_addend_that_is_a_ranks_own_is_added_by_that_rank(four_ranks, own):
     assert not operation.kwargs.get("batch_invariant", False)
 
 
-@pytest.mark.parametrize("steps", [by_row_gate, last_token, transposed], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("steps", [by_row_gate, transposed], ids=lambda fn: fn.__name__)
 def test_the_sum_before_such_a_step_is_not_handed_out(four_ranks, steps):
     """The fused operation ends with the gated sum; whoever reads the sum before the gate needs the other one."""
 

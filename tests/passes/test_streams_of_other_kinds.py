@@ -61,8 +61,15 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dynamic"),
+    [
+        (torch.bfloat16, False),
+        (torch.float32, True),
+        pytest.param(torch.float32, False, marks=pytest.mark.nightly),
+        pytest.param(torch.bfloat16, True, marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("run", PROGRAMS, ids=lambda fn: fn.__name__)
 def test_the_boundary_fuses_and_its_outputs_keep_strides_dtypes_and_numbers(four_ranks, run, dtype, dynamic):
     torch.manual_seed(0)
