@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tpfuse
+import tpfuse.backend
 from tpfuse.passes.facts.graph import depends_on
 
 from .graphs import executed_collectives, fake_world, relative_error
