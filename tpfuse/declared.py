@@ -71,13 +71,16 @@ class Declaration:
 
     def tensor(self, target: Any) -> str:
         """The name of the argument that is summed."""
-        schema = operator_schema(target)
-        return next(argument.name for argument in schema.arguments if str(argument.type) == "Tensor")
+        return next(argument.name for argument in _arguments(target) if str(argument.type) == "Tensor")
 
     def reduce_op(self, target: Any) -> str | None:
         """The name of the argument that tells the reduce op, or None: it sums."""
-        schema = operator_schema(target)
-        return next((argument.name for argument in schema.arguments if argument.name in _REDUCE_OPS), None)
+        return next((argument.name for argument in _arguments(target) if argument.name in _REDUCE_OPS), None)
+
+
+def _arguments(target: Any) -> list[Any]:
+    schema = operator_schema(target)
+    return list(schema.arguments) if schema is not None else []
 
 
 #: REGISTRY: what this process declared, by the operator's name; only ever added to. `_LOCK` guards it.

@@ -21,7 +21,7 @@ from tpfuse._torch_private import operator_full_name
 from tpfuse.declared import Declaration
 
 from . import aten_ops as ops
-from .graph import argument, same_shape, value
+from .graph import argument, function_of, same_shape, value
 
 #: Metadata of an all-reduce that stands for a declared one, and of its wait.
 DECLARED = "tpfuse_declared"
@@ -120,7 +120,7 @@ def _put(graph: fx.Graph, node: fx.Node, declaration: Declaration) -> None:
     place = node.args.index(tensor) if tensor in node.args else next(k for k, v in node.kwargs.items() if v is tensor)
     args = tuple(None if arg is tensor else arg for arg in node.args)
     kwargs = tuple((key, None if arg is tensor else arg) for key, arg in node.kwargs.items())
-    written = Written(declaration, node.name, node.target, args, kwargs, place, stands)
+    written = Written(declaration, node.name, function_of(node), args, kwargs, place, stands)
     with graph.inserting_before(node):
         target = ops.c10d.all_reduce.default
         pending = graph.create_node("call_function", target, (tensor, *stands), name=f"{node.name}_functional")

@@ -28,7 +28,7 @@ def with_group_names(graph: fx.Graph) -> fx.Graph:
     for node in changed.nodes:
         if node.name in found:
             schema = operator_schema(node.target)
-            position = [parameter.name for parameter in schema.arguments].index("group_name")
+            position = [parameter.name for parameter in schema.arguments].index("group_name") if schema else 0
             if position < len(node.args):
                 node.update_arg(position, found[node.name])
             else:
@@ -55,6 +55,7 @@ def _constant(node: Any, graph: fx.Graph) -> Any:
             found = getattr(found, part, None)
         return getattr(found, "real_obj", found)
     if operator_full_name(node.target) == "_dtensor::mesh_get_process_group" and not node.kwargs:
-        mesh, *dim = (_constant(arg, graph) if isinstance(arg, fx.Node) else arg for arg in node.args)
+        given: list[Any] = [_constant(arg, graph) if isinstance(arg, fx.Node) else arg for arg in node.args]
+        mesh, *dim = given
         return mesh.get_group(*dim) if isinstance(mesh, dist.DeviceMesh) else None
     return None

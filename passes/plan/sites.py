@@ -101,10 +101,10 @@ def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
         return f"the norm reads the sum of two all-reduces over different ranks, {list(a.ranks)} and {list(b.ranks)}"
     if a.reduce_op.lower() != b.reduce_op.lower():
         return f"the norm reads the sum of all-reduces with reduce ops {a.reduce_op!r} and {b.reduce_op!r}"
-    sent = {str(tensor.dtype) for c in (a, b) if (tensor := value(c.input)) is not None}
-    if (owed.added_wider or last.added_wider) and len(sent) == 1:
+    dtypes = {str(tensor.dtype) for c in (a, b) if (tensor := value(c.input)) is not None}
+    if (owed.added_wider or last.added_wider) and len(dtypes) == 1:
         return (
-            f"the norm reads the sum of two all-reduces in {sent.pop()} that are added in a wider dtype; as one they "
+            f"the norm reads the sum of two all-reduces in {dtypes.pop()} that are added in a wider dtype; as one they "
             "would be rounded once more on every rank before they are sent; added in their own dtype they become one"
         )
     if owed.used_alone:

@@ -220,8 +220,8 @@ def _scaled_by(inverse: fx.Node, found: Moments, divides: bool) -> _Scaled | Non
             elif divides and is_call(user, aten.clamp_min.default) and factor > 0 and is_number(user.args[1]):
                 further.append((user, factor, float(user.args[1]) / factor))
             elif (output := _scales(user, node, found, divides)) is not None:
-                source, times = output
-                return _Scaled(user, source, times / factor if divides else times * factor, least)
+                source, number = output
+                return _Scaled(user, source, number / factor if divides else number * factor, least)
         pending = further + pending
     return None
 

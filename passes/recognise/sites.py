@@ -14,6 +14,7 @@ from ..facts.checkpoint import is_astride, is_checkpointed
 from ..facts.collectives import Collective
 from ..facts.graph import (
     depends_on,
+    input_node,
     is_call,
     is_float,
     last_dim,
@@ -162,11 +163,12 @@ def _before_choice(hidden: fx.Node, site: Site) -> fx.Node | None:
     if site.norm.source is not hidden or not any(owed.used_alone for owed in site.owed):
         return None
     node = hidden
-    while is_call(node, ops.SELECTIONS) and same_size(last_dim(node.args[0]), last_dim(node)):
-        at = int(node.args[1]) if len(node.args) > 1 else 0
-        if at % val(node.args[0]).dim() == val(node.args[0]).dim() - 1:
+    while is_call(node, ops.SELECTIONS):
+        below, dim = input_node(node), node.args[1] if len(node.args) > 1 else 0
+        count = val(below).dim()
+        if not isinstance(dim, int) or dim % count == count - 1 or not same_size(last_dim(below), last_dim(node)):
             return None
-        node = node.args[0]
+        node = below
     return node if node is not hidden else None
 
 

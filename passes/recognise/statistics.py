@@ -25,6 +25,7 @@ from ..facts.graph import (
     same_shape,
     same_size,
     strip,
+    val,
     value,
 )
 
@@ -55,7 +56,7 @@ class Moments:
 def keeps_order(node: Any) -> bool:
     """Whether `node` gives the elements of its input in the same order, in whatever shape."""
     if is_call(node, _EXPANSIONS):
-        return same_shape(node, node.args[0])
+        return same_shape(node, input_node(node))
     if not is_call(node, ops.VIEWS):
         return False
     if not is_call(node, ops.REORDERINGS):
@@ -64,10 +65,11 @@ def keeps_order(node: Any) -> bool:
     if before is None or after is None:
         return False
     dims = list(range(before.dim()))
+    given: Any = node.args[1:]
     if is_call(node, aten.permute.default):
-        dims = [dim % before.dim() for dim in node.args[1]]
+        dims = [dim % before.dim() for dim in given[0]]
     elif before.dim() > 1:
-        one, other = node.args[1:] if is_call(node, aten.transpose.int) else (0, 1)
+        one, other = given if is_call(node, aten.transpose.int) else (0, 1)
         dims[one], dims[other] = dims[other], dims[one]
     moved = [dim for dim in dims if not same_size(before.shape[dim], 1)]
     return moved == sorted(moved)
@@ -161,7 +163,7 @@ def moments_of_squares(root: fx.Node | None, problem: str = "", total: bool = Tr
     if subtracts_value(source):
         mean = strip_rows(source.args[1])
         inner = mean_of(mean)
-        each = inner is not None and (inner[1] or one_a_row(source.args[1], source))
+        each = inner is not None and (inner[1] or one_a_row(input_node(source, 1), source))
         if inner is not None and each and strip(inner[0], TRANSPARENT) is strip(source.args[0], TRANSPARENT):
             return Moments("layer_norm", source, strip(source.args[0], TRANSPARENT), mean, problem or inner[1], total)
     return Moments("rms_norm", source, source, None, problem, total)
@@ -176,9 +178,9 @@ def _sum_of_squares(node: Any) -> tuple[fx.Node, str, bool] | None:
             return None
         return squared, _dims_problem(node), is_call(node, aten.sum.dim_IntList)
     if is_call(node, aten.bmm.default):
-        row, column = node.args[:2]
+        row, column = input_node(node, 0), input_node(node, 1)
         root = strip_views(row)
-        line = value(row) is not None and same_size(value(row).shape[1], 1) and same_size(value(column).shape[2], 1)
+        line = is_float(row) and same_size(val(row).shape[1], 1) and same_size(val(column).shape[2], 1)
         whole = line and same_size(last_dim(row), last_dim(root)) and strip_views(column) is root
         return (root, "", True) if whole else None
     if is_call(node, aten.einsum.default):
@@ -250,7 +252,7 @@ def _variance(statistic: fx.Node) -> Moments | None:
                 from_pair = mean.target is ops.operator.getitem and mean.args == (pair, 1)
                 averaged = None if from_pair else mean_of(mean)
                 problem = problem or (averaged[1] if averaged else "")
-                each = problem or one_a_row(user.args[1], user)
+                each = problem or one_a_row(input_node(user, 1), user)
                 if each and (from_pair or (averaged is not None and strip(averaged[0], TRANSPARENT) is source)):
                     return Moments("layer_norm", user, source, mean, problem)
     return None
