@@ -51,8 +51,8 @@ class Boundary(Site):
         dtypes = tuple(None if t is None else t.dtype for t in operands)
         wanted = [t for name in self.spec.outputs if (t := outputs[name]) is not None]
         if dtypes != self.spec.operands or len(wanted) < len(self.spec.outputs):
-            given = [name for name, t in outputs.items() if t is not None]
-            raise OpError(f"operands of {dtypes} and outputs {given} are not those of {self.spec}")
+            names = [name for name, t in outputs.items() if t is not None]
+            raise OpError(f"operands of {dtypes} and outputs {names} are not those of {self.spec}")
         into = None
         if all(t.is_contiguous() for t in wanted):
             y, hidden, total, mean, rstd = (outputs[name] if name in self.spec.outputs else None for name in OUTPUTS)

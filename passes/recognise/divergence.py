@@ -89,9 +89,9 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
                 " masked parts only if all ranks drew the same; with dropout at 0, or in eval mode, this boundary fuses"
             )
         if _name(current) == _SUMS:
-            held = parting.groups.get(str(current.kwargs.get("group_name")), ())
-            if not _cover({held}, ranks):
-                return f"a value that differs between ranks ({current} is equal on ranks {list(held)} only)"
+            summed = parting.groups.get(str(current.kwargs.get("group_name")), ())
+            if not _cover({summed}, ranks):
+                return f"a value that differs between ranks ({current} is equal on ranks {list(summed)} only)"
             pending += [(arg, groups) for arg in current.args[1:] if isinstance(arg, fx.Node)]
             continue
         if any(word in _name(current) for word in _SCATTERING):

@@ -134,7 +134,7 @@ def _empty(graph: fx.Graph, sizes: Any, fake: torch.Tensor, like: fx.Node) -> fx
     size = [
         each if isinstance(each, int) else insert_call(graph, ops.aten.sym_size.int, each, like=like) for each in sizes
     ]
-    options = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+    options: dict[str, Any] = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
     node = graph.call_function(ops.aten.empty.memory_format, (size,), options)
     carry_meta(like, node)
     node.meta["val"] = new_fake_like(fake)

@@ -13,6 +13,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -252,7 +253,7 @@ def symbols(number: object) -> frozenset[str]:
 
 def input_index(node: fx.Node) -> int:
     """Which of the compiled graph's inputs the placeholder `node` is, or is a part of; -1 where that is not known."""
-    desc = node.meta.get("desc")
+    desc: Any = node.meta.get("desc")
     if type(desc).__name__ == "SubclassGetAttrAOTInput":
         desc = desc.base
     index = getattr(desc, "idx", None)
