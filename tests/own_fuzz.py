@@ -12,7 +12,8 @@ import torch
 import tpfuse
 from tpfuse.runtime.ballots import Ledger
 
-from .own_programs import block, draw, groups, results
+from .own_parts import block, groups, results
+from .own_programs import draw
 
 #: A single program's error is noise around its bound, which is the unfused graph's error, a rounding of the output, and
 #: one more rounding of each partial sum: what moves in front of a sum rounds them. Wrong numbers are far above it.

@@ -35,11 +35,11 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(name: str, path: Path) -> set[str]:
-    """The modules of ours that a module imports, wherever in it the import stands."""
+def imported(name: str, path: Path, tree: ast.AST | None = None) -> set[str]:
+    """The modules of ours that a module imports, wherever in it (or in this part of it) the import stands."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree or ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -80,3 +80,40 @@ def test_the_passes_import_neither_parallel_nor_runtime():
     above = {f"{name} imports {other}" for name, path in passes.items() for other in imported(name, path)
              if other.startswith(("tpfuse.parallel", "tpfuse.runtime", "tpfuse.cli", "tpfuse.backend"))}  # fmt: skip
     assert not above
+
+
+#: Where longer files are allowed, with why.
+LONGER = {
+    "tpfuse/_torch_private.py": "all private names of torch stand in one file, each with what to do once it goes",
+}
+
+
+def test_a_file_holds_one_idea_in_at_most_400_lines():
+    tops = ("tpfuse", "passes", "kernels", "tests", "benchmarks")
+    files = {path.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("*.py")}
+    files = {path for path in files if path.parts[:2] not in (("tpfuse", "passes"), ("tpfuse", "kernels"))}
+    counts = {str(path): len((ROOT / path).read_text("utf-8").splitlines()) for path in files}
+    assert {path for path, lines in counts.items() if lines > 400} == set(LONGER)
+
+
+def test_no_two_modules_wait_for_each_other():
+    """Imports inside functions are left out, which run when both modules are there, and packages, which hand on."""
+    known = {name: path for name, path in modules().items() if path.name != "__init__.py"}
+    above = {name: {o for o in imported_at_once(name, path) & set(known) if o != name} for name, path in known.items()}
+    while leaves := [name for name, others in above.items() if not others & set(above)]:
+        for name in leaves:
+            del above[name]
+    assert not above, "these import each other in a circle"
+
+
+def imported_at_once(name: str, path: Path) -> set[str]:
+    """What is imported when the module is."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or is_for_types_only(node):
+            node.body = []
+    return imported(name, path, tree)
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)

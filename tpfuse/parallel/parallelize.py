@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,8 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpfuse.errors import PlanError, PolicyError
-from tpfuse.parallel.adapters import base_of, pairs_of
-from tpfuse.parallel.after_sum import ends_with_sum
+from tpfuse.parallel.boundaries import put_boundaries
 from tpfuse.parallel.changes import watch
 from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
@@ -22,29 +20,14 @@ from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.generation import sync_generation
 from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
 from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
-from tpfuse.parallel.hooks import (
-    AllRows,
-    CopyIn,
-    GatherColumns,
-    IdleAttention,
-    OwnRows,
-    PartialLinear,
-    ReduceOut,
-    RowwiseLinear,
-    ShareOut,
-    VocabEmbedding,
-    WideNorm,
-    install,
-)
-from tpfuse.parallel.mesh import Group, Groups, check_mesh, create_whole_group, describe_groups
-from tpfuse.parallel.record import Done, Parallelized, Site
-from tpfuse.parallel.recorded_policy import Recorded, record_policy
+from tpfuse.parallel.hooks import AllRows
+from tpfuse.parallel.mesh import Groups, check_mesh, create_whole_group, describe_groups
+from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.router_loss import RefuseRouterLoss
-from tpfuse.parallel.rows_check import RowsCheck
 from tpfuse.parallel.saving import guard_saving
 from tpfuse.parallel.state_hooks import keep_state
-from tpfuse.parallel.structure import inferred_roles, uncut_mixers
+from tpfuse.parallel.structure import inferred_roles
 from tpfuse.parallel.used import UsedParameters
 from tpfuse.policy import SharingPolicy
 
@@ -99,7 +82,7 @@ def parallelize(
     groups = create_whole_group(mesh, groups)
     _apply(model, cuts)
     used = UsedParameters(groups.dp)
-    sites = _put_boundaries(model, planned, done, edges, policy, groups, used)
+    sites = put_boundaries(model, planned, done, edges, policy, groups, used)
     model._tpfuse_policy = policy  # type: ignore[assignment]
     model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups), used)  # type: ignore[assignment]
     sum_gradients(model)
@@ -218,34 +201,6 @@ def _refuse_nothing_but_edges(
         f"and shapes{why}. Say what to cut: plan={{'model.layers.*.self_attn.q_proj': 'colwise', ..., "
         "'model.layers.*.self_attn.o_proj': 'rowwise', ...}, or decorate the classes"
     )
-
-
-def _put_boundaries(
-    model: nn.Module, planned: Planned, done: list[Done], edges: list[ModuleCut], policy: SharingPolicy, groups: Groups,
-    used: UsedParameters,
-) -> tuple[Site, ...]:  # fmt: skip
-    """Hooks and classes around the modules that were cut, and the record of them on the modules; returns the sites."""
-    modules, roles = dict(model.named_modules()), {name: role for name, role, _ in done}
-    check = RowsCheck()
-    classes: dict[type, type] = {}
-    sites = []
-    for name, role, cut in done:
-        cut.rewrite()
-        in_block = routed_block_of(name, roles) is not None
-        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block)
-        if planned.trusted and role.kind == "attention":
-            install(modules[name], IdleAttention())
-        if not in_block:
-            sites.append(Site(name, role.kind, groups.of(cut.over).size if cut.over else 1))
-            modules[name]._tpfuse_policy = policy  # type: ignore[assignment]
-            modules[name]._tpfuse_site = sites[-1]  # type: ignore[assignment]
-            record_policy(modules[name], Recorded(policy, groups.whole.ranks), classes)
-    if planned.trusted and groups.dp.size > 1:
-        for mixer in uncut_mixers(model, roles):
-            install(mixer, IdleAttention())
-    for edge in edges:
-        _hook_edge(modules[edge.name], edge, groups.attention)
-    return tuple(sites)
 
 
 def _plan_of(model: nn.Module, plan: Mapping[str, str] | None) -> Planned:
@@ -375,64 +330,3 @@ def _apply(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
         if id(tensor) not in done:
             done.add(id(tensor))
             tensor.data = cut.take(tensor.data)  # in place: ties and optimizers keep seeing this Parameter
-
-
-def _hook(
-    name: str, module: nn.Module, role: Role, cut: ModuleCut, groups: Groups, policy: SharingPolicy, check: RowsCheck,
-    used: UsedParameters, nested: bool,
-) -> None:  # fmt: skip
-    if cut.over is None:
-        if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
-            install(module, OwnRows(name, groups.attention))
-        return
-    group = groups.of(cut.over)
-    for norm, count in cut.wide_norms:
-        weight: Any = norm.weight
-        install(norm, WideNorm(group, count, weight.shape[0]))
-    # A routed block pays once, at its output; the parts of other modules in it pay nothing at all.
-    goes_on = not nested and not role.spread and not cut.sum_at_output and not ends_with_sum(module, role)
-    for child in cut.summed_children:
-        child.register_forward_hook(ReduceOut(group, goes_on))
-    for child in cut.rowwise_modules:
-        _hook_rowwise(child, group, goes_on, partial=nested or role.kind == "moe")
-    if nested:
-        return
-    owes = ReduceOut(group) if cut.sum_at_output else None
-    if role.spread:
-        for leaf in role.colwise:
-            module.get_submodule(leaf).register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-        return
-    share = ShareOut(group) if goes_on else None
-    if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
-        site = check.number_of(name)
-        install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share))
-        return
-    module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-    if after := owes or share:
-        module.register_forward_hook(after)
-
-
-def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:
-    if (base := base_of(child)) is not child:
-        # An adapter's part is added to the projection's: every rank adds a share of the biases, and one sum pays all.
-        for linear in (base, *(b for _, _, b in pairs_of(child))):
-            if getattr(linear, "bias", None) is not None:
-                linear.__class__ = PartialLinear
-                linear.tpfuse_group = group  # type: ignore[attr-defined]
-        if not partial:
-            child.register_forward_hook(ReduceOut(group, goes_on))
-    elif getattr(child, "bias", None) is not None:
-        child.__class__ = PartialLinear if partial else RowwiseLinear
-        child.tpfuse_group = group  # type: ignore[assignment]
-        child.tpfuse_scaled = goes_on  # type: ignore[assignment]
-    elif not partial:
-        child.register_forward_hook(ReduceOut(group, goes_on))
-
-
-def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:
-    if isinstance(module, nn.Embedding):
-        module.__class__ = VocabEmbedding
-        module.tpfuse_group = group  # type: ignore[assignment]
-    else:
-        module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-        module.register_forward_hook(GatherColumns(group))
