@@ -153,7 +153,7 @@ def test_uneven_rows_are_padded_and_guarded(fake_ranks):
         ("deepseek_v3", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A]),
         pytest.param("qwen3_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A], marks=pytest.mark.nightly),
         pytest.param("glm4_moe", [A_AR, A_AR, A_AR, A_AR, GATHER_D, T_AR, "cut", GATHER_A], marks=pytest.mark.nightly),
-        ("llama", [A_AR, A_AR, A_AR, A_AR, A_AR, GATHER_A]),
+        pytest.param("llama", [A_AR, A_AR, A_AR, A_AR, A_AR, GATHER_A], marks=pytest.mark.nightly),
     ],
 )
 def test_families_trace_without_a_break(fake_ranks, family, forward):

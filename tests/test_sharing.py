@@ -140,7 +140,9 @@ def test_sharing_the_attention_group_costs_two_fused_all_reduces_a_layer(rank):
 
 
 @pytest.mark.parametrize("rank", [3, *(pytest.param(r, marks=pytest.mark.nightly) for r in (0, 6))])
-@pytest.mark.parametrize(("length", "dynamic"), [(4, None), (5, None), (5, True)])
+@pytest.mark.parametrize(
+    ("length", "dynamic"), [(4, None), (5, None), pytest.param(5, True, marks=pytest.mark.nightly)]
+)
 def test_whole_weights_cost_one_reduce_scatter_and_one_all_gather_a_layer(rank, length, dynamic):
     report, executed = explained(SharingPolicy(8, 2, 1), rank, length, dynamic=dynamic)
     assert [b.rewrite for b in report.boundaries] == ["scatter_dense"] * 4

@@ -62,7 +62,8 @@ def test_a_peer_that_never_comes(kernel: str) -> None:
         assert part in left["message"]
 
 
-@pytest.mark.parametrize("kernel", ["one_shot", pytest.param("two_shot", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
 def test_each_rank_names_the_one_of_four_that_is_missing(kernel: str) -> None:
     answers = run(4, desert, kernel, 1, 2, rest=False)
     for rank in (0, 1, 3):
