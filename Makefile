@@ -5,9 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-# Processes that run tests side by side; 0 for one after the other. Ranks of a test wait for each other, so three keep two
-# cores busy.
-JOBS ?= 3
+# Processes that run tests side by side; 0 for one after the other.
+JOBS ?= 2
 
 ifeq ($(strip $(VENV)),)
 RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)

@@ -270,6 +270,7 @@ def test_the_backend_is_found_by_name_without_an_import():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_debug_dumps_work_under_torch_logs():
     code = """
         import torch, tpfuse

@@ -207,6 +207,7 @@ def in_new_process(tree: Path, cache: Path, *edit: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.nightly
 def test_an_edited_pass_is_used_by_the_next_process_and_the_report_outlives_the_first(source_tree, tmp_path):
     """Also when the file was edited under a process that goes on running, and compiling, the old source."""
     cache = tmp_path / "cache"

@@ -163,7 +163,10 @@ def run_hugging_face(rank: int, family: str, dynamic: bool | None) -> dict:
             ],
             marks=pytest.mark.nightly,
         ),
-        ("deepseek_v3", None, ["embedding→attention", "dense_mlp→attention", "moe→final_norm", "moe→final_norm"]),
+        pytest.param(
+            *("deepseek_v3", None, ["embedding→attention", "dense_mlp→attention", "moe→final_norm", "moe→final_norm"]),
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_hugging_face_models_cut_by_their_own_plan(family, dynamic, kinds):

@@ -223,9 +223,8 @@ def test_a_guarded_call_costs_next_to_nothing_after_the_first():
     with fake_world(2):
         guarded = guard(plain, a_report(WRITTEN), parse_options({}))
         guarded(1)
-        cost = [
-            min(timeit.repeat(lambda fn=fn: fn(1), number=20_000, repeat=5)) / 20_000 for fn in (plain, guarded)
-        ]  # fmt: skip
+        # Many short bursts: some of them have a core for themselves, whatever else the machine does.
+        cost = [min(timeit.repeat(lambda fn=fn: fn(1), number=500, repeat=400)) / 500 for fn in (plain, guarded)]
     assert cost[1] - cost[0] < 2e-6
 
 

@@ -142,6 +142,7 @@ def run_gloo(rank, policies):
     return errors
 
 
+@pytest.mark.nightly
 def test_every_policy_in_real_processes():
     policies = [SharingPolicy(4, 2, dense) for dense in (1, 2, 4)]
     for errors in run_processes(4, run_gloo, policies):

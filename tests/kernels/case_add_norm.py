@@ -45,7 +45,7 @@ def same(out, ref, dtype):
             torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "none"])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", pytest.param("none", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize(
     ("H", "megabytes", "rows"),
