@@ -87,7 +87,7 @@ def measure(rank: int, layers: int, calls: int) -> dict[str, float]:
     model = nn.Sequential(*[Layer() for _ in range(layers)], nn.RMSNorm(HIDDEN)).eval()
     x = torch.randn(ROWS, HIDDEN)
     watch = Stopwatch()
-    ours = [(Sent, name) for name in ("__init__", "by", "relied_on")]
+    ours = [(Sent, name) for name in ("__init__", "_by", "relied_on", "shapes")]
     for owner, name in (*ours, (guard, "records"), (guard, "with_values"), (guard.Ledger, "agree")):
         watch.wrap(owner, name)
     compiled = torch.compile(model, backend="tpfuse", options={"plan_timeout": 300.0})

@@ -29,7 +29,6 @@ from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .plan.sites import REWRITES, Decisions, plan
-from .recognise.hazards import Hazards
 from .recognise.known import Known
 from .recognise.norms import find_norms
 from .recognise.sites import Recognition
@@ -94,8 +93,9 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     """Fuse every boundary of `graph` that can be fused. `graph` itself is never changed."""
     options = options or PassOptions()
     began = time.perf_counter()
-    plain, left = as_functional(with_group_names(graph), options.declared)
+    plain = graph
     try:
+        plain, left = as_functional(with_group_names(graph), options.declared)
         changed, report = _through_steps(plain, resolve, options)
         changed = graph if changed is plain else changed
         if plain is not graph:
@@ -265,7 +265,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     """Put what the steps inserted in order, and tell it what the whole graph is told."""
     if context.rewritten:
         restore_order(graph)
-        settle_strides(graph, at_once=bool(Hazards(graph).writes))
+        settle_strides(graph, at_once=bool(context.known.hazards.writes))
         if context.options.batch_invariant:
             for node in graph.nodes:
                 if calls(node, "tpfuse::all_reduce_norm"):

@@ -155,6 +155,17 @@ def test_a_name_that_only_the_engine_knows_is_resolved(four_ranks):
     assert FusionPass(Options()).uuid() is None  # no cache can know what it answers next time
 
 
+def test_where_resolving_a_name_fails_the_graph_stays_and_a_warning_says_why(four_ranks):
+    def resolve(name):
+        raise RuntimeError(f"the engine has no group {name}")
+
+    tpfuse.register_all_reduce("enginelike::all_reduce", group="group_name", resolve=resolve)
+    before = trace(lambda x, r, w: F.rms_norm(torch.ops.enginelike.all_reduce(x, "tp:0") + r, (H,), w), *given())
+    with pytest.warns(UserWarning, match="the engine has no group tp:0"):
+        after, _ = fused(before)
+    assert targets(after) == targets(before)
+
+
 def test_what_is_no_sum_of_its_argument_is_left_with_a_note(four_ranks):
     tpfuse.register_all_reduce("enginelike::halved", group="group_name")
     gm = trace(lambda x, r, w: F.rms_norm(torch.ops.enginelike.halved(x[:2], "0") + r[:1], (H,), w), *given())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import tpfuse
 from tpfuse.passes.recognise.range import overflow
 from tpfuse.passes.recognise.sums import decompose
-from tpfuse.passes.verdict.sent import constant_digest
+from tpfuse.passes.verdict.expression import constant_digest
 from tpfuse.report import Step
 from tpfuse.runtime.plan_check import Record
 from tpfuse.runtime.same_values import with_values

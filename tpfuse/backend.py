@@ -219,36 +219,22 @@ class FusionPass(CustomGraphPass):
         return _key(self.options, self.declared, self.before)
 
 
-class ForwardHalf(CustomGraphPass):
-    """The rest of `fusion`, as Inductor calls it once the joint graph is split: on each half. `before`: as there."""
+class HalfPass(CustomGraphPass):
+    """What Inductor calls on each half of the split graph: the user's own passes, and `then`. `fusion`: whose options
+    and declarations are the cache's key."""
 
-    def __init__(self, fusion: FusionPass, before: Sequence[Callable[[fx.Graph], None]] = ()):
+    def __init__(
+        self, fusion: FusionPass, before: Sequence[Callable[[fx.Graph], None]], then: Callable[[fx.Graph], object]
+    ):
         self.fusion = fusion
         self.before = tuple(before)
+        self.then = then
 
     def __call__(self, graph: fx.Graph) -> None:
         owner = _owner(graph)
         for user_pass in self.before:
             user_pass(owner.graph)
-        self.fusion.finish(owner.graph)
-
-    def uuid(self) -> bytes | None:
-        return _key(self.fusion.options, self.fusion.declared, self.before)
-
-
-class Lowering(CustomGraphPass):
-    """Fused operations in the form that costs the host least, as Inductor calls it at the end of its passes over each
-    half. `before`: as above."""
-
-    def __init__(self, fusion: FusionPass, before: Sequence[Callable[[fx.Graph], None]] = ()):
-        self.fusion = fusion
-        self.before = tuple(before)
-
-    def __call__(self, graph: fx.Graph) -> None:
-        owner = _owner(graph)
-        for user_pass in self.before:
-            user_pass(owner.graph)
-        lower(owner.graph)
+        self.then(owner.graph)
 
     def uuid(self) -> bytes | None:
         return _key(self.fusion.options, self.fusion.declared, self.before)
@@ -276,8 +262,9 @@ def assemble(options: Options) -> tuple[FusionPass, dict[str, Any]]:
     patches = inductor_patches(options)
     fusion = FusionPass(options, _users_passes(patches, "joint_custom_post_pass"))
     patches["joint_custom_post_pass"] = fusion
-    patches["post_grad_custom_pre_pass"] = ForwardHalf(fusion, _users_passes(patches, "post_grad_custom_pre_pass"))
-    patches["post_grad_custom_post_pass"] = Lowering(fusion, _users_passes(patches, "post_grad_custom_post_pass"))
+    # The rest of the boundaries, once the joint graph is split; and at the end the form that costs the host least.
+    for stage, then in (("post_grad_custom_pre_pass", fusion.finish), ("post_grad_custom_post_pass", lower)):
+        patches[stage] = HalfPass(fusion, _users_passes(patches, stage), then)
     return fusion, patches
 
 

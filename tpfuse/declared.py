@@ -63,7 +63,8 @@ class Declaration:
         if schema.is_mutable:
             return "it writes to its arguments"
         if [arguments[name] for name in tensors] != ["Tensor"]:
-            return f"it reads {f'several tensors ({chr(44).join(tensors)})' if tensors else 'no tensor'}, not one"
+            several = f"several tensors ({','.join(tensors)})"
+            return f"it reads {several if tensors else 'no tensor'}, not one"
         results = schema.returns
         if len(results) != 1 or str(results[0].type) != "Tensor" or results[0].alias_info is not None:
             return "it does not return one new tensor"

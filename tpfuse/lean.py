@@ -99,7 +99,7 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
         torch.library.register_fake(f"tpfuse::{full_name}", nothing, lib=library)
 
 
-#: What an eager call is told -> the text of its spec.
+#: REGISTRY: what an eager call is told -> the text of its spec. No lock: whoever writes an entry again writes the same.
 _TEXTS: dict[tuple, str] = {}
 
 

@@ -20,6 +20,8 @@ from .fakes import call_on_fakes
 ORIGIN = "tpfuse_origin"
 #: Metadata of a gather: it gathers what is each rank's own, whatever that is.
 OWN_ROWS = "tpfuse_own_rows"
+#: Metadata of a fused operation: its rank finishes rows that other ranks read, with its own residual, weight and bias.
+FINISHES = "tpfuse_finishes"
 
 #: Metadata a new node takes from the node it replaces, so that activation checkpointing, stack traces and module
 #: names survive. "val" is not among them: the new node's own value is computed.

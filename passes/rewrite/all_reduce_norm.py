@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import (
+    FINISHES,
     added,
     carry_meta,
     fake_result,
@@ -36,7 +37,6 @@ from ..facts.graph import (
 )
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
-from ..verdict.expression import FINISHES
 from .strides import hand_over
 
 aten = ops.aten

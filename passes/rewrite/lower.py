@@ -5,7 +5,7 @@
 becomes
 
     y', h' = empty(...), empty(...)
-    _, y, h, ... = auto_functionalized(all_reduce_norm.lean, x=x, y=y', spec="[...]", residual=..., hidden=h')
+    _, y, h, ... = auto_functionalized(all_reduce_norm.lean, x=x, y=y', spec="...", residual=..., hidden=h')
 
 `auto_functionalized` is how compiled graphs hold operators that write into their arguments: the graph stays functional
 for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs

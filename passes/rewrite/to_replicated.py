@@ -11,6 +11,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.graph import (
+    FINISHES,
     argument,
     fake_result,
     input_node,
@@ -27,7 +28,6 @@ from ..facts.graph import (
 from ..plan.layouts import TP_ATTN_FULL
 from ..recognise.streams import StreamStage, divides
 from ..verdict.accounting import origin
-from ..verdict.expression import FINISHES
 from .all_reduce_norm import sizes_of
 from .chain import Chain
 

@@ -14,12 +14,11 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import argument, input_node, insert_call, inserting_behind, last_dim, same_size, val
+from ..facts.graph import FINISHES, argument, input_node, insert_call, inserting_behind, last_dim, same_size, val
 from ..plan.layouts import SCATTERED
 from ..recognise.padding import padding_is_dropped
 from ..recognise.streams import StreamStage, divides, flat_rows
 from ..verdict.accounting import origin
-from ..verdict.expression import FINISHES
 from .all_reduce_norm import replay
 from .chain import Chain
 

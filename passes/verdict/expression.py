@@ -22,13 +22,11 @@ from tpfuse._torch_private import without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import is_call, value
+from ..facts.graph import FINISHES, is_call, value
 from ..recognise.streams import calls
 
 #: The fused operators that communicate: one collective each.
 FUSED = ("all_reduce_norm", "reduce_scatter_norm")
-#: On a fused operation: its rank finishes rows that other ranks read, with its own residual, weight and bias.
-FINISHES = "tpfuse_finishes"
 #: Their lists are sizes, which differ with the rows: compared at the first run, and no part of the words.
 _SIZED = {
     ops.aten.view.default,

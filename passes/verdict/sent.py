@@ -16,21 +16,10 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.declared import operator_of
-from ..facts.graph import OWN_ROWS, argument, is_call, value
+from ..facts.graph import FINISHES, OWN_ROWS, argument, is_call, value
 from ..recognise.streams import calls
 from .accounting import origin
-from .expression import (
-    FINISHES,
-    FUSED,
-    Expression,
-    Written,
-    communicates,
-    constant_digest,
-    digest,
-    find_carrying,
-    input_index,
-    symbols,
-)
+from .expression import FUSED, Expression, Written, communicates, digest, find_carrying, input_index, symbols
 
 _INDEX = re.compile(r"#(\d+)")
 
@@ -61,7 +50,7 @@ class Sent:
             if isinstance(source, fx.Node):
                 self.inputs.setdefault(source.name, []).append(i)
                 self.input_of[i] = source.name
-                if any(kind in str(node.target) for kind in ("all_reduce", "reduce_scatter")):
+                if _sums(node):
                     summed.add(source.name)
         values = [value(node) for node in map(_input, originals) if isinstance(node, fx.Node)]
         #: Symbols in the sizes of what the program sends.
@@ -69,9 +58,10 @@ class Sent:
         self.written = Written(self.inputs, frozenset(summed), sizes)
         self._carrying = cache(lambda graph: find_carrying(graph, self.written, self.index))
         self._expressions = cache(self._expression)
+        #: What a node, a collective or a fused operation, sends; asked for several times, and found once.
+        self.by = cache(self._by)
 
-    def by(self, node: fx.Node) -> str:
-        """What `node`, a collective or a fused operation, sends."""
+    def _by(self, node: fx.Node) -> str:
         if node.name in self.index and self.targets[node.name] is node.target:
             return f"#{self.index[node.name]}"
         if node.meta.get(OWN_ROWS):  # of two that the same boundary adds, either may come first
@@ -129,5 +119,3 @@ def _same_collective(targets: Mapping[str, object], node: fx.Node) -> bool:
     kind = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
     return kind is not None and kind.removesuffix("_norm") in str(targets[origin(node)])
 
-
-__all__ = ["FUSED", "Sent", "communicates", "communicating", "constant_digest", "digest", "shifted"]

@@ -12,9 +12,10 @@ from tpfuse.report import Step
 from ..facts.collectives import ResolveGroup
 from ..facts.graph import argument, last_dim, value
 from ..recognise.streams import calls
+from .expression import FUSED, communicates, digest
 from .names import module_name
 from .runs import runs_in_a_kernel
-from .sent import FUSED, Sent, communicates, communicating, digest
+from .sent import Sent, communicating
 
 
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
