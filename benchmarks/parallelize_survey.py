@@ -1,8 +1,9 @@
 """Cuts a tiny model of every Hugging Face causal LM that has a tp plan, and compares it with the uncut model.
 
-    python benchmarks/parallelize_survey.py [--families Llama,GptOss] [--policy whole] [--out FILE]
+    python benchmarks/parallelize_survey.py [--families Llama,GptOss] [--policy whole] [--out FILE] [--jobs N] [--again]
 
-Four gloo ranks on the CPU, dp 2, three policies. Compared: logits, the gradient of every parameter, greedy tokens.
+Four gloo ranks on the CPU, dp 2, three policies. `--jobs N` surveys N configurations at once, with four
+ranks each. Compared: logits, the gradient of every parameter, greedy tokens.
 One JSON line for each family and policy: outcome "right", "refused" (by a TPFuseError on every rank), "wrong" (other
 numbers than the uncut model's), "dies" (any other error, an error on some ranks only, or no answer in time) or
 "unbuilt" (transformers itself cannot build or run the tiny model); the share of the weights on a rank; what was cut.
@@ -13,14 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
 import os
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+if Path("/sys/class/net/lo").exists():  # ranks of one machine need no name for it that others know
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
@@ -30,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tpfuse
+from benchmarks.survey_jobs import Records, serve, surveyed_apart
 
 RANKS, DP, TOLERANCE = 4, 2, 1e-4
 POLICIES = {"whole": None, "attention": RANKS // DP, "own rows": 1}
@@ -303,15 +309,19 @@ def together(family: str, policy: str, found: dict[int, dict]) -> dict:
 
 def survey(names: list[str], policies: list[str], timeout: float = 60.0):
     """The records, one after another."""
+    return surveyed([(name, policy) for name in names for policy in policies], timeout)
+
+
+def surveyed(configurations: Iterable[tuple[str, str]], timeout: float):
+    """A record for each (family, policy), one after another."""
     ranks = Ranks()
     try:
-        for name in names:
-            for policy in policies:
-                record = ranks.survey(name, policy, timeout)
-                if record["outcome"] == "dies":
-                    ranks.stop()
-                    ranks = Ranks()
-                yield record
+        for name, policy in configurations:
+            record = ranks.survey(name, policy, timeout)
+            if record["outcome"] == "dies":
+                ranks.stop()
+                ranks = Ranks()
+            yield record
     finally:
         ranks.stop()
 
@@ -322,28 +332,33 @@ def main() -> None:
     parser.add_argument("--policy", choices=list(POLICIES), action="append")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one family and policy")
     parser.add_argument("--out", type=Path, help=f"JSON lines; {RESULTS.name} when all is surveyed")
+    parser.add_argument("--jobs", type=int, default=1, help="configurations at once, each with four ranks")
+    parser.add_argument("--again", action="store_true", help="not to go on where a stopped run with the same --out was")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        return serve(surveyed, args.timeout)
     names = families()
     if args.families:
         chosen = {n if n.endswith("Config") else n + "Config" for n in args.families.split(",")}
         if unknown := chosen - set(names):
             parser.error(f"{', '.join(sorted(unknown))}: not among the families with a plan: {', '.join(names)}")
         names = sorted(chosen)
+    asked = [(name, policy) for name in names for policy in args.policy or list(POLICIES)]
     out = args.out or (None if args.families or args.policy else RESULTS)
-    # Written as it goes, beside the file it replaces: a run that is stopped leaves the old results.
-    partial = out.with_name(out.name + ".partial") if out else None
-    counts: dict[str, int] = {}
-    with open(partial or os.devnull, "w") as file:
-        for record in survey(names, args.policy or list(POLICIES), args.timeout):
-            counts[record["outcome"]] = counts.get(record["outcome"], 0) + 1
-            file.write(json.dumps({**record, "transformers": transformers.__version__}, sort_keys=True) + "\n")
-            file.flush()
-            print(f"{record['outcome']:8} {record['family']:28} {record['policy']:10} {record['share'] or '':<7} "
-                  f"{record['cut']:40} {record['reason'][:200]}", flush=True)  # fmt: skip
-    if partial:
-        partial.replace(out)
-    print(counts)
-    sys.exit(int(bool(counts.get("wrong") or counts.get("dies"))))
+    records = Records(out, args.again)
+    todo = [one for one in asked if one not in records.found]
+    one_by_one = args.jobs == 1
+    script = Path(__file__).resolve()
+    for record in (surveyed(todo, args.timeout) if one_by_one
+                   else surveyed_apart(todo, args.timeout, args.jobs, script)):  # fmt: skip
+        records.add({**record, "transformers": transformers.__version__, "torch": torch.__version__})
+        print(f"{record['outcome']:8} {record['family']:28} {record['policy']:10} {record['share'] or '':<7} "
+              f"{record['cut']:40} {record['reason'][:200]}", flush=True)  # fmt: skip
+    records.finish()
+    counts = Counter(records.found[one]["outcome"] for one in asked)
+    print(dict(counts))
+    sys.exit(int(bool(counts["wrong"] or counts["dies"])))
 
 
 if __name__ == "__main__":
