@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 import tpfuse
+from tpfuse.backend import tpfuse as backend
 from tpfuse.runtime.ballots import Ledger
 
 from .own_parts import block, groups, results
@@ -24,25 +26,41 @@ def run(
     rank: int, world: int, seeds: Sequence[int], folder: str, short: bool, agree: bool = True, inner: str = "aot_eager"
 ) -> dict:
     """What came out of the programs `seeds` on this rank: `wrong`, by seed; how often each rewrite was seen;
-    errors in float32 as multiples of the unfused graph's, one rounding added to both.
+    errors in float32 as multiples of the unfused graph's, one rounding added to both; the largest share that a tensor
+    of a program has of its bound.
 
     agree: False makes every ballot a yes, whatever the ranks bring. folder: where the seed at hand is written down, so
-    that one that hangs can be told.
+    that one that hangs can be told, and a line for each program that is done.
     """
     if not agree:
         Ledger.agree = lambda self, plans, timeout, place=None: True
     names = groups(rank, world)
-    found = {"wrong": {}, "rewrites": Counter(), "ratios": [], "seconds": 0.0, "apart": 0}
-    began = time.monotonic()
+    total = empty()
     for seed in seeds:
         Path(folder, f"rank{rank}").write_text(str(seed))
-        drawn = draw(seed, short)
+        drawn, found, began = draw(seed, short), empty(), time.monotonic()
         try:
             _one(drawn, rank, world, names, inner, found)
         except Exception as error:
             raise RuntimeError(f"a program failed on rank {rank}:\n{drawn}") from error
-    found["seconds"] = time.monotonic() - began
-    return found
+        found["seconds"] = time.monotonic() - began
+        add(total, found)
+        with open(Path(folder, f"done{rank}"), "a") as lines:
+            lines.write(json.dumps({"seed": seed, **found}) + "\n")
+    return total
+
+
+def empty() -> dict:
+    return {"wrong": {}, "rewrites": Counter(), "ratios": [], "shares": [], "seconds": 0.0, "apart": 0}
+
+
+def add(total: dict, found: dict) -> None:
+    """Put what came out of one program to what came out of others."""
+    for name, value in found.items():
+        if name in ("wrong", "rewrites"):
+            total[name].update(value)
+        elif name in total:
+            total[name] += value
 
 
 def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict) -> None:
@@ -54,7 +72,8 @@ def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict
         call = model
         if compiled:
             options = {"inner": inner, "plan_timeout": 120.0}
-            call = torch.compile(model, backend="tpfuse", dynamic=drawn.dynamic or None, options=options)
+            # The function, for trees that are not installed: there the backend's name is not known.
+            call = torch.compile(model, backend=backend, dynamic=drawn.dynamic or None, options=options)
         return results(drawn, model, call, rank, dtype)
 
     eps = torch.finfo(drawn.dtype).eps
@@ -64,12 +83,15 @@ def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict
     reports = tpfuse.reports()[before:]
     found["rewrites"].update(str(b.rewrite) for report in reports for b in report.boundaries)
     found["apart"] += any("graphs that differ here" in b.reason for report in reports for b in report.boundaries)
+    worst = 0.0
     for index, (e, base, moved, got) in enumerate(zip(exact, eager, rounded, ours, strict=True)):
         if not base.isfinite().all():
             continue
         size = float(e.norm()) or 1.0
         error, allowed, once = (float((t - e).norm()) / size for t in (got, base, moved))
+        worst = max(worst, error / (allowed + eps + once))
         if not error <= SLACK * (allowed + eps + once):
             found["wrong"].setdefault(drawn.seed, []).append((index, error, allowed, once))
         elif drawn.dtype is torch.float32:
             found["ratios"].append((error + eps) / (allowed + eps))
+    found["shares"].append(worst)

@@ -77,6 +77,35 @@ class Copied(torch.autograd.Function):
         return funcol.all_reduce(g, "sum", dist.group.WORLD)
 
 
+@torch.library.custom_op("own_fuzz::asked", mutates_args=())
+def asked(x: Tensor) -> Tensor:
+    """A gate that the graph does not show to be a rank's own: the operator asks for the rank."""
+    return torch.sigmoid(x) * (1.0 + dist.get_rank())
+
+
+@torch.library.custom_op("own_fuzz::unasked", mutates_args=())
+def unasked(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * 1.5
+
+
+def _saved(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _times(number):
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return g * s * (1 - s) * number()
+
+    return backward
+
+
+for _op, _number in ((asked, lambda: 1.0 + dist.get_rank()), (unasked, lambda: 1.5)):
+    _op.register_fake(lambda x: torch.empty_like(x))
+    _op.register_autograd(_times(_number), setup_context=_saved)
+
+
 def by_hand_rms(h, weight, eps, acc):
     wide = h.to(acc)
     y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
@@ -124,6 +153,7 @@ class Block(nn.Module):
         self.register_buffer("same_rows", torch.tensor([1, 5]))
         self.register_buffer("apart", torch.tensor(big * {0: 1.0, 1: -1.0}.get(rank, 0.0), dtype=torch.float64))
         self.own_int, self.same_int = rank, 1
+        self.own_size, self.same_size = 1 + rank % 2, 2
         self.own_float, self.same_float = 1.0 + rank, 1.5
         self.cfg = SimpleNamespace(own_int=rank, same_int=1, own_float=1.0 + rank, same_float=1.5)
         self.program = program

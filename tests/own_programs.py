@@ -3,9 +3,11 @@
 `draw(seed)` gives a function `program(m, x, y, k, j, p, q)`: x is replicated, y is partial, k and p are a rank's own
 numbers, j and q are the same on all ranks; `m` is a `Block`, whose attributes named `own` differ between ranks. A
 program is a few rounds of: partial values, one to three sums of them, steps on each sum, an addition, steps on that, a
-norm. Some rounds are sequence-parallel: each rank gets the sums of its own rows, and gathers what comes of them. Where
-a step takes a slice start, a mask, a factor, a divisor, a weight, it may be a rank's own or not. All ranks run the same
-collectives with the same shapes, so eager mode is right whatever is drawn.
+norm. Some rounds are sequence-parallel: each rank gets the sums of its own rows, and gathers what comes of them; some
+sums are a reduce-scatter and an all-gather. Where a step takes a slice start, a size, a mask, a factor, a divisor, a
+weight, it may be a rank's own or not. Gates come from inputs, buffers and weights, from what was gathered or summed,
+from operators that may ask for the rank, and from an earlier norm, whose own operands may differ between ranks. All
+ranks run the same collectives with the same shapes, so eager mode is right whatever is drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from .own_parts import HIDDEN, ROWS
 
 OWN_INTS = ("dist.get_rank()", "R", "k", "m.own_int", "m.cfg.own_int")
 SAME_INTS = ("1", "ONE", "j", "m.same_int", "m.cfg.same_int")
+#: Into how many parts rows are viewed.
+OWN_SIZES = ("(1 + R % 2)", "m.own_size")
+SAME_SIZES = ("2", "m.same_size")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def draw(seed: int, short: bool = False) -> Drawn:
         dynamic = two_calls = False
     train = rng.random() < (0.2 if short else 0.4)
     turns = 1 if short else rng.choice((1, 1, 2))
-    writer = _Writer(rng, dtype, sized=not two_calls)
+    writer = _Writer(rng, dtype, seed, sized=not two_calls)
     writer.scattered = scattered
     text = writer.program(turns)
     return Drawn(seed, text, dtype, train, dynamic, two_calls)
@@ -59,8 +64,12 @@ def draw(seed: int, short: bool = False) -> Drawn:
 class _Writer:
     """Writes one program. `sized`: the number of rows is always ROWS, so that buffers of so many may be used."""
 
-    def __init__(self, rng: random.Random, dtype: torch.dtype, sized: bool):
+    def __init__(self, rng: random.Random, dtype: torch.dtype, seed: int, sized: bool):
         self.rng, self.dtype, self.sized = rng, dtype, sized
+        #: For kinds that came later.
+        self.more = random.Random(f"more of {seed}")
+        #: Values of an earlier norm, with the shape of x.
+        self.earlier: list[str] = []
         self.lines: list[str] = []
         self.count = 0
         #: Whether rows were chosen before: a second choice of them might find too few.
@@ -81,6 +90,8 @@ class _Writer:
     def program(self, turns: int) -> str:
         stream, source, out, cube, full = "x", "y", "", True, True
         given = []
+        if self.more.random() < 0.3:
+            stream = self._earlier_norm()
         for turn in range(turns):
             if turn:
                 source = self._partial(out, cube)
@@ -90,6 +101,8 @@ class _Writer:
                 stream, out, sums, cube, full = self._round(stream, source, cube, full)
             self.few = self.few or not full
             given += [*sums, stream]
+            if cube and full:
+                self.earlier += [stream, out]
         results = ["out0"]
         self.lines.append(f"out0 = {out} + {stream}" if self.rng.random() < 0.3 else f"out0 = {out}")
         if self.rng.random() < 0.3:
@@ -105,6 +118,16 @@ class _Writer:
             ]
         lines.append(f"return {', '.join(results)},")
         return "def program(m, x, y, k, j, p, q):\n" + "".join(f"    {line}\n" for line in lines)
+
+    def _earlier_norm(self) -> str:
+        """A boundary before the others; gives what their residual stream is."""
+        total = self.let(f"ar(y.cos(), {self.more.choice((0, 0, 1))})", "s")
+        residual = f"x * {self._number()}" if self.own() else "x"
+        term = f" + {'m.own_bias' if self.own() else 'm.bias'}" if self.more.random() < 0.3 else ""
+        hidden = self.let(f"{residual} + {total}{term}", "h")
+        normed = self.let(self._norm(hidden), "e")
+        self.earlier += [hidden, normed]
+        return self.more.choice(("x", hidden, normed))
 
     def _partial(self, of: str, cube: bool) -> str:
         copied = f"Copied.apply({of})"
@@ -143,6 +166,28 @@ class _Writer:
             masks.append(f"({of if of == 'y' else 'y'}.mean(-1, keepdim=True) > 0)" if full else masks[0])
         return self.rng.choice(masks)
 
+    def _later_gate(self, full: bool) -> str:
+        """A gate of what was gathered or summed, of an operator that may ask for the rank, of an earlier norm."""
+        own = self.own()
+        i = self.more.choice(OWN_INTS if own else SAME_INTS)
+        ask = "asked" if own else "unasked"
+        if not full:
+            vector = self.more.choice(("own_bias", "own_weight"))
+            return self.more.choice((
+                f"torch.sigmoid(ag(m.{vector}[None])[{i}])", f"ag(m.{vector}[None]).mean(0) * {self._number()}",
+                f"{ask}(m.bias)", f"torch.sigmoid(ar(m.own_bias, {self.more.choice((0, 1))}))",
+            ))  # fmt: skip
+        rows = f"{self.more.choice('xy')}.mean(-1, keepdim=True)"
+        gates = [
+            f"torch.sigmoid(ag({rows}).unflatten(0, (W, -1))[{i}])",
+            f"torch.sigmoid(ag({rows}).unflatten(0, (W, -1)).amax(0)) * {self._number()}",
+            f"torch.sigmoid(ag({rows}).chunk(W)[{i}])",
+            f"{ask}(x.mean(-1, keepdim=True))", f"{ask}({rows})",
+            f"torch.sigmoid(ar(y.mean(-1, keepdim=True), {self.more.choice((0, 1, 2))}))",
+        ]  # fmt: skip
+        gates += [f"torch.sigmoid({e}.mean(-1, keepdim=True))" for e in self.earlier] * 2
+        return self.more.choice(gates)
+
     def _gate(self, of: str, full: bool, like: str) -> str:
         own = self.own()
         gates = [f"torch.full(({of}.shape[-2], 1), {self._number()}, dtype={of}.dtype)"]
@@ -162,6 +207,8 @@ class _Writer:
     def _step(self, v: str, full: bool, like: str) -> str:
         """A step that keeps the shape."""
         kind = self.rng.choice(("number", "number", "divisor", "gate", "gate", "mask", "mask", "view", "cast", "neg"))
+        if self.more.random() < 0.35:
+            kind = self.more.choice(("later gate", "later gate", "size"))
         if kind == "number":
             text = f"{v} * {self._number()}" if self.rng.random() < 0.7 else f"{self._number()} * {v}"
         elif kind == "divisor":
@@ -173,6 +220,16 @@ class _Writer:
             text = self.rng.choice((
                 f"{v} * {mask}.to({v}.dtype)", f"torch.where({mask}, {v}, 0.0)",
                 f"{v}.masked_fill({mask}, 0.0)", f"{v} * {mask}", f"torch.where({mask}, {v}, {v} * 2)",
+            ))  # fmt: skip
+        elif kind == "later gate":
+            text = f"{v} * {self._later_gate(full)}"
+        elif kind == "size":
+            n = self.more.choice(OWN_SIZES if self.own() else SAME_SIZES)
+            text = self.more.choice((
+                f"{v}.reshape({n}, -1, H).flip(0).reshape({v}.shape)",
+                f"{v}.reshape({n}, -1, H).transpose(0, 1).reshape({v}.shape)",
+                f"({v}.reshape({n}, -1, H) * torch.arange(1, 1 + {n}, dtype={v}.dtype)[:, None, None])"
+                f".reshape({v}.shape)",
             ))  # fmt: skip
         elif kind == "view":
             text = self.rng.choice((f"{v}.reshape(-1, H).view({v}.shape)", f"{v}.transpose(0, -2).transpose(0, -2)",
@@ -217,7 +274,11 @@ class _Writer:
             partial = source if not index else f"{source}{self.rng.choice(('.sin()', '.flip(0)', ' * 2', '.flip(-1)'))}"
             if self.rng.random() < 0.25:
                 partial = f"{partial} + m.apart"
-            sums.append(self.let(f"ar({partial}, {self.rng.choice((0, 0, 0, 1, 2))})", "s"))
+            group = self.rng.choice((0, 0, 0, 1, 2))
+            if cube and not self.few and self.sized and self.more.random() < 0.15:
+                sums.append(self._in_two(partial, stream))
+            else:
+                sums.append(self.let(f"ar({partial}, {group})", "s"))
         paid = list(sums)
         selection, still = self._selection() if cube and not self.few and self.rng.random() < 0.35 else ("$", cube)
         early = self.rng.random() < 0.4
@@ -234,6 +295,8 @@ class _Writer:
             terms.append(self.rng.choice(("m.own_bias", f"0.1 * {self._int()}", "m.own_weight * 0.5")))
         elif self.rng.random() < 0.2:
             terms.append("m.bias")
+        if self.earlier and full and still and not selected and self.more.random() < 0.3:
+            terms.append(f"0.5 * {self.more.choice(self.earlier)}")
         post = self.rng.random() < 0.1
         whole = terms[:] if post or self.rng.random() < 0.1 else [base, *terms]
         if self.rng.random() < 0.3:
@@ -254,6 +317,13 @@ class _Writer:
         if post:
             out = self.let(f"{base} + {out}")
         return (out if post else h), out, paid, still, full_now
+
+    def _in_two(self, partial: str, like: str) -> str:
+        """A sum that is scattered and gathered, with or without a step on a rank's rows in between."""
+        v = self.let(f"rs(({partial}).flatten(0, 1))", "s")
+        if self.more.random() < 0.5:
+            v = self._step(v, False, "y")
+        return self.let(f"ag({v}).view({like}.shape)", "s")
 
     def _scattered_round(self, stream: str, source: str) -> tuple[str, str, list[str]]:
         """A round on each rank's own rows, where steps may well be its own."""
