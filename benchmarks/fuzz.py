@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that a share waits for its programs")
     parser.add_argument("--short", action="store_true", help="one round a program, seldom trained")
-    parser.add_argument("--inner", default="aot_eager", choices=("aot_eager", "inductor"))
+    parser.add_argument("--inner", default="aot_eager", choices=("aot_eager", "inductor", "traced"))
     parser.add_argument("--no-agreement", action="store_true", help="every ballot of the ranks is a yes")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--shard-of-a-job", action="store_true", help=argparse.SUPPRESS)
@@ -117,14 +117,14 @@ def _shares(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _nothing() -> dict[str, Any]:
     return {
         "programs": 0, "wrong": [], "raised": [], "left": 0, "next": None, "log_ratios": [0.0, 0], "shares": {},
-        "rewrites": {}, "kinds": {}, "apart": 0, "trained": 0, "slowest": 0.0,
+        "rewrites": {}, "kinds": {}, "apart": 0, "trained": 0, "slowest": 0.0, "cpu_seconds": 0.0,
     }  # fmt: skip
 
 
 def _merged(shares: Iterator[dict[str, Any]]) -> dict[str, Any]:
     total = _nothing()
     for share in shares:
-        for name in ("programs", "wrong", "raised", "left", "apart", "trained"):
+        for name in ("programs", "wrong", "raised", "left", "apart", "trained", "cpu_seconds"):
             total[name] += share[name]
         total["log_ratios"] = [a + b for a, b in zip(total["log_ratios"], share["log_ratios"], strict=True)]
         for name in ("shares", "rewrites", "kinds"):
@@ -197,6 +197,7 @@ def _culprit(error: str, folder: Path, seeds: Sequence[int]) -> int:
 def _count(total: dict[str, Any], drawn: Any, ranks: list[dict]) -> None:
     total["programs"] += 1
     total["trained"] += drawn.train
+    total["cpu_seconds"] = round(total["cpu_seconds"] + sum(found["cpu_seconds"] for found in ranks), 2)
     total["apart"] += ranks[0]["apart"]
     total["slowest"] = max(total["slowest"], round(max(found["seconds"] for found in ranks), 1))
     worst = max(share for found in ranks for share in found["shares"])

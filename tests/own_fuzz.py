@@ -14,6 +14,7 @@ import tpfuse
 from tpfuse.backend import tpfuse as backend
 from tpfuse.runtime.ballots import Ledger
 
+from . import own_traced
 from .own_parts import block, groups, results
 from .own_programs import draw
 
@@ -29,6 +30,7 @@ def run(
     errors in float32 as multiples of the unfused graph's, one rounding added to both; the largest share that a tensor
     of a program has of its bound.
 
+    inner: "aot_eager", "inductor", or "traced", which goes without torch.compile (own_traced.py).
     agree: False makes every ballot a yes, whatever the ranks bring. folder: where the seed at hand is written down, so
     that one that hangs can be told, and a line for each program that is done.
     """
@@ -38,12 +40,13 @@ def run(
     total = empty()
     for seed in seeds:
         Path(folder, f"rank{rank}").write_text(str(seed))
-        drawn, found, began = draw(seed, short), empty(), time.monotonic()
+        drawn, found = draw(seed, short), empty()
+        began, cpu = time.monotonic(), time.process_time()
         try:
             _one(drawn, rank, world, names, inner, found)
         except Exception as error:
             raise RuntimeError(f"a program failed on rank {rank}:\n{drawn}") from error
-        found["seconds"] = time.monotonic() - began
+        found["seconds"], found["cpu_seconds"] = time.monotonic() - began, time.process_time() - cpu
         add(total, found)
         with open(Path(folder, f"done{rank}"), "a") as lines:
             lines.write(json.dumps({"seed": seed, **found}) + "\n")
@@ -51,7 +54,8 @@ def run(
 
 
 def empty() -> dict:
-    return {"wrong": {}, "rewrites": Counter(), "ratios": [], "shares": [], "seconds": 0.0, "apart": 0}
+    counts = {"seconds": 0.0, "cpu_seconds": 0.0, "apart": 0}
+    return {"wrong": {}, "rewrites": Counter(), "ratios": [], "shares": [], **counts}
 
 
 def add(total: dict, found: dict) -> None:
@@ -66,10 +70,13 @@ def add(total: dict, found: dict) -> None:
 def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict) -> None:
     torch._dynamo.reset()
     before = len(tpfuse.reports())
+    traced: list[tpfuse.Report] = []
 
     def outcome(dtype, compiled=False, rounding=0.0):
         model = block(drawn, rank, world, names, dtype, rounding)
         call = model
+        if compiled and inner == "traced":
+            return own_traced.results(drawn, model, rank, dtype, traced)
         if compiled:
             options = {"inner": inner, "plan_timeout": 120.0}
             # The function, for trees that are not installed: there the backend's name is not known.
@@ -80,7 +87,7 @@ def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict
     exact, eager = outcome(torch.float64), outcome(drawn.dtype)
     rounded = outcome(torch.float64, rounding=eps / 2)
     ours = outcome(drawn.dtype, compiled=True)
-    reports = tpfuse.reports()[before:]
+    reports = [*tpfuse.reports()[before:], *traced]
     found["rewrites"].update(str(b.rewrite) for report in reports for b in report.boundaries)
     found["apart"] += any("graphs that differ here" in b.reason for report in reports for b in report.boundaries)
     worst = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -209,19 +210,30 @@ def block(
     return Block(home.program, rank, world, APART[drawn.dtype]).to(dtype)
 
 
+def inputs(drawn: Drawn, rank: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple]]:
+    """x and the numbers of each call."""
+    for rows in (ROWS, ROWS + 4)[: 1 + drawn.two_calls]:
+        x = torch.randn(BATCH, rows, HIDDEN, generator=torch.Generator().manual_seed(3 + rows))
+        # What every dtype can hold, so that errors are those of the program.
+        yield x.bfloat16().to(dtype).requires_grad_(drawn.train), (rank, 1, 1.0 + rank, 1.5)
+
+
+def tangents(out: Sequence[Tensor]) -> list[Tensor]:
+    """What the gradients of those results are that have one."""
+    return [
+        torch.arange(t.numel(), dtype=torch.float64).cos().view_as(t).to(t.dtype) for t in out if t.requires_grad
+    ]  # fmt: skip
+
+
 def results(drawn: Drawn, model: Block, call, rank: int, dtype: torch.dtype) -> list[Tensor]:
     """Outputs, and gradients in training, of `call`, which is `model` or what was compiled of it."""
     found = []
-    for rows in (ROWS, ROWS + 4)[: 1 + drawn.two_calls]:
+    for x, numbers in inputs(drawn, rank, dtype):
         model.zero_grad()
-        x = torch.randn(BATCH, rows, HIDDEN, generator=torch.Generator().manual_seed(3 + rows))
-        # What every dtype can hold, so that errors are those of the program.
-        x = x.bfloat16().to(dtype).requires_grad_(drawn.train)
         with torch.set_grad_enabled(drawn.train):
-            out = list(call(x, rank, 1, 1.0 + rank, 1.5))
+            out = list(call(x, *numbers))
         found += out
         if drawn.train:
-            weights = (torch.arange(t.numel(), dtype=torch.float64).cos().view_as(t) for t in out)
-            sum((t.double() * w).sum() for t, w in zip(out, weights, strict=True) if t.requires_grad).backward()
+            torch.autograd.backward([t for t in out if t.requires_grad], tangents(out))
             found += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     return [t.detach().double() for t in found]

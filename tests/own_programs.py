@@ -322,12 +322,13 @@ class _Writer:
         """A sum that is scattered and gathered, with or without a step on a rank's rows in between."""
         v = self.let(f"rs(({partial}).flatten(0, 1))", "s")
         if self.more.random() < 0.5:
-            v = self._step(v, False, "y")
+            v = self._step(v, False, f"{like}.flatten(0, 1).chunk(W)[R]")
         return self.let(f"ag({v}).view({like}.shape)", "s")
 
     def _scattered_round(self, stream: str, source: str) -> tuple[str, str, list[str]]:
         """A round on each rank's own rows, where steps may well be its own."""
         sums, terms = [], []
+        base = self.let(f"{stream}.flatten(0, 1).chunk(W)[R]")
         for index in range(self.rng.choice((1, 1, 2))):
             partial = source if not index else f"{source}{self.rng.choice(('.sin()', '.flip(0)', ' * 2'))}"
             if self.rng.random() < 0.25:
@@ -340,9 +341,8 @@ class _Writer:
                 v = self.let(f"rs({rows})", "s")
                 sums.append(v)
             for _ in range(self.rng.choice((0, 0, 1))):
-                v = self._step(v, False, "y")
+                v = self._step(v, False, base)
             terms.append(v)
-        base = self.let(f"{stream}.flatten(0, 1).chunk(W)[R]")
         h = self.let(f" {self.rng.choice('++-')} ".join(self.rng.sample([base, *terms], len(terms) + 1)), "h")
         if self.rng.random() < 0.2:
             h = self._step(h, False, base)
