@@ -285,12 +285,12 @@ def test_debug_dumps_work_under_torch_logs():
     assert done.returncode == 0 and "collectives fused" in done.stderr, done.stderr
 
 
-def test_keywords_that_are_torch_compiles_own_are_taken_and_others_are_named():
+def test_keywords_that_are_torch_compiles_own_are_taken_and_others_are_refused():
     from tpfuse.backend import tpfuse as backend
 
     gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend(copy.deepcopy(gm), [torch.ones(2)], options={"inner": "aot_eager"}, dynamic=None, fullgraph=True)
-    with pytest.warns(UserWarning, match="polcy=3"):
+    with pytest.raises(tpfuse.OptionError, match="polcy=3"):
         backend(gm, [torch.ones(2)], options={"inner": "aot_eager"}, polcy=3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import fx
 from . import _torch_private as private
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .declared import Declaration, declarations
-from .errors import FusionError, TPFuseError
+from .errors import FusionError, OptionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .parallel.rows_check import checking, take_marks
@@ -57,20 +56,18 @@ def tpfuse(
         gm: the graph Dynamo captured; example_inputs: its (fake) inputs.
         mode: torch.compile's mode, as for Inductor.
         options: see `tpfuse.options.Options`.
-        more: torch.compile's other parameters, which some versions hand on and this backend has no use for; anything
-            else gets a warning that names it.
+        more: torch.compile's other parameters, which some versions hand on and this backend has no use for.
 
     Raises:
-        OptionError: an unknown option or a value that is not allowed.
+        OptionError: an unknown option, a value that is not allowed, or another keyword that is not torch.compile's.
         FusionError: `expect_fused` or `strict` was not met.
     """
-    for name in sorted(set(more) - private.torch_compile_parameters()):
-        warnings.warn(
-            f"the tpfuse backend was called with {name}={more[name]!r}, which it does not know and leaves unused; "
-            f"what it is to do differently belongs into options={{...}}",
-            stacklevel=2,
-        )
     try:
+        for name in sorted(set(more) - private.torch_compile_parameters()):
+            raise OptionError(
+                f"the tpfuse backend was called with {name}={more[name]!r}, which it does not know; allowed are mode, "
+                "options and torch.compile's own parameters. What is to be done differently belongs into options={...}"
+            )
         return _compile(gm, example_inputs, parse_options(options, mode))
     except TPFuseError as error:
         raise private.raised_through_dynamo(error) from error.__cause__
