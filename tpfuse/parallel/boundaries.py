@@ -9,7 +9,7 @@ import torch.nn as nn
 from tpfuse.parallel.adapters import base_of, pairs_of
 from tpfuse.parallel.after_sum import ends_with_sum
 from tpfuse.parallel.cut_modules import ModuleCut
-from tpfuse.parallel.hf_plan import Planned, routed_block_of
+from tpfuse.parallel.hf_plan import Planned, join, routed_block_of
 from tpfuse.parallel.hooks import (
     AllRows,
     CopyIn,
@@ -25,6 +25,7 @@ from tpfuse.parallel.hooks import (
     install,
 )
 from tpfuse.parallel.mesh import Group, Groups
+from tpfuse.parallel.paths import ENTRY, OWN_ROWS, OnlyByArguments, mark
 from tpfuse.parallel.record import Done, Site
 from tpfuse.parallel.recorded_policy import Recorded, record_policy
 from tpfuse.parallel.roles import Role
@@ -69,8 +70,11 @@ def _hook(
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
             install(module, OwnRows(name, groups.attention))
+            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS))
         return
     group = groups.of(cut.over)
+    for leaf, parameter in module.named_parameters():
+        mark(parameter, cut=join(name, leaf) in cut.cuts)
     for norm, count in cut.wide_norms:
         weight: Any = norm.weight
         install(norm, WideNorm(group, count, weight.shape[0]))
@@ -90,11 +94,14 @@ def _hook(
     share = ShareOut(group) if goes_on else None
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
         site = check.number_of(name)
-        install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share))
+        alone = role.kind == "dense_mlp"
+        install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share, alone))
+        module.register_forward_hook(OnlyByArguments(name, ENTRY))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
     if after := owes or share:
         module.register_forward_hook(after)
+    module.register_forward_hook(OnlyByArguments(name, ENTRY))
 
 
 def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:

@@ -32,7 +32,9 @@ from tpfuse.parallel.collectives import (
     scale_gradient,
     scatter_rows,
 )
+from tpfuse.parallel.containers import map_tensors, tensors_in
 from tpfuse.parallel.mesh import Group
+from tpfuse.parallel.paths import gives_own, is_own
 from tpfuse.parallel.rows import announced_rows, trim_rows
 from tpfuse.parallel.rows_check import OTHER_REPLICAS, OTHER_THAN_ANNOUNCED, TOO_MANY, RowsCheck, Says
 from tpfuse.parallel.used import UsedParameters, agree_before
@@ -45,7 +47,17 @@ class CopyIn:
     group: Group
 
     def __call__(self, module: nn.Module | None, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _each_gradient(lambda x: copy_to(x, self.group.name), (args, kwargs))
+        # What a model hands on from layer to layer in these is each rank's own, and is written into.
+        apart = {k: v for k, v in kwargs.items() if k in _MEMORY}
+        given = (args, {k: v for k, v in kwargs.items() if k not in _MEMORY})
+        hidden = None if torch.compiler.is_compiling() else next(tensors_in(given), None)
+
+        def enter(x: Tensor) -> Tensor:
+            own = hidden is not None and x is not hidden and is_own(x)
+            return x if own else copy_to(x, self.group.name)
+
+        args, kwargs = map_tensors(enter, given, _wanted)
+        return args, {**kwargs, **apart}
 
 
 @dataclass(frozen=True)
@@ -77,21 +89,23 @@ class ShareOut:
     group: Group
 
     def __call__(self, module: nn.Module | None, args: tuple, output: Any) -> Any:
-        return _each_gradient(lambda x: scale_gradient(x, 1 / self.group.size), output)
+        several = not isinstance(output, Tensor) and not torch.compiler.is_compiling()
+
+        def share(x: Tensor) -> Tensor:
+            own = several and gives_own(x)  # keys and values, which no sum was paid for
+            return x if own else scale_gradient(x, 1 / self.group.size)
+
+        shared = map_tensors(share, output, _wanted)
+        if shared is output and torch.is_grad_enabled() and not any(True for _ in tensors_in(output)):
+            raise PlanError(
+                f"{type(module).__name__} returned {type(output).__name__}; allowed for a cut module: tensors, by "
+                "themselves or in tuples, lists, dicts or dataclasses"
+            )
+        return shared
 
 
-def _each_gradient(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every tensor that has a gradient changed, also those in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() and value.requires_grad else value
-    if isinstance(value, tuple):
-        items = [_each_gradient(change, v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if type(value) is list:
-        return [_each_gradient(change, v) for v in value]
-    if type(value) is dict:
-        return {k: _each_gradient(change, v) for k, v in value.items()}
-    return value
+def _wanted(x: Tensor) -> bool:
+    return x.is_floating_point() and x.requires_grad
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class OwnRows:
         x, put = _hidden(self.name, args, kwargs)
         own = scatter_rows(_flat(x), self.group.size, self.group.index, self.group.name)
         args, kwargs = put(_like(own, x))
-        y, rest = _first(self.name, forward(*args, **kwargs))
+        y, rest = _first(self.name, forward(*args, **kwargs), alone=True)
         full = gather_rows(_flat(y), self.group.size, self.group.index, self.group.name)
         return rest(trim_rows(full, _rows(x)).view(*x.shape[:-1], y.shape[-1]))
 
@@ -123,6 +137,7 @@ class AllRows:
     inner: CopyIn
     owes: ReduceOut | None = None
     share: ShareOut | None = None
+    alone: bool = False
 
     def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         x, put = _hidden(self.name, args, kwargs)
@@ -131,7 +146,7 @@ class AllRows:
         flat = self.check(_flat(x), dp, self.site, says)
         args, kwargs = put(_like(gather_rows(flat, dp.size, dp.index, dp.name, padded), x))
         args, kwargs = self.inner(None, args, kwargs)
-        y, rest = _first(self.name, forward(*args, **kwargs))
+        y, rest = _first(self.name, forward(*args, **kwargs), self.alone)
         if self.owes is not None:
             y = self.owes(None, (), y)
         if self.share is not None:
@@ -171,12 +186,12 @@ class IdleAttention:
             return forward(*args, **kwargs)
         args = tuple(_at_least_one(a) for a in args)
         # An idle replica has nothing to remember.
-        kwargs = {k: None if k in _MEMORY else _at_least_one(v) for k, v in kwargs.items()}
+        kwargs = {k: None if k in _MEMORY[:3] else _at_least_one(v) for k, v in kwargs.items()}
         y, rest = _first(type(self).__name__, forward(*args, **kwargs))
         return rest(y[tuple(slice(0, size) for size in x.shape[:-1])])
 
 
-_MEMORY = ("past_key_values", "past_key_value", "cache_params")
+_MEMORY = ("past_key_values", "past_key_value", "cache_params", "shared_kv_states")
 
 
 @dataclass(frozen=True)
@@ -310,9 +325,10 @@ def _hidden(name: str, args: tuple, kwargs: dict):
     """The hidden states among a module's inputs, and a function that puts other ones in their place."""
     tensors = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors += [(k, v) for k, v in kwargs.items() if isinstance(v, Tensor)]
-    if len(tensors) != 1:
+    count = sum(1 for _ in tensors_in((args, kwargs)))
+    if count != 1 or not tensors:
         raise PlanError(
-            f"{name} is called with {len(tensors)} tensors; a module that works on other "
+            f"{name} is called with {count} tensors; a module that works on other "
             "rows than its caller's takes its hidden states and no other tensor"
         )
     key, x = tensors[0]
@@ -325,10 +341,19 @@ def _hidden(name: str, args: tuple, kwargs: dict):
     return x, put
 
 
-def _first(name: str, output: Any):
-    """The hidden states in a module's output (it, or the first of a tuple), and a function that replaces them."""
+def _first(name: str, output: Any, alone: bool = False):
+    """The hidden states in a module's output (it, or the first of a tuple), and a function that replaces them.
+
+    `alone`: no other tensor may come with them.
+    """
     if isinstance(output, Tensor):
         return output, lambda value: value
+    if alone and (count := sum(1 for _ in tensors_in(output))) > 1:
+        raise PlanError(
+            f"{name} returned {count} tensors; an MLP that works on other rows than its caller's returns its hidden "
+            "states and no other tensor, whose rows would be those of other ranks. Leave it whole, or give it "
+            "moe_dense_tp_size=attn_tp_size (SharingPolicy.overrides)"
+        )
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0], lambda value: (value, *output[1:])
     raise PlanError(f"{name} returned {type(output).__name__}; allowed: a tensor, or a tuple that starts with one")
