@@ -3,6 +3,8 @@
     python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --jobs 30 [--minutes 9] [--output FILE]
     python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --shard 3/32            one share of them, in one pair of ranks
 
+Seeds from 1000000 on are spellings of the same kinds, written down (tests/own_spellings.py): 1000000:COUNT has all.
+
 Prints a line of JSON for each program that is wrong on a rank, raises, or does not end, and a last line on all of them;
 exit status 1 if there was one. `--output` appends the last line to a file (benchmarks/results/fuzz.jsonl). Programs
 whose turn did not come within `--minutes` are counted in `left`, and `next` is the first of them.
@@ -38,6 +40,7 @@ from machine import cpu_machine  # noqa: E402
 
 from tests import own_fuzz  # noqa: E402
 from tests.own_programs import draw  # noqa: E402
+from tests.own_spellings import COUNT, FIRST  # noqa: E402
 from tests.ranks import run_processes  # noqa: E402
 
 #: Programs that one pair of ranks runs before it is made anew.
@@ -144,7 +147,7 @@ def _said(total: dict[str, Any]) -> dict[str, Any]:
 
 
 def _share(args: argparse.Namespace) -> dict[str, Any]:
-    first, end = map(int, args.seeds.split(":"))
+    first, end = (int(word) if word != "COUNT" else FIRST + COUNT for word in args.seeds.split(":"))
     index, count = map(int, args.shard.split("/"))
     seeds = list(range(first, end))[index::count]
     until = time.monotonic() + 60 * args.minutes

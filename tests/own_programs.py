@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .own_parts import HIDDEN, ROWS
+from .own_spellings import FIRST, spelled
 
 OWN_INTS = ("dist.get_rank()", "R", "k", "m.own_int", "m.cfg.own_int")
 SAME_INTS = ("1", "ONE", "j", "m.same_int", "m.cfg.same_int")
@@ -44,7 +45,10 @@ class Drawn:
 
 def draw(seed: int, short: bool = False) -> Drawn:
     """The program with number `seed`; the same on every rank and in every process. `short`: one round, seldom trained,
-    which compiles in a third of the time."""
+    which compiles in a third of the time. From `own_spellings.FIRST` on they are those of own_spellings.py."""
+    if seed >= FIRST:
+        text, dtype, train, dynamic = spelled(seed - FIRST)
+        return Drawn(seed, text, dtype, train, dynamic, two_calls=False)
     rng = random.Random(seed)
     dtype = rng.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
     # Of numbers of their own, so that the other programs do not depend on them.
