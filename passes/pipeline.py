@@ -28,6 +28,7 @@ from .facts.collectives import Collective, ResolveGroup, find_collectives, is_co
 from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
+from .facts.refusals import Code, Refusal, refused
 from .plan.sites import REWRITES, Decisions, plan
 from .recognise.known import Known
 from .recognise.norms import find_norms
@@ -42,7 +43,7 @@ from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.accounting import origin
 from .verdict.names import module_name
-from .verdict.runs import NO_KERNEL, how_it_runs
+from .verdict.runs import NO_KERNEL, NOT_FUSED, how_it_runs
 from .verdict.steps import dtype_and_hidden, find_steps
 from .verdict.subgraphs import collectives_inside
 from .verdict.undeclared import undeclared
@@ -51,7 +52,7 @@ from .verdict.verdicts import verdicts
 log = logging.getLogger(__name__)
 
 #: The reason where an all-reduce was to be fused, until the layouts of its stream changed.
-LAID_OUT_ANEW = "its boundary was laid out anew, and no norm follows it any more"
+LAID_OUT_ANEW = Refusal(Code.LAYOUT_CHANGED, "its boundary was laid out anew, and no norm follows it any more")
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
         return {}
     if options.as_written:
         return {
-            name: replace(boundary, reason=f"the rows keep their layout: {options.as_written}")
+            name: _left(boundary, Refusal(Code.AS_WRITTEN, f"the rows keep their layout: {options.as_written}"))
             for name, boundary in context.boundaries.items()
             if boundary.collective == "reduce_scatter" and boundary.feeds_norm
         }
@@ -212,11 +213,11 @@ def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
     found: Verdicts = {}
     for name, boundary in context.boundaries.items():
         if name in moved.verdicts:
-            rewrite, done, reason = moved.verdicts[name]
-            runs = NO_KERNEL if done else ""
-            found[name] = replace(boundary, rewrite=rewrite, fused=done, reason=reason, runs=runs)
+            rewrite, done, why = moved.verdicts[name]
+            runs = NO_KERNEL if done else NOT_FUSED
+            found[name] = replace(_left(boundary, why), rewrite=rewrite, fused=done, runs=runs.sentence)
         elif name in moved.kept:
-            found[name] = replace(boundary, reason=moved.kept[name])
+            found[name] = _left(boundary, moved.kept[name])
         if name in moved.demanded:
             found[name] = replace(found.get(name, boundary), demanded=True)
     return found
@@ -225,17 +226,18 @@ def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
 def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
     """Put a fused operation in the place of every boundary that has a plan."""
     decisions = context.decisions
-    refused = {origin(owed.collective.node): reason for owed, reason in decisions.refusals}
+    refusals = {origin(owed.collective.node): refusal for owed, refusal in decisions.refusals}
     found: Verdicts = {}
     for chosen in decisions.plans:
         runs = how_it_runs(chosen)
         for owed in chosen.paid:
             name = origin(owed.collective.node)
-            rewrite = context.boundaries[name].rewrite or chosen.rewrite
-            found[name] = replace(context.boundaries[name], rewrite=rewrite, fused=True, reason="", runs=runs)
+            boundary = _left(context.boundaries[name], None)
+            rewrite = boundary.rewrite or chosen.rewrite
+            found[name] = replace(boundary, rewrite=rewrite, fused=True, runs=runs.sentence, kernel=runs.kernel)
     for name, boundary in context.boundaries.items():
         if name not in found and not (boundary.fused or boundary.rewrite or boundary.reason):
-            found[name] = replace(boundary, reason=refused.get(name) or LAID_OUT_ANEW)
+            found[name] = _left(boundary, refusals.get(name) or LAID_OUT_ANEW)
     for chosen in decisions.plans:
         apply(graph, chosen)
     context.edited = bool(decisions.plans)
@@ -253,10 +255,10 @@ def _merge(graph: fx.Graph, context: Context) -> Verdicts:
         if name not in context.boundaries:
             continue  # one that a merge before it put there
         boundary = context.boundaries[name]
-        if refusal:
-            found[name] = replace(boundary, reason=refusal)
+        if refusal is not None:
+            found[name] = _left(boundary, refusal)
         else:
-            found[name] = replace(boundary, fused=True, rewrite="merge_all_reduces", reason="")
+            found[name] = replace(_left(boundary, None), fused=True, rewrite="merge_all_reduces")
             context.rewritten = True
     return found
 
@@ -283,6 +285,13 @@ def _account(graph: fx.Graph, context: Context) -> Verdicts:
     names, boundaries = list(context.boundaries), list(context.boundaries.values())
     accounted = accounting.account(boundaries, names, context.written, performed, mesh, layouts)
     return dict(zip(names, accounted, strict=True))
+
+
+def _left(boundary: Boundary, why: Refusal | None) -> Boundary:
+    """The boundary with the reason why it is not fused; None: it is, or nothing is to be said."""
+    if why is None:
+        return replace(boundary, reason="", code="")
+    return replace(boundary, reason=why.sentence, code=why.code.value)
 
 
 STEPS = (
@@ -325,5 +334,5 @@ def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception)
 def _without_recognition(collective: Collective, reason: str) -> Boundary:
     dtype, hidden = dtype_and_hidden(collective.input)
     module, ranks = module_name(collective.node), collective.ranks or ()
-    reason = collective.problem or reason
-    return Boundary("unknown", module, collective.kind, ranks, reason=reason, dtype=dtype, hidden=hidden)
+    boundary = Boundary("unknown", module, collective.kind, ranks, dtype=dtype, hidden=hidden)
+    return _left(boundary, refused(Code.COLLECTIVE, collective.problem) or Refusal(Code.INTERNAL_ERROR, reason))

@@ -22,9 +22,9 @@ from .errors import FusionError, OptionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .parallel.rows_check import checking, take_marks
-from .passes.facts.checkpoint import ASTRIDE
 from .passes.facts.declared import as_functional
 from .passes.facts.groups import resolve_group
+from .passes.facts.refusals import Code
 from .passes.pipeline import PassOptions, fuse
 from .passes.recognise.sites import backward_nodes
 from .passes.rewrite.lower import lower
@@ -184,7 +184,7 @@ class FusionPass(CustomGraphPass):
         private.trace_artifact("tpfuse_graph_after", lambda: as_text(owner))
         self.reports.append(outcome.report)
         self.seconds += outcome.seconds
-        waits = any(boundary.reason == ASTRIDE for boundary in outcome.report.boundaries)
+        waits = any(boundary.code == Code.ASTRIDE for boundary in outcome.report.boundaries)
         self.waiting = outcome.names if waits else ()
 
     def finish(self, graph: fx.Graph) -> None:
@@ -203,7 +203,7 @@ class FusionPass(CustomGraphPass):
         report = self.reports[-1]
         boundaries = list(report.boundaries)
         for index, name in enumerate(names):
-            if boundaries[index].reason == ASTRIDE and name in late:
+            if boundaries[index].code == Code.ASTRIDE and name in late:
                 boundaries[index] = late[name]
         inner = len(outcome.report.boundaries) - len(outcome.names)
         fewer = before - (outcome.report.collectives_after - inner)

@@ -35,7 +35,8 @@ class Boundary(StrictJson):
     norm: "rms_norm", "layer_norm", or None where no norm reads the result.
     rewrite: the rewrite's name, or None.
     fused: whether the collective became part of a fused operation.
-    reason: empty when fused; otherwise one sentence a user can act on.
+    reason: empty when fused; otherwise one sentence a user can act on, whose wording may change at any time.
+    code: what kind of reason that is, in one word for programs: a value of `tpfuse.passes.facts.refusals.Code`.
     direction: "forward" or "backward".
     feeds_norm: whether a norm, or what looks like one, reads the result with only row-wise arithmetic in between (what
         `strict` asks about). A value of rows that is multiplied or divided by a root of a statistic over the rows'
@@ -43,6 +44,7 @@ class Boundary(StrictJson):
     demanded: whether it stays unfused because the policy, as it is declared, asks for that: no fusion is missed.
     runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
         kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
+    kernel: whether that is one kernel: `runs` for programs.
     layout_in, layout_out: how the rows lie before and after the boundary as it is performed now: "SCATTERED" (each rank
         holds its share of its replica's rows), "TP_ATTN_FULL" (the rows of its replica) or "FULL" (of every replica);
         empty where the policy does not tell. Where the first collective reduces, what comes in owes it that sum.
@@ -69,6 +71,8 @@ class Boundary(StrictJson):
     layout_out: str = ""
     before: tuple[Transfer, ...] = ()
     after: tuple[Transfer, ...] = ()
+    code: str = ""
+    kernel: bool = False
 
     @property
     def bytes_before(self) -> int | None:
@@ -162,13 +166,13 @@ class Report(StrictJson):
                 _arrow(size_in_words(boundary.bytes_before), size_in_words(boundary.bytes_after)),
                 _arrow(boundary.layout_in or "-", boundary.layout_out or "-"),
                 ", ".join(filter(None, (boundary.rewrite, "" if boundary.fused else "not fused"))),
-                boundary.runs.partition(":")[0] or "-",
+                _runs(boundary),
                 boundary.reason,
             )
         out = io.StringIO()
         console = Console(file=out, width=180, color_system=None)
         console.print(table if self.boundaries else self.summary())
-        for why in dict.fromkeys(boundary.runs for boundary in self.boundaries if ":" in boundary.runs):
+        for why in dict.fromkeys(b.runs for b in self.boundaries if b.runs and not b.kernel):
             console.print(why)
         for note in self.notes:
             console.print(f"note: {note}")
@@ -192,6 +196,10 @@ def _before_and_after(boundary: Boundary) -> str:
         return f"{boundary.collective} {_ranks(boundary.group)}"
     names = [" + ".join(map(str, transfers)) or "none" for transfers in (boundary.before, boundary.after)]
     return _arrow(*names)
+
+
+def _runs(boundary: Boundary) -> str:
+    return "-" if not boundary.runs else "symmetric memory" if boundary.kernel else "functional"
 
 
 def _times(count: int) -> str:

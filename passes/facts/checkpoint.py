@@ -13,10 +13,13 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from .refusals import Code, Refusal
+
 #: The verdict on a boundary that waits for the forward graph.
-ASTRIDE = (
+ASTRIDE = Refusal(
+    Code.ASTRIDE,
     "an activation checkpoint keeps some parts of this boundary and recomputes others, so it can only be fused in the "
-    "forward graph, after the backward pass has been split off"
+    "forward graph, after the backward pass has been split off",
 )
 
 

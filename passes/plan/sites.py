@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..facts.checkpoint import ASTRIDE
 from ..facts.graph import value
+from ..facts.refusals import Code, Refusal, refused
 from ..recognise.sites import Owed, Recognition, Site
 
 #: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
@@ -22,7 +23,9 @@ REWRITES = (
     "gather_full_tp",
     "reduce_scatter_norm",
 )
-NO_MERGE = "the rewrite merge_all_reduces is switched off"
+
+
+NO_MERGE = Refusal(Code.MERGE_OFF, "the rewrite merge_all_reduces is switched off")
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,16 @@ class Decisions:
     """The plans in graph order, and for every all-reduce of a site that stays the reason."""
 
     plans: tuple[Plan, ...]
-    refusals: tuple[tuple[Owed, str], ...]
+    refusals: tuple[tuple[Owed, Refusal], ...]
 
 
 def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Decisions:
     """Decide every site."""
     plans: list[Plan] = []
-    refusals: list[tuple[Owed, str]] = []
+    refusals: list[tuple[Owed, Refusal]] = []
     for site in recognition.sites:
         refusals += site.left
-        if site.problem:
+        if site.problem is not None:
             refusals += [(owed, site.problem) for owed in site.owed]
             continue
         if site.astride:
@@ -60,38 +63,41 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
         post = site.add_after is not None and not left and "all_reduce_post_norm" in rewrites
         rewrite = "merge_all_reduces" if len(paid) > 1 else "all_reduce_post_norm" if post else "all_reduce_norm"
         if rewrite not in rewrites:
-            refusals += [(owed, f"the rewrite {rewrite} is switched off") for owed in site.owed]
+            refusals += [(owed, _switched_off(rewrite)) for owed in site.owed]
             continue
         refusals += left
         plans.append(Plan(site, rewrite, paid, post))
     return Decisions(tuple(plans), tuple(refusals))
 
 
-def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tuple[Owed, str]]]:
+def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tuple[Owed, Refusal]]]:
     """The sums one fused operation can pay: the last one, and those that may be added to it before summing."""
     last = site.owed[-1]
     for owed in site.owed:
         if last.collective.node < owed.collective.node:
             last = owed
-    paid, left = [last], []
+    paid: list[Owed] = [last]
+    left: list[tuple[Owed, Refusal]] = []
     for owed in site.owed:
         if owed is last:
             continue
-        reason = _cannot_join(owed, last, merge)
-        if reason:
-            left.append((owed, reason))
+        refusal = refused(Code.APART, _cannot_join(owed, last)) if merge else NO_MERGE
+        if refusal is not None:
+            left.append((owed, refusal))
         else:
             paid.append(owed)
     if len(paid) > 1 and last.used_alone:
         reason = "it meets another all-reduce before the norm, whose sum is also used on its own, so they stay apart"
-        return (last,), left + [(owed, reason) for owed in paid[1:]]
+        return (last,), left + [(owed, Refusal(Code.APART, reason)) for owed in paid[1:]]
     return tuple(paid), left
 
 
-def _cannot_join(owed: Owed, last: Owed, merge: bool) -> str:
+def _switched_off(rewrite: str) -> Refusal:
+    return Refusal(Code.SWITCHED_OFF, f"the rewrite {rewrite} is switched off")
+
+
+def _cannot_join(owed: Owed, last: Owed) -> str:
     a, b = owed.collective, last.collective
-    if not merge:
-        return NO_MERGE
     if any(str(sent.dtype) == "torch.float16" for c in (a, b) if (sent := value(c.input)) is not None):
         return (
             "the norm reads the sum of two all-reduces in float16, and adding them up before they are summed over the"

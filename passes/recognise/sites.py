@@ -25,6 +25,7 @@ from ..facts.graph import (
     value,
     why_unusual,
 )
+from ..facts.refusals import Code, Refusal, refused
 from .divergence import Parting, differs_between_ranks, find_partings
 from .hazards import Hazards
 from .norms import Norm
@@ -62,9 +63,9 @@ class Site:
     owed: tuple[Owed, ...]
     add_after: fx.Node | None = None
     residual_after: fx.Node | None = None
-    problem: str = ""
+    problem: Refusal | None = None
     astride: bool = False
-    left: tuple[tuple[Owed, str], ...] = ()
+    left: tuple[tuple[Owed, Refusal], ...] = ()
 
     def out(self, post: bool) -> fx.Node:
         """The node whose value a fused operation computes; `post`: it takes in the addition behind the norm."""
@@ -150,12 +151,12 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 def _site(norm: Norm, known: _Known) -> Site | None:
     hidden = hidden_of(norm, set(known.eligible))
     site = _site_over(hidden, norm, known)
-    if site is None or not site.problem:
+    if site is None or site.problem is None:
         return site
     # The norm of chosen rows is chosen from the norm of all: worth it where all of them are summed in any case.
     whole = _before_choice(hidden, site)
     wider = _site_over(whole, norm, known) if whole is not None else None
-    return wider if wider is not None and not wider.problem else site
+    return wider if wider is not None and wider.problem is None else site
 
 
 def _before_choice(hidden: fx.Node, site: Site) -> fx.Node | None:
@@ -176,7 +177,7 @@ def _site_over(hidden: fx.Node, norm: Norm, known: _Known) -> Site | None:
     owed = known.eligible
     if hidden in known.fixed:
         return None
-    left: list[tuple[Owed, str]] = []
+    left: list[tuple[Owed, Refusal]] = []
     while True:
         waits = set(owed) - {alone.collective.result for alone, _ in left}
         total = decompose(hidden, waits, known.fixed | (known.unfused - {hidden}))
@@ -189,8 +190,13 @@ def _site_over(hidden: fx.Node, norm: Norm, known: _Known) -> Site | None:
         left += stuck
     add_after, residual_after = _add_after(norm, total)
     site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left))
-    problem = norm.problem or total.problem or site_problem(site, total, stuck)
-    return replace(site, problem=problem or _hazard(site, total, known.hazards))
+    problem = (
+        refused(Code.NORM, norm.problem)
+        or refused(Code.BETWEEN, total.problem)
+        or site_problem(site, total, stuck)
+        or refused(Code.MOVES_PAST, _hazard(site, total, known.hazards))
+    )
+    return replace(site, problem=problem)
 
 
 def hidden_of(norm: Norm, owed: set[fx.Node]) -> fx.Node:
@@ -265,80 +271,89 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
 # -- what stands in the way -------------------------------------------------------------------------------------------
 
 
-def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, str]]) -> str:
-    """Why the site cannot be fused whatever the plan: one sentence, or ''. `stuck`: as of `_stuck`."""
+def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, Refusal]]) -> Refusal | None:
+    """Why the site cannot be fused whatever the plan, or None. `stuck`: as of `_stuck`."""
     hidden, norm = site.hidden, site.norm
-    problem = _values_problem(site, total)
-    if problem:
+    leaves = {term.leaf for term in total.owed}
+    problem = refused(Code.VALUES, _values_problem(site, total)) or refused(Code.BETWEEN, _terms_problem(site, total))
+    if problem is not None:
         return problem
-    if not same_size(last_dim(hidden), last_dim(norm.source)):
+    if stuck:
+        return stuck[0][1]
+    for term in total.replicated:
+        if depends_on(term.leaf, leaves):
+            said = "a value that is added before the norm is itself computed from the all-reduced sum"
+            return Refusal(Code.DEPENDS, said)
+    for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
+        if vector is None:
+            continue
+        if value(vector) is None or not same_size(last_dim(vector), last_dim(hidden)):
+            return Refusal(Code.NORM, f"the norm's {role} is not one value per hidden unit")
+        if depends_on(vector, leaves):
+            return Refusal(Code.DEPENDS, f"the norm's {role} is computed from the all-reduced sum")
+    if isinstance(norm.eps, fx.Node) and depends_on(norm.eps, leaves):
+        return Refusal(Code.DEPENDS, "the norm's eps is computed from the all-reduced sum")
+    return None
+
+
+def _terms_problem(site: Site, total: Sum) -> str:
+    """Whether the hidden states are a sum whose terms can be added in front of the all-reduce."""
+    if not same_size(last_dim(site.hidden), last_dim(site.norm.source)):
         return "a view between the all-reduce and the norm changes the last dimension"
     if not all(math.isfinite(term.scale) for term in total.terms):
         return "the numbers that the all-reduced sum is multiplied by have a product that is not finite"
     if any(abs(term.scale) < sys.float_info.min for term in total.owed):
         return "the all-reduced sum is multiplied by zero before the norm, or subtracted from itself"
-    leaves = {term.leaf for term in total.owed}
-    if len(leaves) < len(total.owed):
+    if len({term.leaf for term in total.owed}) < len(total.owed):
         return "the all-reduced sum is added to a rearrangement of itself before the norm"
-    if stuck:
-        return stuck[0][1]
-    for term in total.replicated:
-        if depends_on(term.leaf, leaves):
-            return "a value that is added before the norm is itself computed from the all-reduced sum"
-    for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
-        if vector is None:
-            continue
-        if value(vector) is None or not same_size(last_dim(vector), last_dim(hidden)):
-            return f"the norm's {role} is not one value per hidden unit"
-        if depends_on(vector, leaves):
-            return f"the norm's {role} is computed from the all-reduced sum"
-    if isinstance(norm.eps, fx.Node) and depends_on(norm.eps, leaves):
-        return "the norm's eps is computed from the all-reduced sum"
     return ""
 
 
-def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, str]]:
+def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, Refusal]]:
     """The sums whose gates and selections may not move before the all-reduce, each with the reason."""
     leaves = {term.leaf for term in total.owed}
     by_leaf = {owed.collective.result: owed for owed in site.owed}
-    found: dict[fx.Node, tuple[Owed, str]] = {}
+    found: dict[fx.Node, tuple[Owed, Refusal]] = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        reason = _step_problem(term, owed, leaves, parting) or _rounded_more(term, total.root)
-        if reason:
-            found.setdefault(term.leaf, (owed, reason))
+        refusal = _step_problem(term, owed, leaves, parting) or _rounded_more(term, total.root)
+        if refusal is not None:
+            found.setdefault(term.leaf, (owed, refusal))
     return list(found.values())
 
 
-def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> str:
+def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> Refusal | None:
     for gate in (gate for step in term.gates for gate in step.others):
         if depends_on(gate, leaves):
-            return "the all-reduced sum is multiplied by a value that is itself computed from that sum"
-        reason = differs_between_ranks(gate, owed.collective.ranks, parting)
-        if reason:
-            return f"the all-reduced sum is multiplied by {reason}"
-    reason = overflow(term)
-    if reason:
-        return reason
+            said = "the all-reduced sum is multiplied by a value that is itself computed from that sum"
+            return Refusal(Code.DEPENDS, said)
+        what = differs_between_ranks(gate, owed.collective.ranks, parting)
+        if what:
+            return Refusal(Code.RANKS, f"the all-reduced sum is multiplied by {what}")
+    overflows = overflow(term)
+    if overflows:
+        return Refusal(Code.ROUNDING, overflows)
     if owed.used_alone and not term.only_reshapes:
         step = next(step for step in term.steps if not step.reshapes)
-        return (
+        return Refusal(
+            Code.USED_TWICE,
             f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
-            "only one of the two could be had from a fused operation"
+            "only one of the two could be had from a fused operation",
         )
-    return ""
+    return None
 
 
-def _rounded_more(term: Term, root: fx.Node) -> str:
+def _rounded_more(term: Term, root: fx.Node) -> Refusal | None:
     """What is computed of a sum in float32 would be rounded to what is sent, on every rank, in front of the sum."""
     for step in term.steps:
         if not step.moves_only and term.stays_wider(step.node, root):
             wide, sent = val(step.node).dtype, val(term.leaf).dtype
-            return (
+            return Refusal(
+                Code.ROUNDING,
                 f"{step.node.target} makes a {wide} value of the all-reduced sum, which is {sent}; in front of the sum "
-                f"its result would be rounded to {sent} on every rank. Cast the result, or reduce in {wide}"
+                f"its result would be rounded to {sent} on every rank. Cast the result, or reduce in {wide}",
             )
-    return ""
+    return None
 
 
 def _values_problem(site: Site, total: Sum) -> str:

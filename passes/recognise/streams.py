@@ -21,6 +21,7 @@ from tpfuse._torch_private import operator_full_name
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, is_collective
 from ..facts.graph import is_call, last_dim, region_between, same_shape, same_size, val, value, why_unusual
+from ..facts.refusals import Code, Refusal, refused
 from ..verdict.accounting import origin
 from .known import Known
 from .norms import Norm
@@ -50,8 +51,8 @@ class StreamStage:
 
     cuts: readers of the normed value that take the own rows of it; gathers: all-gathers that follow it (over the
     replicas' group in the full form, over the attention group in the scattered form). read_as_is: whether anything else
-    reads it, in the layout it is written in. problem: why the stage keeps that layout, or ''; the stages behind it take
-    its hidden states as they are.
+    reads it, in the layout it is written in. problem: why the stage keeps that layout, or None; the stages behind it
+    take its hidden states as they are.
     """
 
     norm: Norm
@@ -63,7 +64,7 @@ class StreamStage:
     cuts: tuple[fx.Node, ...]
     gathers: tuple[Collective, ...]
     read_as_is: bool
-    problem: str = ""
+    problem: Refusal | None = None
 
     @property
     def scattered_form(self) -> bool:
@@ -92,7 +93,7 @@ class Stream:
     that they pay."""
 
     stages: list[StreamStage]
-    left: dict[str, str]
+    left: dict[str, Refusal]
 
 
 NO_STREAM = Stream([], {})
@@ -148,7 +149,7 @@ def _stream(
     rank: int,
 ) -> Stream:
     stages: list[StreamStage] = []
-    left: dict[str, str] = {}
+    left: dict[str, Refusal] = {}
     hidden_at: dict[fx.Node, int] = {}
     taken: set[fx.Node] = set()
     for norm in norms:
@@ -164,8 +165,8 @@ def _stream(
         previous = links[0] if len(links) == 1 else None
         readers = _readers(norm, addend, collectives, ranks, rank)
         stage = StreamStage(norm, hidden, total, addend, term, previous, *readers)
-        stage = replace(stage, problem=_no_line(stage) or _unfit(stage, len(ranks)))
-        if stage.problem:
+        stage = replace(stage, problem=_no_line(stage) or refused(Code.BETWEEN, _unfit(stage, len(ranks))))
+        if stage.problem is not None:
             left |= {origin(addends[t.leaf].collective.node): stage.problem for t in total.owed}
         taken |= {t.leaf for t in total.owed}
         hidden_at[hidden] = len(stages)
@@ -173,16 +174,18 @@ def _stream(
     return Stream(stages, left)
 
 
-def _no_line(stage: StreamStage) -> str:
-    """Why the hidden states are not one collective's result and a residual, or ''."""
+def _no_line(stage: StreamStage) -> Refusal | None:
+    """Why the hidden states are not one collective's result and a residual, or None."""
     total = stage.total
-    if stage.norm.problem or total.problem:
-        return stage.norm.problem or total.problem
+    problem = refused(Code.NORM, stage.norm.problem) or refused(Code.BETWEEN, total.problem)
+    if problem is not None:
+        return problem
     if len(total.owed) > 1:
-        return "two collectives meet before its norm"
+        return Refusal(Code.APART, "two collectives meet before its norm")
     if not total.plain:
-        return "a multiplication, a mask or a choice of rows stands between the collective and the norm"
-    return ""
+        said = "a multiplication, a mask or a choice of rows stands between the collective and the norm"
+        return Refusal(Code.BETWEEN, said)
+    return None
 
 
 def _unfit(stage: StreamStage, parts: int) -> str:

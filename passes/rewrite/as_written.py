@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import fx
 
 from ..facts.collectives import is_collective
-from ..plan.sites import NO_MERGE, Decisions, Plan
+from ..facts.refusals import Code, Refusal
+from ..plan.sites import Decisions, Plan
 from ..plan.sites import plan as plan_sites
 from ..recognise.sites import Recognition
 from ..recognise.streams import calls
@@ -20,12 +21,12 @@ def as_written(recognition: Recognition, rewrites: tuple[str, ...], why: str) ->
     """The plans that change nothing of what is sent; the others are refused, with `why` in the reason."""
     decisions = plan_sites(recognition, tuple(name for name in rewrites if name != "merge_all_reduces"))
     kept: list[Plan] = []
-    merged = f"it would be added to another all-reduce before it is sent, but {why}"
-    refusals = [(owed, merged if reason == NO_MERGE else reason) for owed, reason in decisions.refusals]
+    merged = Refusal(Code.AS_WRITTEN, f"it would be added to another all-reduce before it is sent, but {why}")
+    refusals = [(owed, merged if r.code is Code.MERGE_OFF else r) for owed, r in decisions.refusals]
     for plan in decisions.plans:
         problem = _changes(plan)
         if problem:
-            refusals += [(owed, f"{problem}, but {why}") for owed in plan.paid]
+            refusals += [(owed, Refusal(Code.AS_WRITTEN, f"{problem}, but {why}")) for owed in plan.paid]
         else:
             kept.append(plan)
     return Decisions(tuple(kept), tuple(refusals))

@@ -33,6 +33,7 @@ from ..facts.graph import (
     value,
     writes_to_temporary,
 )
+from ..facts.refusals import Refusal
 from ..recognise.hazards import Hazards
 from ..recognise.streams import StreamStage
 
@@ -41,15 +42,15 @@ aten, c10d = ops.aten, ops.c10d
 
 @dataclass
 class Moved:
-    """What happened to the original collectives, by node name: (rewrite, fused, reason).
+    """What happened to the original collectives, by node name: (rewrite, fused, why it is not).
 
     layouts: for those that moved, in which layout the rows stay. kept: why others stay as they were written; demanded:
     those among them that stay because the policy, as it is declared, asks for it. notes: sentences about the whole.
     """
 
-    verdicts: dict[str, tuple[str, bool, str]] = field(default_factory=dict)
+    verdicts: dict[str, tuple[str, bool, Refusal | None]] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Refusal] = field(default_factory=dict)
     demanded: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 

@@ -20,6 +20,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import input_node, insert_call, inserting_behind, same_shape, scaled, val, value
+from ..facts.refusals import Code, Refusal
 from ..recognise.hazards import Hazards, Moving
 from ..recognise.known import Known
 from ..recognise.streams import CUT_ROWS, TRIM_ROWS, calls, divides, flat_rows
@@ -49,7 +50,7 @@ class Factored:
     nodes: tuple[fx.Node, ...]
 
 
-def factor_sums(known: Known, rank: int, names: dict[tuple[int, ...], str], kept: dict[str, str]) -> list[Factored]:
+def factor_sums(known: Known, rank: int, names: dict[tuple[int, ...], str], kept: dict[str, Refusal]) -> list[Factored]:
     """Factor every all-reduce that is followed by a cut over a dp group and by nothing else. What a write in place
     forbids is said in `kept`."""
     graph = known.graph
@@ -83,7 +84,7 @@ def _factor(
     rank: int,
     names: dict[tuple[int, ...], str],
     hazards: Hazards,
-    kept: dict[str, str],
+    kept: dict[str, Refusal],
 ) -> Factored | None:
     """Rewrite one `cut_rows(path(wait(all_reduce(x))) + bias...)`, if it is one."""
     source, (parts, index) = input_node(cut), cut.args[1:]
@@ -108,7 +109,7 @@ def _factor(
     made = {like, term.leaf, *total.interior, cut} - {end}
     why = hazards.stays(Moving(like, read, (), made, end, end))
     if why:
-        kept[origin(like)] = f"its sum is paid over the whole group: {why}"
+        kept[origin(like)] = Refusal(Code.LAYOUT_STAYS, f"its sum is paid over the whole group: {why}")
         return None
     inside = total.interior | {cut}
     if any(user not in inside for node in [term.leaf, *total.interior] for user in node.users if not _is_size(user)):

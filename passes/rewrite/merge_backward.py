@@ -23,6 +23,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import function_of, insert_call, is_call, same_shape, val
+from ..facts.refusals import Code, Refusal
 from ..recognise.hazards import Hazards
 from ..recognise.known import Known
 from ..recognise.sums import Step, linear_inputs
@@ -47,13 +48,13 @@ class Merge:
     root: fx.Node
 
 
-def merge_all_reduces(known: Known) -> dict[str, str]:
+def merge_all_reduces(known: Known) -> dict[str, Refusal | None]:
     """Merge the all-reduces of the graph's backward pass. Changes the graph.
 
-    Returns, by the name of the collective's node, '' where it was merged, and one sentence where it met another one
-    and was not.
+    Returns, by the name of the collective's node, None where it was merged, and a refusal where it met another
+    one and was not.
     """
-    outcome: dict[str, str] = {}
+    outcome: dict[str, Refusal | None] = {}
     while True:
         merges, refusals = plan_merges(find_sums(known), known.hazards)
         outcome |= refusals
@@ -61,7 +62,7 @@ def merge_all_reduces(known: Known) -> dict[str, str]:
             return outcome
         for merge in merges:
             _apply(known.graph, merge)
-            outcome |= {part.collective.node.name: "" for part in merge.parts}
+            outcome |= {part.collective.node.name: None for part in merge.parts}
         known.changed()
 
 
@@ -98,28 +99,30 @@ def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def plan_merges(sums: Sequence[tuple[Part, ...]], hazards: Hazards | None = None) -> tuple[list[Merge], dict[str, str]]:
+def plan_merges(
+    sums: Sequence[tuple[Part, ...]], hazards: Hazards | None = None
+) -> tuple[list[Merge], dict[str, Refusal]]:
     """(merges, refusals by the name of the collective's node).
 
     One sum gets one merge at a time: where it adds up the all-reduces of two groups, the second group's are found
     again once the first group's are one.
     """
     merges: list[Merge] = []
-    refusals: dict[str, str] = {}
+    refusals: dict[str, Refusal] = {}
     for parts in sums:
         alike: dict[tuple, list[Part]] = {}
         for part in parts:
             alike.setdefault((part.collective.ranks, part.collective.reduce_op.lower()), []).append(part)
         for first, *more in alike.values():
             if not more:
-                refusals[first.collective.node.name] = _unlike(first, parts)
+                refusals[first.collective.node.name] = Refusal(Code.APART, _unlike(first, parts))
         mergeable = next((found for found in alike.values() if len(found) > 1), None)
         if mergeable is None:
             continue
         merge = _up_to_the_meeting(mergeable)
         problem = _overwritten(merge, hazards) if hazards is not None else ""
         if problem:
-            refusals |= {part.collective.node.name: problem for part in merge.parts}
+            refusals |= {part.collective.node.name: Refusal(Code.MOVES_PAST, problem) for part in merge.parts}
         else:
             merges.append(merge)
     return merges, refusals

@@ -17,6 +17,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup
 from ..facts.graph import region_between, same_size, val, value
+from ..facts.refusals import Code, Refusal, refused
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from ..recognise.hazards import Moving
 from ..recognise.known import Known
@@ -28,12 +29,13 @@ from .factor import Factored, factor_sums, unfactor
 from .to_replicated import fuse_scattered, replicate
 from .to_scattered import crosses_at_once, scatter
 
-IN_TRAINING = (
+IN_TRAINING = Refusal(
+    Code.TRAINING,
     "in a training graph the residual stream keeps its layout: the backward pass reads the rows that forward had, so "
-    "own rows would have to be gathered again there, for as many bytes as scattering saves"
+    "own rows would have to be gathered again there, for as many bytes as scattering saves",
 )
 
-KEPT = "the residual stream keeps its layout here: "
+_KEPT = "the residual stream keeps its layout here: "
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
     names = names | written
     factored = factor_sums(known, rank, names, moved.kept) if "gather_full_tp" in choice.rewrites else []
     for one in factored:
-        reason = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
-        moved.verdicts[one.name] = ("gather_full_tp", False, reason)
+        said = "its sum is paid in factors: a reduce-scatter over the dp replicas, then over the attention group"
+        moved.verdicts[one.name] = ("gather_full_tp", False, Refusal(Code.LAYOUT_CHANGED, said))
     if choice.inference:
         _read_sizes_off_inputs(graph)
         known.changed()
@@ -68,7 +70,7 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
         for ranks in list(streams):
             stream = streams.get(ranks, NO_STREAM)
             gathers = {origin(c.node) for c in known.collectives if c.kind != "all_reduce"}
-            left = {name: KEPT + reason for name, reason in stream.left.items() if name in gathers}
+            left = {name: _kept(why) for name, why in stream.left.items() if name in gathers}
             if stream.stages:
                 _rebuild(Chain(graph, stream.stages, names, ranks, rank, moved, known.hazards), factored, choice)
                 known.changed()
@@ -89,6 +91,10 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
         size = node.meta.get("val")
         place = next(((other, dim) for other, dim in known if same_size(val(other).shape[dim], size)), None)
         node.args = node.args if place is None else place
+
+
+def _kept(why: Refusal) -> Refusal:
+    return Refusal(Code.LAYOUT_STAYS, _KEPT + why.sentence)
 
 
 def _gathers_of_rows(known: Known) -> list[Collective]:
@@ -128,7 +134,7 @@ class _Bound:
     """layout: the only one that a stage can have, or None; why; fusible: whether anything may become of the stage."""
 
     layout: str | None = None
-    why: str = ""
+    why: Refusal | None = None
     fusible: bool = True
 
 
@@ -140,24 +146,25 @@ def _bound(chain: Chain, choice: Choice) -> dict[StreamStage, _Bound]:
     for stage in chain.stages:
         chain.arrive(stage)
         name, written = origin(stage.addend.collective.node), _written_in(stage)
-        stays = stage.problem or chain.hazards.stays(_moving(stage, until))
+        stays = stage.problem or refused(Code.MOVES_PAST, chain.hazards.stays(_moving(stage, until)))
         why = stays or _why_written(chain, stage, choice.rewrites)
-        if why and not stage.problem and (stays or "switched off" not in why):
-            chain.moved.kept[name] = KEPT + why
-        found[stage] = _Bound(written if why else None, why, not stays)
+        if why is not None and stage.problem is None and why.code is not Code.SWITCHED_OFF:
+            chain.moved.kept[name] = _kept(why)
+        found[stage] = _Bound(written if why is not None else None, why, stays is None)
     chain.staying = start
     return found
 
 
-def _why_written(chain: Chain, stage: StreamStage, rewrites: tuple[str, ...]) -> str:
+def _why_written(chain: Chain, stage: StreamStage, rewrites: tuple[str, ...]) -> Refusal | None:
     rewrite = "share_attention_group" if stage.scattered_form else "scatter_dense"
     if rewrite not in rewrites:
-        return f"the rewrite {rewrite} is switched off"
+        return Refusal(Code.SWITCHED_OFF, f"the rewrite {rewrite} is switched off")
     if stage.scattered_form and not stage.clonable:
-        return "its hidden states are reshaped before or inside the norm"
+        return Refusal(Code.BETWEEN, "its hidden states are reshaped before or inside the norm")
     if not chain.knows_sizes(stage):
-        return "a symbolic size of its hidden states can be read off no value that stays in the graph"
-    return ""
+        said = "a symbolic size of its hidden states can be read off no value that stays in the graph"
+        return Refusal(Code.VALUES, said)
+    return None
 
 
 def _say_preference(chain: Chain, bound: dict[StreamStage, _Bound], layouts: list[str], choice: Choice) -> None:
@@ -168,11 +175,12 @@ def _say_preference(chain: Chain, bound: dict[StreamStage, _Bound], layouts: lis
     others = [stage for stage, layout in zip(chain.stages, layouts, strict=True) if layout != wanted]
     reasons: dict[str, list[str]] = {}
     for stage in others:
-        reasons.setdefault(bound[stage].why, []).append(module_name(stage.addend.collective.node) or "a boundary")
+        why, module = bound[stage].why, module_name(stage.addend.collective.node) or "a boundary"
+        reasons.setdefault(why.sentence if why is not None else "", []).append(module)
     chain.moved.notes += [
         f"residual={choice.residual!r} is declared, and the residual stream stays "
-        f"{'scattered' if wanted == TP_ATTN_FULL else 'replicated'} behind {', '.join(dict.fromkeys(modules))}: {why}"
-        for why, modules in reasons.items()
+        f"{'scattered' if wanted == TP_ATTN_FULL else 'replicated'} behind {', '.join(dict.fromkeys(modules))}: {said}"
+        for said, modules in reasons.items()
     ]
 
 
@@ -204,13 +212,15 @@ def _keep_whole(known: Known, factored: list[Factored], choice: Choice, moved: M
                 moved.demanded.add(one.name)
 
 
-def _why_whole(choice: Choice) -> str:
+def _why_whole(choice: Choice) -> Refusal:
     start = "one all-reduce over the whole group costs less than a reduce-scatter and a fused all-reduce at "
     if choice.rows is not None:
-        return f"{start}{choice.rows} rows, which the policy states as max_rows: so the policy asks for it to stay"
-    return (
+        said = f"{start}{choice.rows} rows, which the policy states as max_rows: so the policy asks for it to stay"
+        return Refusal(Code.FACTORS_COST_MORE, said)
+    return Refusal(
+        Code.FACTORS_COST_MORE,
         f"{start}{NOMINAL_ROWS} rows, which are assumed because the policy states no max_rows; state max_rows, or "
-        "residual='scattered', in the policy"
+        "residual='scattered', in the policy",
     )
 
 

@@ -25,6 +25,7 @@ from ..facts.graph import (
     same_size,
     val,
 )
+from ..facts.refusals import Code, Refusal
 from ..plan.layouts import TP_ATTN_FULL
 from ..recognise.streams import StreamStage, divides
 from ..verdict.accounting import origin
@@ -41,7 +42,7 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
         reduced = (addend.source, "sum", addend.collective.group_name)
         node = insert_call(graph, c10d.all_reduce.default, reduced, like=addend.collective.node)
         node.meta[FINISHES] = True
-        chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, "")
+        chain.moved.verdicts[origin(addend.collective.node)] = ("share_attention_group", False, None)
         chain.moved.layouts[origin(addend.collective.node)] = TP_ATTN_FULL
         replacements = {addend.leaf: insert_call(graph, ops.WAIT, (node,), like=addend.leaf)}
         for term in stage.residuals:
@@ -53,8 +54,9 @@ def replicate(chain: Chain, stage: StreamStage) -> None:
         for gather in stage.gathers:
             gather.result.replace_all_uses_with(chain.shaped(y, gather.result), propagate_meta=False)
             chain.replaced |= {gather.result, gather.node}
-            reason = "the residual stream is kept replicated over the group, so nothing is left to gather"
-            chain.moved.verdicts[origin(gather.node)] = ("share_attention_group", False, reason)
+            said = "the residual stream is kept replicated over the group, so nothing is left to gather"
+            changed = Refusal(Code.LAYOUT_CHANGED, said)
+            chain.moved.verdicts[origin(gather.node)] = ("share_attention_group", False, changed)
             chain.moved.layouts[origin(gather.node)] = TP_ATTN_FULL
         if chain.alive(norm.output):
             norm.output.replace_all_uses_with(chain.cut(y, norm.output), propagate_meta=False)
@@ -117,7 +119,7 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
     chain.replaced |= {addend.collective.node, addend.collective.result}
     node = addend.collective.node
     rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"
-    chain.moved.verdicts[origin(node)] = (rewrite, True, "")
+    chain.moved.verdicts[origin(node)] = (rewrite, True, None)
 
 
 def _order(stage: StreamStage) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import FINISHES, argument, input_node, insert_call, inserting_behind, last_dim, same_size, val
+from ..facts.refusals import Code, Refusal
 from ..plan.layouts import SCATTERED
 from ..recognise.padding import padding_is_dropped
 from ..recognise.streams import StreamStage, divides, flat_rows
@@ -46,10 +47,10 @@ def scatter(chain: Chain, stage: StreamStage) -> None:
     if addend.kind == "owed":
         crosses = bool(stage.gathers) or name != addend.collective.node.name
         rewrite = "gather_full_tp" if crosses else "scatter_dense"
-        chain.moved.verdicts[name] = (rewrite, True, "")
+        chain.moved.verdicts[name] = (rewrite, True, None)
     else:
-        reason = "moved behind the next norm: the residual stream stays scattered, so only the normed rows are gathered"
-        chain.moved.verdicts[name] = ("scatter_dense", False, reason)
+        said = "moved behind the next norm: the residual stream stays scattered, so only the normed rows are gathered"
+        chain.moved.verdicts[name] = ("scatter_dense", False, Refusal(Code.LAYOUT_CHANGED, said))
     chain.moved.layouts[name] = SCATTERED
 
 
@@ -122,5 +123,5 @@ def _gather_whole(chain: Chain, gather: Collective, y: fx.Node) -> None:
     node = insert_call(chain.graph, ops.WAIT, (node,), like=gather.node)
     gather.result.replace_all_uses_with(chain.shaped(node, gather.result), propagate_meta=False)
     chain.replaced |= {gather.node, gather.result}
-    reason = "gathers over the whole group straight from the scattered rows; nothing follows it that could be fused"
-    chain.moved.verdicts[origin(gather.node)] = ("gather_full_tp", False, reason)
+    said = "gathers over the whole group straight from the scattered rows; nothing follows it that could be fused"
+    chain.moved.verdicts[origin(gather.node)] = ("gather_full_tp", False, Refusal(Code.LAYOUT_CHANGED, said))

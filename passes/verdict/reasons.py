@@ -8,39 +8,49 @@ from torch import fx
 
 from ..facts.collectives import Collective
 from ..facts.graph import same_shape, val, value
+from ..facts.refusals import Code, Refusal
 from ..recognise.alike import Alike
 from ..recognise.norms import Norm
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
 from .reach import Reached
 
-#: The beginning of the reason for a sum that no norm reads before the graph ends. What ends it is not in the graph, so
-#: the backend, which sees it, adds to this.
-LEAVES = "the all-reduced value, or what is made of it row by row, leaves the graph before any norm reads it"
+#: For a sum that no norm reads before the graph ends. What ends it is not in the graph, so the backend, which sees it,
+#: adds to the sentence.
+LEAVES = Refusal(
+    Code.LEAVES,
+    "the all-reduced value, or what is made of it row by row, leaves the graph before any norm reads it",
+)
 
 
-def reason_for(collective: Collective, refused: str, reached: Reached, backward: bool, training: bool) -> str:
-    """`refused`: the plan's word on it, or ''. `training`: whether the graph has a backward pass."""
+def reason_for(
+    collective: Collective, refused: Refusal | None, reached: Reached, backward: bool, training: bool
+) -> Refusal:
+    """`refused`: the plan's word on it, or None. `training`: whether the graph has a backward pass."""
     if collective.problem:
-        return collective.problem
-    if refused and reached.product is None and reached.alike is None:
+        return Refusal(Code.COLLECTIVE, collective.problem)
+    if refused is not None and reached.product is None and reached.alike is None:
         return refused
     if backward:
-        return "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
+        said = "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
+        return Refusal(Code.BACKWARD, said)
     if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
-        return "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
+        said = "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
+        return Refusal(Code.TRAINING, said)
     if collective.kind != "all_reduce":
-        return f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
+        said = f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
+        return Refusal(Code.NO_REWRITE, said)
     if reached.alike is not None:
-        return _unrecognised(reached.alike)
+        return Refusal(Code.NORM, _unrecognised(reached.alike))
     if reached.product is not None:
-        return (
+        return Refusal(
+            Code.READ_FIRST,
             f"{place(reached.product)} reads the all-reduced value before any norm does, so the sum has to be finished "
-            "by itself"
+            "by itself",
         )
     if reached.norm is not None:
         return _in_the_way(collective, reached, reached.norm)
-    return _no_norm(reached)
+    return LEAVES if reached.returned and not reached.limited else Refusal(Code.NO_NORM, _no_norm(reached))
 
 
 def _unrecognised(alike: Alike) -> str:
@@ -56,19 +66,23 @@ def _unrecognised(alike: Alike) -> str:
     )
 
 
-def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> str:
+def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> Refusal:
     obstacle = reached.obstacle
     if obstacle is not None and _spreads(obstacle, collective.result):
-        return (
+        return Refusal(
+            Code.BETWEEN,
             f"{place(obstacle)} spreads the all-reduced value over another dimension before the norm; more would be "
-            "sent if the sum were taken afterwards, so it is finished first"
+            "sent if the sum were taken afterwards, so it is finished first",
         )
     if obstacle is not None:
-        return (
+        return Refusal(
+            Code.BETWEEN,
             f"{place(obstacle)} stands between the all-reduce and the norm; only views, casts, additions, "
-            "multiplications and sums of rows are looked through"
+            "multiplications and sums of rows are looked through",
         )
-    return norm.problem or _where_the_sum_ends(reached, norm)
+    if norm.problem:
+        return Refusal(Code.NORM, norm.problem)
+    return Refusal(Code.BETWEEN, _where_the_sum_ends(reached, norm))
 
 
 def _where_the_sum_ends(reached: Reached, norm: Norm) -> str:
@@ -93,8 +107,6 @@ def _where_the_sum_ends(reached: Reached, norm: Norm) -> str:
 def _no_norm(reached: Reached) -> str:
     if reached.limited:
         return "no norm was found among the first few hundred operators that read the all-reduced value"
-    if reached.returned:
-        return LEAVES
     if not reached.ends:
         return "no norm reads the all-reduced value: nothing in the graph does"
     places = list(dict.fromkeys(map(place, reached.ends)))

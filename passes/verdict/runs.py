@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tpfuse.kernels.entry import why_not
 
 from ..facts.graph import val, value
 from ..plan.sites import Plan
 
-IN_ONE_KERNEL = "symmetric memory"
-NO_KERNEL = "functional: Its layout was changed, and only an all-reduce before a norm has a symmetric-memory kernel."
+
+@dataclass(frozen=True)
+class Runs:
+    """kernel: whether it is one kernel in symmetric memory, where its size has one; sentence: `Boundary.runs`."""
+
+    kernel: bool
+    sentence: str
 
 
-def how_it_runs(plan: Plan) -> str:
-    """ "symmetric memory", or "functional: " and why. To be called before the graph is rewritten. What a group found
+NOT_FUSED = Runs(False, "")
+IN_ONE_KERNEL = Runs(True, "symmetric memory")
+NO_KERNEL = Runs(
+    False, "functional: Its layout was changed, and only an all-reduce before a norm has a symmetric-memory kernel."
+)
+
+
+def how_it_runs(plan: Plan) -> Runs:
+    """To be called before the graph is rewritten. What a group found
     out in this process does not count, since the answer is kept with the compiled graph."""
     collective = plan.paid[-1].collective
     total = val(collective.result)
     hidden = total.shape[-1] if isinstance(total.shape[-1], int) else None
     refusal = why_not(collective.group_name, total.device, hidden, total.dtype, found_out=False)
-    return f"functional: {refusal}" if refusal else IN_ONE_KERNEL
+    return Runs(False, f"functional: {refusal}") if refusal else IN_ONE_KERNEL
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:

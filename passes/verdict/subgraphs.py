@@ -13,6 +13,7 @@ from torch import fx
 from tpfuse.report import Boundary
 
 from ..facts.collectives import ResolveGroup, find_collectives
+from ..facts.refusals import Code
 
 
 def collectives_inside(graph: fx.Graph, resolve: ResolveGroup) -> list[Boundary]:
@@ -24,6 +25,7 @@ def collectives_inside(graph: fx.Graph, resolve: ResolveGroup) -> list[Boundary]
             collective.kind,
             collective.ranks or (),
             reason=f"it is inside the subgraph {name!r} of a higher-order operator, and subgraphs are left as they are",
+            code=Code.SUBGRAPH.value,
         )
         for name, inner in _subgraphs(graph, "", set())
         for collective in find_collectives(inner, resolve)

@@ -7,6 +7,7 @@ from torch import fx
 from tpfuse.report import Boundary
 
 from ..facts.collectives import Collective
+from ..facts.refusals import Refusal
 from ..plan.sites import Decisions, Plan
 from ..recognise.norms import Norm
 from ..recognise.sites import Recognition
@@ -19,28 +20,29 @@ from .steps import dtype_and_hidden
 def verdicts(recognition: Recognition, decisions: Decisions) -> list[Boundary]:
     """Boundaries in graph order. To be called before the graph is rewritten."""
     plans = {owed.collective.node: plan for plan in decisions.plans for owed in plan.paid}
-    refused: dict[fx.Node, str] = {}
-    for owed, reason in decisions.refusals:
-        refused.setdefault(owed.collective.node, reason)  # the first norm's word counts
+    refused: dict[fx.Node, Refusal] = {}
+    for owed, refusal in decisions.refusals:
+        refused.setdefault(owed.collective.node, refusal)  # the first norm's word counts
     norms_at = {norm.source: norm for norm in recognition.norms}
     norms_at |= {site.hidden: site.norm for site in recognition.sites}
     outputs = frozenset(norm.output for norm in recognition.norms)
     backward = recognition.backward
     return [
-        _verdict(c, plans.get(c.node), refused.get(c.node, ""), norms_at, outputs, backward)
+        _verdict(c, plans.get(c.node), refused.get(c.node), norms_at, outputs, backward)
         for c in recognition.collectives
     ]
 
 
 def _verdict(
-    collective: Collective, plan: Plan | None, refused: str, norms_at: dict[fx.Node, Norm], outputs: frozenset[fx.Node],
-    gradients: frozenset[fx.Node],
+    collective: Collective, plan: Plan | None, refused: Refusal | None, norms_at: dict[fx.Node, Norm],
+    outputs: frozenset[fx.Node], gradients: frozenset[fx.Node],
 ) -> Boundary:  # fmt: skip
     backward = collective.node in gradients
     reached = Reached() if backward else reach(collective.result, norms_at, gradients)
     norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
     consumer = None if backward else (norm.output if norm is not None else collective.result)
     dtype, hidden = dtype_and_hidden(collective.input)
+    why = None if plan is not None else reason_for(collective, refused, reached, backward, bool(gradients))
     return Boundary(
         kind=boundary_kind(collective.node, consumer, outputs),
         module=module_name(collective.node),
@@ -49,7 +51,8 @@ def _verdict(
         norm=norm.kind if norm is not None else None,
         rewrite=plan.rewrite if plan is not None else None,
         fused=plan is not None,
-        reason="" if plan is not None else reason_for(collective, refused, reached, backward, bool(gradients)),
+        reason=why.sentence if why is not None else "",
+        code=why.code.value if why is not None else "",
         direction="backward" if backward else "forward",
         feeds_norm=norm is not None or reached.feeds_norm,
         dtype=dtype,

@@ -14,7 +14,7 @@ from torch import fx
 
 from .. import _torch_private as private
 from .._torch_private import GraphBreak
-from ..passes.verdict.reasons import LEAVES
+from ..passes.facts.refusals import Code
 from ..report import Report
 
 #: What to do about breaks that stand in well-known places, by a word of Dynamo's reason.
@@ -80,7 +80,8 @@ def with_surroundings(report: Report, around: Surroundings) -> Report:
     return replace(
         report,
         boundaries=[
-            replace(b, reason=f"{LEAVES}; {_beyond(around)}") if b.reason == LEAVES else b for b in report.boundaries
+            replace(b, reason=f"{b.reason}; {_beyond(around)}") if b.code == Code.LEAVES else b
+            for b in report.boundaries
         ],
         notes=[*report.notes, *_notes(around)],
     )

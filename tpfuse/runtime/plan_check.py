@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from ..report import Boundary, Report, Step
 from ..strict_json import StrictJson
 
 Ranks = tuple[int, ...]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,15 @@ def describe(group: Ranks, plans: Mapping[int, Record]) -> str:
     """Which boundary the plans first differ at, and which ranks decided what about it."""
     ranks = sorted(plans)
     for index in range(max(len(plans[rank].boundaries) for rank in ranks)):
-        verdicts = {rank: _verdict(plans[rank].boundaries, index) for rank in ranks}
-        if len({verdict[:3] for verdict in verdicts.values()}) > 1:
-            names = sorted({verdict[0] for verdict in verdicts.values() if verdict[0]})
+        verdicts = {rank: _at(plans[rank].boundaries, index) for rank in ranks}
+        if len({_decided(b) for b in verdicts.values()}) > 1:
+            names = sorted({b.module for b in verdicts.values() if b is not None and b.module})
             where = f"boundary {index} ({' or '.join(names) or 'in no named module'})"
-            return _sentence(group, where, {rank: verdict[1] + verdict[3] for rank, verdict in verdicts.items()})
+            return _sentence(group, where, {rank: _verdict(b) for rank, b in verdicts.items()})
     for index in range(max(len(plans[rank].steps) for rank in ranks)):
-        steps = {rank: _step(plans[rank].steps, index) for rank in ranks}
-        if len(set(steps.values())) > 1:
-            return _sentence(group, f"step {index}", steps)
+        steps = {rank: _at(plans[rank].steps, index) for rank in ranks}
+        if len({_performed(step) for step in steps.values()}) > 1:
+            return _sentence(group, f"step {index}", {rank: _step(step) for rank, step in steps.items()})
     return f"the ranks of group {list(group)} have different plans"
 
 
@@ -130,20 +132,30 @@ def _sentence(group: Ranks, where: str, decided: Mapping[int, str]) -> str:
     return f"the ranks of group {list(group)} have different plans, first of all for {where}: {_who(decided)}"
 
 
-def _verdict(boundaries: Sequence[Boundary], index: int) -> tuple[str, str, str, str]:
-    """(module, what was decided, which tensor, why)"""
-    if index >= len(boundaries):
-        return "", "no such boundary", "", ""
-    b = boundaries[index]
-    tensor = f"{b.dtype or '?'} x {b.hidden or '?'}"
+def _at(found: Sequence[Item], index: int) -> Item | None:
+    return found[index] if index < len(found) else None
+
+
+def _decided(b: Boundary | None) -> tuple | None:
+    """What ranks must agree on about a boundary; the reasons of each rank are its own."""
+    return None if b is None else (b.module, b.collective, b.dtype, b.hidden, b.fused, b.rewrite)
+
+
+def _verdict(b: Boundary | None) -> str:
+    if b is None:
+        return "no such boundary"
     done = f"fused by {b.rewrite}" if b.fused else f"changed by {b.rewrite}" if b.rewrite else "left as it is"
-    return b.module, f"{b.collective} of {tensor} {done}", tensor, f" ({b.reason})" if b.reason else ""
+    why = f" ({b.reason})" if b.reason else ""
+    return f"{b.collective} of {b.dtype or '?'} x {b.hidden or '?'} {done}{why}"
 
 
-def _step(steps: Sequence[Step], index: int) -> str:
-    if index >= len(steps):
+def _performed(step: Step | None) -> tuple | None:
+    return None if step is None else (step.op, step.dtype, step.hidden, step.module, step.sends)
+
+
+def _step(step: Step | None) -> str:
+    if step is None:
         return "no such step"
-    step = steps[index]
     what = f"{step.op} of {step.dtype or '?'} x {step.hidden or '?'}" + (f" at {step.module}" if step.module else "")
     return f"{what}, which sends {step.sends}" if step.sends else what
 
