@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import tpfuse
-from tpfuse import report as report_module
 from tpfuse.cli import doctor, explain
 from tpfuse.cli.recommend import ModelSizes, recommend
 from tpfuse.page import page
@@ -80,7 +79,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it():
 
 
 def test_empty_reports_explain_themselves(monkeypatch):
-    monkeypatch.setattr(report_module, "_REPORTS", [])
+    monkeypatch.setattr("tpfuse._state.REPORTS", [])
     wrapper = torch.compile(type("NeverCalled", (nn.Linear,), {})(2, 2), backend="tpfuse")
     with pytest.raises(IndexError, match=r"NeverCalled.* was never called.*model\.compile\(backend=\"tpfuse\"\)"):
         tpfuse.reports()[-1]

@@ -50,7 +50,7 @@ torch.library.register_fake("enginelike::halved", lambda x, group_name: x.new_em
 
 @pytest.fixture(autouse=True)
 def nothing_declared(monkeypatch):
-    monkeypatch.setattr("tpfuse.declared._DECLARED", {})
+    monkeypatch.setattr("tpfuse._state.DECLARED", {})
     torch._dynamo.reset()
 
 

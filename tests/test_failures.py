@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tpfuse._state import FAILED
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.rendezvous import injected
 from tpfuse.kernels.symmetric.timeout import GONE, LATE
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 from tpfuse.options import parse_options
 from tpfuse.report import Report, Step
-from tpfuse.runtime.failures import FAILED
 from tpfuse.runtime.guard import guard
 
 from .graphs import fake_world

@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import tpfuse
+from tpfuse._state import LEDGERS, PULSES
 from tpfuse.options import parse_options
 from tpfuse.report import Boundary, Report, Step
-from tpfuse.runtime.ballots import LEDGERS, Ledger, Place, ledger
+from tpfuse.runtime.ballots import Ledger, Place, ledger
 from tpfuse.runtime.guard import guard
-from tpfuse.runtime.heartbeat import PULSES
 from tpfuse.runtime.plan_check import Record, describe, records
 
 from .faults import mark, outcomes

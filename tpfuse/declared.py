@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from . import _state as state
 from ._torch_private import operator_full_name, operator_overloads, operator_schema, qualified_operator
 from .errors import DeclarationError
 
@@ -84,11 +84,6 @@ def _arguments(target: Any) -> list[Any]:
     return list(schema.arguments) if schema is not None else []
 
 
-#: REGISTRY: what this process declared, by the operator's name; only ever added to. `_LOCK` guards it.
-_DECLARED: dict[str, Declaration] = {}
-_LOCK = threading.Lock()
-
-
 def register_all_reduce(op: Any, group: str, *, resolve: Resolve | None = None) -> None:
     """Declare an operator of another tool as an all-reduce that sums: what is compiled from then on treats it like
     torch's own, and a fused operation takes its place. Where it is not fused it stays as it is.
@@ -123,8 +118,8 @@ def register_all_reduce(op: Any, group: str, *, resolve: Resolve | None = None) 
     problems = [declaration.problem(target) for target in operator_overloads(name)]
     if problems and all(problems):
         raise DeclarationError(f"register_all_reduce({name!r}, group={group!r}): {problems[0]}. Allowed: {_ALLOWED}")
-    with _LOCK:
-        known = _DECLARED.setdefault(name, declaration)
+    with state.LOCK:
+        known = state.DECLARED.setdefault(name, declaration)
     if known != declaration:
         raise DeclarationError(
             f"register_all_reduce({name!r}, group={group!r}, resolve={resolve!r}): it is declared already, with "
@@ -134,8 +129,8 @@ def register_all_reduce(op: Any, group: str, *, resolve: Resolve | None = None) 
 
 def declarations() -> tuple[Declaration, ...]:
     """What was declared until now, by name."""
-    with _LOCK:
-        return tuple(sorted(_DECLARED.values(), key=lambda declaration: declaration.key))
+    with state.LOCK:
+        return tuple(sorted(state.DECLARED.values(), key=lambda declaration: declaration.key))
 
 
 __all__ = ["Declaration", "declarations", "register_all_reduce"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _state as state
 from .boundary_spec import ARGUMENTS, FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
 from .errors import OpError
 from .kernels.add_norm import AddNormOut, add_norm_reference
@@ -99,10 +100,6 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
         torch.library.register_fake(f"tpfuse::{full_name}", nothing, lib=library)
 
 
-#: REGISTRY: what an eager call is told -> the text of its spec. No lock: whoever writes an entry again writes the same.
-_TEXTS: dict[tuple, str] = {}
-
-
 def call_leanly(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, group_name: str,
     norm: str, weight_offset: float,
@@ -110,12 +107,13 @@ def call_leanly(
     """(y, the hidden states) of an eager all-reduce and norm that nobody differentiates."""
     operands = tuple(None if t is None else t.dtype for t in (x, residual, None, weight, bias, None))
     told = (norm, eps, weight_offset, group_name, operands)
-    text = _TEXTS.get(told)
+    text = state.SPEC_TEXTS.get(told)
     if text is None:
         text = BoundarySpec(
             norm, eps, float(weight_offset), 1.0, False, x.dtype, x.dtype, False, False, group_name, False, operands
         ).text()
-        _TEXTS[told] = text
+        with state.LOCK:
+            state.SPEC_TEXTS[told] = text
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     hidden = torch.empty_like(y)
     if bias is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import _state as state
 from .strict_json import StrictJson
 
 
@@ -228,10 +229,6 @@ def _ranks(group: tuple[int, ...]) -> str:
     return ",".join(map(str, ranks)) or "?"
 
 
-#: REGISTRY: the reports of every graph this process compiled, oldest first. Only ever appended to.
-_REPORTS: list[Report] = []
-
-
 class Reports(list[Report]):
     """The reports of this process. Where there are none, it says why and what to do, when it is printed or indexed."""
 
@@ -256,8 +253,9 @@ def reports() -> Reports:
     Append-only; survives `torch.compiler.reset()`. The list returned is a copy. An empty one explains itself: printed,
     or asked for an element, it says why nothing was compiled.
     """
-    return Reports(_REPORTS)
+    return Reports(state.REPORTS)
 
 
 def record(report: Report) -> None:
-    _REPORTS.append(report)
+    with state.LOCK:
+        state.REPORTS.append(report)

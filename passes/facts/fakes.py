@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
+from tpfuse import _state as state
 from tpfuse._torch_private import map_tensors, new_fake_like, new_fake_mode, tensor_leaves
 
 
@@ -33,11 +33,6 @@ def call_on_fakes(function: Callable[..., Any], args: tuple, kwargs: dict[str, A
         return function(*args, **kwargs)
 
 
-#: What our own operators gave before, by fake mode and by `_alike`: the boundaries of a model are alike, and asking the
-#: operator costs a hundred times as much as describing its results once more. An entry goes with its mode.
-_RESULTS: WeakKeyDictionary[Any, dict[tuple, list[torch.Tensor]]] = WeakKeyDictionary()
-
-
 def _alike(target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """What tells a call of one of our operators from calls with other results; None where that is not known.
 
@@ -59,13 +54,17 @@ def _alike(target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
 
 
 def _like_before(mode: Any, alike: tuple, ask: Callable[[], Any]) -> Any:
-    known = _RESULTS.setdefault(mode, {})
+    """The boundaries of a model are alike, and asking the operator costs a hundred times as much as describing its
+    results once more."""
+    with state.LOCK:
+        known = state.FAKE_RESULTS.setdefault(mode, {})
     if alike in known:
         return [new_fake_like(val) for val in known[alike]]
     with mode, torch.no_grad():
         found = ask()
     if isinstance(found, list) and all(isinstance(size, int) for val in found for size in val.shape):
-        known[alike] = found
+        with state.LOCK:
+            known[alike] = found
     return found
 
 

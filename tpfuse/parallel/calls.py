@@ -10,33 +10,27 @@ import ast
 import inspect
 import re
 import textwrap
-import threading
 from collections.abc import Collection, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
-#: REGISTRY: the parsed methods of each class that was asked about; every layer of a model asks about the same few
-#: classes. An entry goes with its class.
-_METHODS: WeakKeyDictionary[type, list[ast.FunctionDef]] = WeakKeyDictionary()
-# One thread parses at a time: CPython before 3.11.8 corrupts the recursion count of `ast.parse` when threads (ranks, in
-# tests) parse at once.
-_PARSING = threading.Lock()
+from tpfuse import _state as state
+
 _OTHER_SHAPE = {"view", "reshape", "unflatten", "transpose", "permute", "split", "chunk", "unbind", "rearrange", "mean"}
 _REDUCTIONS = {"mean", "std", "var", "var_mean", "std_mean", "norm", "vector_norm", "rms_norm", "layer_norm"}
 
 
 def parsed(function: Any) -> ast.Module:
     """The syntax tree of a function; raises as inspect.getsource and ast.parse do."""
-    with _PARSING:
+    with state.PARSING:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
 def methods(cls: type) -> list[ast.FunctionDef]:
     """The methods of a class and its bases, but for `__init__` and torch's own."""
-    with _PARSING:
-        if cls not in _METHODS:
-            _METHODS[cls] = list(_parse(cls))
-        return _METHODS[cls]
+    with state.PARSING:
+        if cls not in state.METHODS:
+            state.METHODS[cls] = list(_parse(cls))
+        return state.METHODS[cls]
 
 
 def _parse(cls: type) -> Iterator[ast.FunctionDef]:

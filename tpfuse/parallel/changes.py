@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from tpfuse import _state as state
 from tpfuse.errors import PlanError
 from tpfuse.parallel.adapters import base_of
 from tpfuse.parallel.gradient_sums import SumGradient, Total
@@ -21,7 +22,7 @@ from tpfuse.parallel.record import Parallelized
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A module of a parallelized model; `inside`: whether it is, or lies in, one that was cut."""
 
     model: weakref.ref[nn.Module]
@@ -29,62 +30,58 @@ class _Part:
     inside: bool
 
 
-#: REGISTRY: the modules of parallelized models; an entry goes with its module.
-_PARTS: weakref.WeakKeyDictionary[nn.Module, _Part] = weakref.WeakKeyDictionary()
-#: REGISTRY: whether torch tells `_registered` of every module that is set; once a process.
-_WATCHING: list[bool] = []
-
-
 def watch(model: nn.Module, cut: Iterable[str]) -> None:
     """From now on modules that are set in the model are looked at. `cut`: the names of those that were cut."""
     names, reference = set(cut), weakref.ref(model)
     for name, module in model.named_modules():
         inside = any(name == one or name.startswith(f"{one}.") or not one for one in names)
-        _PARTS[module] = _Part(reference, name, inside)
-    if not _WATCHING:
-        _WATCHING.append(True)
-        nn.modules.module.register_module_module_registration_hook(_registered)
+        with state.LOCK:
+            state.PARTS[module] = Part(reference, name, inside)
+    with state.LOCK:
+        if not state.WATCHING.on:
+            state.WATCHING.on = True
+            nn.modules.module.register_module_module_registration_hook(_registered)
 
 
 def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
     # Traced, this would make the registry the first place where Dynamo meets the modules, and name them after it.
     if torch.compiler.is_compiling():
         return
-    part = _PARTS.get(owner)
+    part = state.PARTS.get(owner)
     model = part.model() if part is not None else None
-    state = getattr(model, "_tpfuse", None)
-    if part is None or model is None or state is None or not isinstance(module, nn.Module):
+    record = getattr(model, "_tpfuse", None)
+    if part is None or model is None or record is None or not isinstance(module, nn.Module):
         return
     before = owner._modules.get(leaf)
     name = f"{part.name}.{leaf}" if part.name else leaf
     if before is not None and before is not module and base_of(before) is module:
-        _unwrapped(before, module, name, state)
-    new = [m for m in module.modules() if m not in _PARTS and any(True for _ in m.parameters(recurse=False))]
+        _unwrapped(before, module, name, record)
+    new = [m for m in module.modules() if m not in state.PARTS and any(True for _ in m.parameters(recurse=False))]
     if not new:
         return
-    replaced = _PARTS.get(before) if before is not None else None
-    if state.groups.whole.size > 1 and (part.inside or (replaced is not None and replaced.inside)):
+    replaced = state.PARTS.get(before) if before is not None else None
+    if record.groups.whole.size > 1 and (part.inside or (replaced is not None and replaced.inside)):
         raise PlanError(
             f"{name} was cut by parallelize, and {type(module).__name__} ({type(module).__module__}) brings parameters "
             "that were not. Put adapters and other modules in first, and give parallelize the model that has them: "
             "model = get_peft_model(model, config); parallelize(model, mesh, policy)"
         )
-    if state.groups.dp.size > 1:
-        _sum(name, module, state)
+    if record.groups.dp.size > 1:
+        _sum(name, module, record)
 
 
-def _sum(name: str, module: nn.Module, state: Parallelized) -> None:
+def _sum(name: str, module: nn.Module, record: Parallelized) -> None:
     """Outside of cut modules every replica sees its own rows."""
     for leaf, parameter in module.named_parameters():
-        if any(ref() is parameter for ref in state.used.parameters) or not parameter.requires_grad:
+        if any(ref() is parameter for ref in record.used.parameters) or not parameter.requires_grad:
             continue
-        total = Total(state.groups.dp)
-        parameter.register_hook(SumGradient(state.used, state.used.add(f"{name}.{leaf}", parameter, total)))
+        total = Total(record.groups.dp)
+        parameter.register_hook(SumGradient(record.used, record.used.add(f"{name}.{leaf}", parameter, total)))
         owner, _, own_name = leaf.rpartition(".")
-        own(module.get_submodule(owner), own_name, parameter, None, state.groups)
+        own(module.get_submodule(owner), own_name, parameter, None, record.groups)
 
 
-def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, state: Parallelized) -> None:
+def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, record: Parallelized) -> None:
     """An adapter is taken off: what it paid is paid by the projection, which has its name back."""
     for hook in adapter._forward_hooks.values():
         if isinstance(hook, ReduceOut) and isinstance(base, PartialLinear):
@@ -92,7 +89,7 @@ def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, state: Paralleliz
             base.tpfuse_group, base.tpfuse_scaled = hook.group, hook.scaled  # type: ignore[assignment]
         elif isinstance(hook, ReduceOut):
             base.register_forward_hook(hook)
-    for table in (state.cuts, state.owed):
+    for table in (record.cuts, record.owed):
         assert isinstance(table, dict)
         for key in [k for k in table if k.startswith(f"{name}.")]:
             value = table.pop(key)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from tpfuse import _state as state
 from tpfuse._torch_private import (
     call_plainly,
     local_of,
@@ -39,8 +38,6 @@ _ALIKE = {"detach", "alias", "clone", "_to_copy", "copy_", "zero_", "fill_", "em
           "full_like", "rand_like", "randn_like", "normal_", "uniform_", "_pin_memory", "is_pinned"}  # fmt: skip
 _LOCAL = {"equal", "allclose"}
 _NEW = {"new_empty", "new_zeros", "new_ones", "new_full"}
-#: REGISTRY: meshes by their process group; an entry goes with its group.
-_MESHES: WeakKeyDictionary[dist.ProcessGroup, dict[str, DeviceMesh]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -266,9 +263,12 @@ def _mesh(group: Group, kind: str) -> DeviceMesh:
     ranks = process_group(group.name)
     if ranks is None:
         raise PlanError(f"the process group {group.name!r} that weights were cut over is no more")
-    known = _MESHES.setdefault(ranks, {})
+    known = state.MESHES.get(ranks, {})
     if kind not in known:
-        known[kind] = DeviceMesh.from_group(ranks, kind)
+        made = DeviceMesh.from_group(ranks, kind)
+        with state.LOCK:
+            known = state.MESHES.setdefault(ranks, {})
+            known.setdefault(kind, made)
     return known[kind]
 
 

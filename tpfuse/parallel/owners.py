@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch.nn as nn
 from torch import Tensor
 
+from tpfuse import _state as state
 from tpfuse._torch_private import own_tensors
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.mesh import Group, Groups
@@ -34,23 +35,20 @@ class Owned:
     first: ref[Tensor] = field(compare=False)
 
 
-#: REGISTRY: by module, the parameters that it owns by name; an entry goes with its module.
-_OWNERS: WeakKeyDictionary[nn.Module, dict[str, Owned]] = WeakKeyDictionary()
-
-
 def own(module: nn.Module, leaf: str, tensor: Tensor, cut: Cut | None, groups: Groups) -> Owned:
     """Remember a parameter or buffer of a parallelized model."""
     owned = Owned(cut, groups.of(cut.over) if cut else None, groups.whole, ref(tensor))
-    _OWNERS.setdefault(module, {})[leaf] = owned
+    with state.LOCK:
+        state.OWNERS.setdefault(module, {})[leaf] = owned
     return owned
 
 
 def owned_tensors() -> Iterator[tuple[Tensor, Owned]]:
     """Every parameter and buffer of a parallelized model that a module holds now."""
-    for alive in _OWNERS.keyrefs():  # a list: other threads may cut models meanwhile
+    for alive in state.OWNERS.keyrefs():  # a list: other threads may cut models meanwhile
         if (module := alive()) is None:
             continue
-        for leaf, owned in _OWNERS.get(module, {}).items():
+        for leaf, owned in state.OWNERS.get(module, {}).items():
             for table in own_tensors(module):
                 if isinstance(tensor := table.get(leaf), Tensor):
                     yield tensor, owned

@@ -6,13 +6,13 @@ that a traced graph shows each as one node; neither communicates.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from tpfuse._state import ANNOUNCED
 from tpfuse.errors import PolicyError
 
 _lib = torch.library.Library("tpfuse", "FRAGMENT")
@@ -100,16 +100,6 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
     return torch.constant_pad_nd(x, (0, 0, 0, rows - x.shape[0]))
 
 
-class _Announced(threading.local):
-    # threading.local, not a ContextVar: Dynamo reads and guards it, and ranks that run as threads get one each. The
-    # default belongs to the object, once a thread: torch 2.11 would read one of the class and never look again.
-    def __init__(self) -> None:
-        self.counts: tuple[int, ...] | None = None
-
-
-_announced = _Announced()
-
-
 @contextmanager
 def rows(counts: Iterable[int]) -> Iterator[None]:
     """Announces how many rows each dp replica holds, for the forward and backward passes inside the context.
@@ -128,14 +118,14 @@ def rows(counts: Iterable[int]) -> Iterator[None]:
     given, counts = counts, tuple(counts) if isinstance(counts, Iterable) else ()
     if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
         raise PolicyError(f"tpfuse.rows({given!r}): allowed: one integer >= 0 for each dp replica")
-    previous = _announced.counts
-    _announced.counts = counts
+    previous = ANNOUNCED.counts
+    ANNOUNCED.counts = counts
     try:
         yield
     finally:
-        _announced.counts = previous
+        ANNOUNCED.counts = previous
 
 
 def announced_rows() -> tuple[int, ...] | None:
     """The counts of the innermost `rows` context of this thread, or None."""
-    return _announced.counts
+    return ANNOUNCED.counts

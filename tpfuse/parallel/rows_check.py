@@ -13,42 +13,21 @@ runs the graph. Under another backend the operator itself meets when it runs.
 
 from __future__ import annotations
 
-import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from tpfuse import _state as state
 from tpfuse._torch_private import process_group, under_dispatch_mode
 from tpfuse.errors import PolicyError
 from tpfuse.parallel.collectives import all_gather
 from tpfuse.parallel.mailbox import Mailbox
 from tpfuse.parallel.mesh import Group
-
-
-class _Checks:
-    """The checks of all models by the number that graphs know them by.
-
-    An entry goes with its check, and no number comes twice: a graph that outlived its model finds nothing.
-    """
-
-    def __init__(self) -> None:
-        self.numbers = itertools.count()
-        self.by_key: WeakValueDictionary[int, RowsCheck] = WeakValueDictionary()
-
-    def add(self, check: RowsCheck) -> int:
-        key = next(self.numbers)
-        self.by_key[key] = check
-        return key
-
-
-#: REGISTRY: see `_Checks`.
-_CHECKS = _Checks()
 
 _lib = torch.library.Library("tpfuse", "FRAGMENT")
 _lib.define(
@@ -83,7 +62,7 @@ class RowsCheck:
         self.site: int | None = None
         #: From the second meeting on; None as long as nobody was met.
         self.mailbox: Mailbox | None = None
-        self.key = _CHECKS.add(self)
+        self.key = state.ROWS_CHECKS.add(self)
 
     def __deepcopy__(self, memo: dict) -> RowsCheck:
         memo[id(self)] = copied = RowsCheck()
@@ -183,7 +162,7 @@ class RowsCheck:
 def _same_rows(
     x: Tensor, group_name: str, key: int, site: int, padded: int, fault: int, limit: int
 ) -> Tensor:  # fmt: skip
-    check, says = _CHECKS.by_key.get(key), Says(padded, fault, limit)
+    check, says = state.ROWS_CHECKS.by_key.get(key), Says(padded, fault, limit)
     if check is not None and not check.meet(x.shape[0], group_name, x.device, site, says):
         check.alone(x.shape[0], site, says)
     return x.clone()
@@ -217,7 +196,7 @@ def take_marks(gm: fx.GraphModule) -> list[Mark]:
             continue
         x, group_name, key, site, *says = node.args
         example = x.meta["example_value"]
-        check = _CHECKS.by_key.get(key)
+        check = state.ROWS_CHECKS.by_key.get(key)
         if check is not None and (key, site) not in marks:
             marks[key, site] = Mark(check, group_name, site, Says(*says), example.shape[0], example.device)
         node.replace_all_uses_with(x)

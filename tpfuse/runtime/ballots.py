@@ -19,12 +19,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
+from .. import _state as state
 from .._torch_private import default_group, default_store
 from ..errors import OptionError, PlanMismatchError
 from .plan_check import Ranks, Record, describe, versions_differ
@@ -261,16 +261,14 @@ def _name(group: Ranks) -> str:
     return "-".join(map(str, group))
 
 
-#: REGISTRY: the ledger of each world this process is part of. An entry goes when its default process group does.
-LEDGERS: weakref.WeakKeyDictionary[dist.ProcessGroup, Ledger] = weakref.WeakKeyDictionary()
-
-
 def ledger() -> Ledger | None:
     """The ledger of the current world; None without a process group whose ranks can meet."""
     world = default_group()
     if world is None or dist.get_backend(world) == "fake":
         return None
-    found = LEDGERS.get(world)
+    found = state.LEDGERS.get(world)
     if found is None:
-        found = LEDGERS.setdefault(world, Ledger(default_store(), dist.get_rank()))
+        made = Ledger(default_store(), dist.get_rank())
+        with state.LOCK:
+            found = state.LEDGERS.setdefault(world, made)
     return found

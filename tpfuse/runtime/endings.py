@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from .. import _state as state
 from .. import _torch_private as private
 from .._torch_private import GraphBreak
 from ..passes.facts.refusals import Code
@@ -46,23 +47,15 @@ class Surroundings:
     regions: Sequence[str] = field(default=())
 
 
-class _Seen:
-    """How many of the process's graph breaks some report has named."""
-
-    def __init__(self) -> None:
-        self.breaks = 0
-
-
 #: How many breaks before a graph its report names.
 _NOTED = 3
-#: REGISTRY: Dynamo's list of breaks only grows; each is named in one report.
-_SEEN = _Seen()
 
 
 def surroundings(gm: fx.GraphModule) -> Surroundings:
     """To be asked while Dynamo compiles `gm`, once for each graph."""
     ending = private.ending_break(gm)
-    new, _SEEN.breaks = private.breaks_since(_SEEN.breaks)
+    with state.LOCK:
+        new, state.BREAKS.named = private.breaks_since(state.BREAKS.named)
     outside, callers = private.callers()
     if ending is not None:  # of two words on one place the longer one explains it
         ending = max([found for found in new if found.place == ending.place] or [ending], key=lambda b: len(b.reason))
@@ -72,7 +65,7 @@ def surroundings(gm: fx.GraphModule) -> Surroundings:
 
 def unnamed_breaks() -> list[GraphBreak]:
     """Graph breaks that no report names, since no graph followed them."""
-    return private.breaks_since(_SEEN.breaks)[0]
+    return private.breaks_since(state.BREAKS.named)[0]
 
 
 def with_surroundings(report: Report, around: Surroundings) -> Report:

@@ -6,19 +6,16 @@ it comes through at all, need not be what belongs to it. Only a new group is sou
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 
 import torch.distributed as dist
 
+from .. import _state as state
 from .._torch_private import group_exists, groups_of
 from ..errors import PeerTimeoutError
 from ..report import Step
 from .heartbeat import name_step
 from .limits import Group
-
-#: REGISTRY: groups over which a call failed, and how. An entry goes when its process group does.
-FAILED: weakref.WeakKeyDictionary[dist.ProcessGroup, PeerTimeoutError] = weakref.WeakKeyDictionary()
 
 
 def note_failure(groups: Iterable[Group], error: PeerTimeoutError, steps: Iterable[Step]) -> None:
@@ -29,15 +26,16 @@ def note_failure(groups: Iterable[Group], error: PeerTimeoutError, steps: Iterab
         group = reference()
         if group is not None and tuple(dist.get_process_group_ranks(group)) in failed:
             # Without the traceback, which holds the tensors of the call.
-            FAILED.setdefault(group, error.again())
+            with state.LOCK:
+                state.FAILED.setdefault(group, error.again())
 
 
 def raise_again(groups: Iterable[Group]) -> None:
     """Raise PeerTimeoutError if an earlier call over one of `groups` failed. Destroyed groups are not asked."""
     for reference in groups:
         group = reference()
-        if group is not None and group in FAILED and group_exists(group):
-            raise FAILED[group].again()
+        if group is not None and group in state.FAILED and group_exists(group):
+            raise state.FAILED[group].again()
 
 
 def watched_groups(steps: Iterable[Step]) -> tuple[tuple[str, str], ...]:

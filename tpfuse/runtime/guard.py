@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .._state import FAILED, LIMITS
 from .._torch_private import default_group
 from ..errors import PlanMismatchError
 from ..kernels.rendezvous import check_peers
@@ -18,8 +19,8 @@ from ..options import Options
 from ..report import Report
 from . import heartbeat as stuck
 from .ballots import Ledger, Place, ledger
-from .failures import FAILED, note_failure, raise_again, watched_groups
-from .limits import LIMITS, Group, apply_limit, groups_with_ranks
+from .failures import note_failure, raise_again, watched_groups
+from .limits import Group, apply_limit, groups_with_ranks
 from .plan_check import records
 from .same_values import with_values
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .. import _state as state
 from .._torch_private import compiling, default_group, default_store, group_exists
 from ..errors import PeerTimeoutError
 from ..report import Step
@@ -266,20 +267,19 @@ def waited(
     )  # fmt: skip
 
 
-#: REGISTRY: the pulse of each world that has graphs with a `peer_timeout`. An entry goes when its process group does.
-PULSES: weakref.WeakKeyDictionary[dist.ProcessGroup, Pulse] = weakref.WeakKeyDictionary()
-
-
 def pulse(timeout: float) -> Pulse | None:
     """The current world's pulse, started if there is none yet, fast enough for `timeout`; None where ranks cannot
     meet."""
     world = default_group()
     if world is None or dist.get_backend(world) == "fake":
         return None
-    found = PULSES.get(world)
+    found = state.PULSES.get(world)
     if found is None:
-        found = PULSES.setdefault(world, Pulse(world))
-        found.keep_up_with(timeout)
-        found.start()
+        made = Pulse(world)
+        with state.LOCK:
+            found = state.PULSES.setdefault(world, made)
+        if found is made:
+            found.keep_up_with(timeout)
+            found.start()
     found.keep_up_with(timeout)
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from .. import _state as state
 from .._torch_private import group_timeout, groups_of, set_group_timeout
 
 #: A compiled graph may outlive its groups, and does not keep them.
@@ -28,25 +29,24 @@ class Limit:
     now: float | None
 
 
-#: REGISTRY: groups that had a `peer_timeout` set. An entry goes when its process group does.
-LIMITS: weakref.WeakKeyDictionary[dist.ProcessGroup, Limit] = weakref.WeakKeyDictionary()
-
-
 def apply_limit(groups: Iterable[Group], seconds: float | None) -> None:
     """Let operations of `groups` wait for `seconds` from now on; None: as long as before any graph set a limit."""
     for reference in groups:
         group = reference()
         if group is None:
             continue
-        known = LIMITS.get(group)
+        known = state.LIMITS.get(group)
         if known is None:
             if seconds is None:
                 continue
-            known = LIMITS[group] = Limit(own := group_timeout(group), own)
+            own = group_timeout(group)
+            with state.LOCK:
+                known = state.LIMITS.setdefault(group, Limit(own, own))
         wanted = known.own if seconds is None else seconds
         if wanted is not None and wanted != known.now:
-            set_group_timeout(group, wanted)
-            known.now = wanted
+            with state.LOCK:
+                set_group_timeout(group, wanted)
+                known.now = wanted
 
 
 def groups_with_ranks(members: Iterable[tuple[int, ...]]) -> tuple[Group, ...]:
