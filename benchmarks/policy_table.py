@@ -4,7 +4,7 @@
     python benchmarks/policy_table.py --families        counted in traced models instead (policy_families.py)
 
 A model, not a measurement: bytes and collectives are counted, times come from the planner's own latency-plus-bytes
-model (`tpfuse.passes.layouts`) and, for the MLP itself, from the time to read its weights or to do its arithmetic,
+model (`tpfuse.passes.plan.layouts`) and, for the MLP itself, from the time to read its weights or to do its arithmetic,
 whichever is longer. It answers which policy to try first; measure before you believe it.
 
 "naive" is what `parallelize` emits, "rewritten" what the compiler makes of it, averaged over the model's dense layers.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import policy_families
 from records import write
+from transitions import needed_by, owed_by, transition
 
 from tpfuse.passes.plan.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
-from tpfuse.passes.transitions import needed_by, owed_by, transition
 from tpfuse.policy import SharingPolicy
 
 # DeepSeek-V3: hidden size, inner size of a dense MLP, leading dense layers.

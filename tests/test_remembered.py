@@ -22,7 +22,7 @@ ELSEWHERE = {
     ("kernels.symmetric.operands", "_constants"): "a cache of a pure function",
     ("kernels.symmetric.dispatch", "choose"): "a cache of a function of the process's table",
     ("kernels.symmetric.dispatch", "default_table"): "the user's table is read once, for all groups alike",
-    ("kernels.rendezvous", "WORKSPACE_REGISTRY"): "kernels keep the memory that ranks share beside the code that maps it",
+    ("kernels.rendezvous", "WORKSPACE_REGISTRY"): "the memory that ranks share, beside the code that maps it",
     ("kernels.rendezvous", "CAPTURED"): "as above",
     ("kernels.rendezvous", "_LOCKS"): "as above",
     ("kernels.symmetric.operands", "COMPILED_REGISTRY"): "compiled kernels, beside the code that launches them",

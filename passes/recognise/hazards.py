@@ -8,6 +8,11 @@ come out of the fused operation apart. In a functional graph all of this is harm
 Two nodes may share memory if an operator's schema says that its result aliases an argument, or if their fake values
 share a storage. Neither is enough alone: composite operators alias without saying so, and graphs traced with real
 tensors have a fake value of its own for every node.
+
+Functionalising a graph once, on its way in, would not make this unnecessary. Writes to inputs stay in any graph, since
+callers see them; modes and random numbers are no writes; and a graph is functionalised by tracing it anew, which takes
+fake values for all of it and gives new nodes, without the tags, stacks and names by which the partitioner, the reports
+and the owner of the graph know them, whether a boundary is fused or not.
 """
 
 from __future__ import annotations

@@ -334,7 +334,9 @@ def restore_order(graph: fx.Graph) -> None:
     """Sort the graph so that every node stands after its inputs, moving as little as possible.
 
     Needed where a reader of the sum stood before the last operand of the fused operation. The order of nodes that
-    were in order already does not change, so collectives keep their order on every rank.
+    were in order already does not change, so collectives keep their order on every rank. (Inductor's own
+    `stable_topological_sort` keeps it less: of two nodes that waited for one, what reads the first may come before the
+    second.)
     """
     if all(parent < node for node in graph.nodes for parent in node.all_input_nodes):
         return

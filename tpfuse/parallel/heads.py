@@ -2,6 +2,11 @@
 
 A cut projection gives fewer heads. Attributes that the role names are rewritten to this rank's counts; a class that
 reshapes by a count nobody named would answer wrongly without a word, so the cut is refused.
+
+The source is read because a run on fake tensors says less. It needs inputs that nobody has told us (masks, positions,
+caches, and whichever branch they take), and it finds a wrong count only where sizes no longer fit: `view(b, s, -1, d)`
+fits any count, and so does `repeat` by a ratio that is wrong on this rank. The name of the count to rewrite is in the
+source alone. Blocks that can be run are run as well (`probe`, `block_probe`).
 """
 
 from __future__ import annotations

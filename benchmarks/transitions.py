@@ -1,9 +1,10 @@
-"""The planner's table: what happens between two blocks, from the policy alone. Pure Python.
+"""What happens between two blocks, from the policy alone: the table of `policy_table.py`, and of a test. Pure Python.
 
     (incoming layout, owed groups, residual's layout, what the consumer needs, policy) -> collectives and a rewrite
 
 Producers say what they owe and consumers which rows they need; both depend on the policy for a dense MLP. `transition`
-puts the two together. The rewriting of graphs prices the same stages by the same functions of `layouts`.
+puts the two together. Every choice and price is the planner's own (`tpfuse.passes.plan.layouts`), which sees one stage
+here where it sees a model's chain of stages in a graph.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tpfuse.errors import PolicyError
-from tpfuse.policy import SharingPolicy
-
-from .plan.layouts import (
+from tpfuse.passes.plan.layouts import (
     MOVED,
     NOMINAL_ROWS,
     RESIDUAL_LAYOUTS,
@@ -30,6 +29,7 @@ from .plan.layouts import (
     total_us,
     wanted,
 )
+from tpfuse.policy import SharingPolicy
 
 PRODUCERS = ("embedding", "attention", "dense_mlp", "moe", "attention∥dense_mlp")
 CONSUMERS = ("attention", "dense_mlp", "moe", "final_norm", "output")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from tpfuse import PolicyError, SharingPolicy
 from tpfuse.passes.plan import layouts
 from tpfuse.passes.plan.layouts import SCATTERED, TP_ATTN_FULL
-from tpfuse.passes.transitions import CONSUMERS, PRODUCERS, transition
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from transitions import CONSUMERS, PRODUCERS, transition
 
 # Two replicas of four ranks with eight rows each: a rank holds 2, 8 or all 16 rows.
 TP, DP, ROWS = 8, 2, 8
