@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpfuse._torch_private import without_modes
+from tpfuse._torch_private import is_higher_order, is_operator, without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
@@ -234,11 +234,11 @@ def _called(node: fx.Node) -> str:
 
 def _is_known(node: fx.Node) -> bool:
     namespace = getattr(node.target, "namespace", None)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if is_operator(node.target):
         return namespace in _KNOWN
     module = str(getattr(node.target, "__module__", ""))
     return module in ("_operator", "math", "builtins") or (
-        module.split(".")[0] == "torch" and not isinstance(node.target, torch._ops.HigherOrderOperator)
+        module.split(".")[0] == "torch" and not is_higher_order(node.target)
     )
 
 

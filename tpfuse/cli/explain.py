@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._torch_private import fake_store
 from ..errors import OptionError
 from ..policy import SharingPolicy
 from ..report import Report, size_in_words
@@ -179,11 +180,9 @@ class _fake_world:
         self.ranks = ranks
 
     def __enter__(self) -> None:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
         if dist.is_initialized():
             raise OptionError("this process has a process group already; explain starts a fake one of its own")
-        dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
+        dist.init_process_group("fake", rank=0, world_size=self.ranks, store=fake_store())
 
     def __exit__(self, *_: Any) -> None:
         dist.destroy_process_group()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import torch.nn as nn
 
+from tpfuse._torch_private import own_modules
 from tpfuse.errors import PlanError
 
 
 def base_of(module: object) -> object:
     """The projection that an adapter stands around; anything else itself."""
-    base = module._modules.get("base_layer") if isinstance(module, nn.Module) else None
+    base = own_modules(module).get("base_layer") if isinstance(module, nn.Module) else None
     return module if base is None else base
 
 
@@ -48,7 +49,7 @@ def refuse_unknown(name: str, module: nn.Module) -> None:
 
 
 def _plain_lora(adapter: nn.Module) -> bool:
-    a, b = (adapter._modules.get(n) for n in ("lora_A", "lora_B"))
+    a, b = (own_modules(adapter).get(n) for n in ("lora_A", "lora_B"))
     if not isinstance(a, nn.ModuleDict) or not isinstance(b, nn.ModuleDict) or set(a) != set(b):
         return False
     if getattr(adapter, "lora_variant", None) or getattr(adapter, "fan_in_fan_out", False):

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from tpfuse import _state as state
+from tpfuse._torch_private import forward_hooks, own_modules
 from tpfuse.errors import PlanError
 from tpfuse.parallel.adapters import base_of
 from tpfuse.parallel.gradient_sums import SumGradient, Total
@@ -52,7 +53,7 @@ def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
     record = getattr(model, "_tpfuse", None)
     if part is None or model is None or record is None or not isinstance(module, nn.Module):
         return
-    before = owner._modules.get(leaf)
+    before = own_modules(owner).get(leaf)
     name = f"{part.name}.{leaf}" if part.name else leaf
     if before is not None and before is not module and base_of(before) is module:
         _unwrapped(before, module, name, record)
@@ -83,7 +84,7 @@ def _sum(name: str, module: nn.Module, record: Parallelized) -> None:
 
 def _unwrapped(adapter: nn.Module, base: nn.Module, name: str, record: Parallelized) -> None:
     """An adapter is taken off: what it paid is paid by the projection, which has its name back."""
-    for hook in adapter._forward_hooks.values():
+    for hook in forward_hooks(adapter).values():
         if isinstance(hook, ReduceOut) and isinstance(base, PartialLinear):
             base.__class__ = RowwiseLinear  # type: ignore[assignment]  # narrowed above
             base.tpfuse_group, base.tpfuse_scaled = hook.group, hook.scaled  # type: ignore[assignment]

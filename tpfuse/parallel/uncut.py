@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from tpfuse._torch_private import forward_hooks, forward_pre_hooks
 from tpfuse.parallel.collectives import all_gather
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.generation import SyncedGenerate
@@ -65,7 +66,7 @@ def _plain(module: nn.Module) -> None:
         del module.generate
     for attribute, value in vars(module).pop("_tpfuse_whole", {}).items():
         setattr(module, attribute, value)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in (forward_pre_hooks(module), forward_hooks(module)):
         for key in [k for k, hook in hooks.items() if type(hook).__module__.startswith("tpfuse.")]:
             del hooks[key]
     for attribute in [a for a in vars(module) if a.startswith("_tpfuse") or a == "tpfuse_group"]:

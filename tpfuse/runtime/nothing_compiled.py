@@ -35,5 +35,5 @@ def wrappers() -> list[str]:
     objects: for messages only."""
     kind = private.compiled_wrapper()
     found: list[Any] = [w for w in gc.get_objects() if kind is not None and type(w) is kind]
-    models = [w._modules.get("_orig_mod") for w in found if private.backend_of(w) == "tpfuse"]
+    models = [private.own_modules(w).get("_orig_mod") for w in found if private.backend_of(w) == "tpfuse"]
     return list(dict.fromkeys(type(m).__name__ for m in models if isinstance(m, nn.Module)))

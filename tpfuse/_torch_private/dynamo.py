@@ -1,0 +1,206 @@
+"""Dynamo: what it compiles now, what ends a graph, and how an error gets through it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .tensors import tensor_leaves
+
+
+def torch_compile_parameters() -> set[str]:
+    """The names of torch.compile's own parameters, which it may hand on to a backend."""
+    return set(inspect.signature(torch.compile).parameters)
+
+
+def compiling(frame: types.FrameType | None) -> bool:
+    """Whether a thread that stands at `frame` is inside torch.compile's compiler.
+
+    If `convert_frame` moves: answer False; a message then says less about a peer.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("_dynamo/convert_frame.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def raised_through_dynamo(error: Exception) -> Exception:
+    """`error` as an exception that Dynamo does not wrap into BackendCompilerFailed, and that is still an instance of
+    `error`'s class.
+
+    If `ShortenTraceback` goes: return `error`; users then find it as `BackendCompilerFailed.inner_exception`.
+    """
+    try:
+        from torch._dynamo.exc import ShortenTraceback
+    except ImportError:
+        return error
+    kind = type(error)
+
+    def init(self: Any, *args: Any) -> None:
+        Exception.__init__(self, *args)
+        self.first_useful_frame = None
+
+    unwrapped = type(kind.__name__, (kind, ShortenTraceback), {"__init__": init, "__module__": kind.__module__})
+    raised = unwrapped(*error.args)
+    raised.__dict__.update(error.__dict__)
+    raised.__cause__ = error.__cause__
+    return raised
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place at which Dynamo could not go on. reason: its own words, several lines; place: `file:line in function`."""
+
+    reason: str
+    place: str
+
+
+def ending_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break that ended a Dynamo graph; None where it ended with its function.
+
+    If `compile_subgraph_reason` goes: None, and reports say nothing about breaks.
+    """
+    return _as_break(getattr(gm, "compile_subgraph_reason", None))
+
+
+def breaks_since(known: int) -> tuple[list[GraphBreak], int]:
+    """The graph breaks of this process from number `known` on, and how many there are now; Dynamo forgets them at
+    `torch.compiler.reset`, and counting begins anew.
+
+    If `graph_break_reasons` goes: none, as for `ending_break`.
+    """
+    try:
+        from torch._dynamo.utils import graph_break_reasons
+    except ImportError:
+        return [], 0
+    new = graph_break_reasons[known if known <= len(graph_break_reasons) else 0 :]
+    return [found for reason in new if (found := _as_break(reason)) is not None], len(graph_break_reasons)
+
+
+def _as_break(reason: Any) -> GraphBreak | None:
+    if not getattr(reason, "graph_break", False):
+        return None
+    stack = getattr(reason, "user_stack", None) or ()
+    frame = stack[-1] if stack else None
+    place = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame is not None else ""
+    return GraphBreak(str(getattr(reason, "reason", "")).strip(), place)
+
+
+def callers() -> tuple[list[str], list[str]]:
+    """The program's own functions on the stack while Dynamo compiles, innermost first: those that were to be compiled
+    and run outside of any graph, and the forwards of modules that call what was compiled.
+
+    If `compile_wrapper` goes: ([], []), and reports say less about what is around a graph.
+    """
+    frames: list[tuple[types.FrameType, bool]] = []
+    outermost = 0
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
+            outermost = len(frames)
+        elif name.endswith("nn/modules/container.py") or not name.startswith((*_NO_PROGRAM, "<")):
+            frames.append((frame, "forward" in frame.f_code.co_name))
+        frame = frame.f_back
+    inside = [_where(frame) for frame, _ in frames[:outermost]]
+    return inside, [_where(frame) for frame, is_forward in frames[outermost:] if is_forward]
+
+
+def _where(frame: types.FrameType) -> str:
+    code = frame.f_code
+    name = getattr(code, "co_qualname", code.co_name)
+    return f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno})"
+
+
+#: Files whose functions are not the program's.
+_NO_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(contextlib.__file__)))
+
+
+def compiled_wrapper() -> type | None:
+    """The class of what `torch.compile(module)` returns.
+
+    If `OptimizedModule` goes: None, and nothing is said of wrappers that were never called.
+    """
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        return None
+    return OptimizedModule
+
+
+def backend_of(wrapper: Any) -> str:
+    """The module that the backend of a compiled wrapper comes from, by its first part; '' if unknown."""
+    seen, found = set(), getattr(getattr(wrapper, "dynamo_ctx", None), "callback", None)
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        compiler = getattr(found, "compiler_fn", None)
+        if compiler is not None or getattr(found, "__module__", "").split(".")[0] == "tpfuse":
+            return str(getattr(compiler or found, "__module__", "")).split(".")[0]
+        found = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "_torchdynamo_orig_callable", None)
+    return ""
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave `text()` in torch's structured trace (TORCH_TRACE), for tlparse; it is not called without one.
+
+    If `trace_structured` goes: nothing is left.
+    """
+    try:
+        from torch._logging import trace_structured
+    except ImportError:
+        return
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def compilation() -> tuple[int | None, int]:
+    """(the number of the piece of code that Dynamo compiles now, how many times it has compiled it before).
+
+    If `CompileContext` goes: (None, 0), and every compilation counts as one of new code.
+    """
+    from torch._guards import CompileContext
+
+    number = CompileContext.current_compile_id()
+    if number is None or number.frame_id is None:
+        return None, 0
+    return number.frame_id, number.frame_compile_id or 0
+
+
+def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]:
+    """Called while Dynamo has a graph with these inputs compiled: what makes a later compilation of that graph see the
+    same symbols for its sizes and numbers. Without it a graph of symbolic sizes fits those of its first inputs alone.
+    It holds Dynamo's lock: tracing patches what other threads' tracing patches too.
+
+    If `TracingContext` goes: graphs that ranks do not agree on would have to be compiled once for each size. If
+    `compile_lock` goes: a lock of our own, taken here and in the backend.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return lambda: compile_lock
+    # Dynamo empties the context once it has what it compiled.
+    known = [(t, context.tensor_to_context[t]) for t in tensor_leaves(inputs) if t in context.tensor_to_context]
+    shapes = context.fake_mode.shape_env
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        anew = TracingContext(FakeTensorMode(shape_env=shapes))
+        for tensor, symbols in known:
+            anew.tensor_to_context[tensor] = symbols
+        with compile_lock, tracing(anew):
+            yield
+
+    return again
