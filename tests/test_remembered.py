@@ -18,6 +18,7 @@ CACHES = {"lru_cache", "cache"}
 #: What stands elsewhere, and why.
 ELSEWHERE = {
     ("tpfuse.strict_json", "_hints"): "a cache of a pure function",
+    ("tpfuse._torch_private.operators", "defaults_of"): "a cache of a pure function: operators keep their schemas",
     ("kernels.add_norm", "tuning"): "a cache of a pure function",
     ("kernels.symmetric.operands", "_constants"): "a cache of a pure function",
     ("kernels.symmetric.dispatch", "choose"): "a cache of a function of the process's table",

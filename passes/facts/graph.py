@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from tpfuse._torch_private import operator_schema, storage_identity
+from tpfuse._torch_private import REQUIRED, defaults_of, operator_schema, storage_identity
 from tpfuse.errors import TPFuseError
 
 from . import aten_ops as ops
@@ -88,15 +88,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument called `name` in the schema of `node.target`, wherever it was written."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = operator_schema(node.target)
-    if schema is None:
+    if operator_schema(node.target) is None:
         return default
-    for position, parameter in enumerate(schema.arguments):
-        if parameter.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return parameter.default_value if parameter.has_default_value() else default
-    return default
+    known = defaults_of(node.target)
+    if name not in known:
+        return default
+    position = list(known).index(name)
+    if position < len(node.args):
+        return node.args[position]
+    return default if known[name] is REQUIRED else known[name]
 
 
 def is_call(node: Any, targets: Any) -> TypeGuard[fx.Node]:

@@ -66,8 +66,10 @@ from .modules import (
     wrapped_in_ddp,
 )
 from .operators import (
+    REQUIRED,
     argument_names,
     auto_functionalized,
+    defaults_of,
     is_higher_order,
     is_operator,
     operator_full_name,
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NEWEST",
     "OLDEST",
+    "REQUIRED",
     "GraphBreak",
     "all_group_members",
     "aot_autograd",
@@ -122,6 +125,7 @@ __all__ = [
     "custom_graph_pass",
     "default_group",
     "default_store",
+    "defaults_of",
     "ending_break",
     "fake_store",
     "flat_mesh_group",

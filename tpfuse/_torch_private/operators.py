@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,10 +44,20 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
+@functools.lru_cache(maxsize=4096)
+def defaults_of(target: Any) -> Mapping[str, Any]:
+    """The arguments by name, in order, of an operator that has a schema, each with its default, or `REQUIRED`. Kept,
+    because a schema makes its list of arguments anew whenever it is asked. If `_schema` goes: as above."""
+    return {a.name: a.default_value if a.has_default_value() else REQUIRED for a in target._schema.arguments}
+
+
+#: In place of a default: there is none.
+REQUIRED = object()
+
+
 def argument_names(target: Any) -> list[str]:
-    """The names of an operator's arguments, in order; none for anything else. If `_schema` goes: as above."""
-    schema = operator_schema(target)
-    return [parameter.name for parameter in schema.arguments] if schema is not None else []
+    """The names of an operator's arguments, in order; none for anything else."""
+    return list(defaults_of(target)) if operator_schema(target) is not None else []
 
 
 def auto_functionalized() -> Any:
