@@ -3,6 +3,7 @@
     torchrun --nproc-per-node N benchmarks/end_to_end.py --out results.json
     ... --models llama --decode 1 64 --prefill          a slice of it
     ... --models dp --dp 2                              data-parallel attention under its policies
+    ... --models glm4_moe --dp 2 --prefill              the same for a Hugging Face model with a static cache
     python benchmarks/end_to_end.py --plot results.json picture.png
 
 Models are in models.py; every rank holds its part, cut by `tpfuse.parallelize`. For each size four ways to run a step:
@@ -214,9 +215,9 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def runs_of(arguments: argparse.Namespace, world: int) -> list[Run]:
     models = []
     for name in arguments.models:
-        if name == "dp":
+        if name in ("dp", "glm4_moe"):
             attn = world // arguments.dp
-            models += [f"dp_{arguments.dp}_{dense}" for dense in sorted({1, attn, world})]
+            models += [f"{name}_{arguments.dp}_{dense}" for dense in sorted({1, attn, world})]
         else:
             models.append(name)
     out = []
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 8192], help="tokens")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache when decoding")
-    parser.add_argument("--dp", type=int, default=2, help="replicas of the data-parallel attention model")
+    parser.add_argument("--dp", type=int, default=2, help="replicas of the models dp and glm4_moe")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--reduce-overhead", action="store_true", help="also torch.compile's own CUDA graphs")

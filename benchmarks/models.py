@@ -1,8 +1,9 @@
 """The models of end_to_end.py, with random weights: how to build one, cut it, and make one step of it.
 
-    llama      Hugging Face Llama, Llama-3-8B's sizes
-    qwen3_moe  Hugging Face Qwen3-MoE, Qwen3-30B-A3B's sizes
-    dp_<size>  dense layers of DeepSeek-V3's sizes under data-parallel attention, moe_dense_tp_size = <size>
+    llama                  Hugging Face Llama, Llama-3-8B's sizes
+    qwen3_moe              Hugging Face Qwen3-MoE, Qwen3-30B-A3B's sizes
+    dp_<dp>_<size>         dense layers of DeepSeek-V3's sizes under data-parallel attention, moe_dense_tp_size = <size>
+    glm4_moe_<dp>_<size>   Hugging Face GLM4-MoE, GLM-4.5-Air's sizes, all layers but the last dense; the same policies
 
 Models have fewer layers than the originals, and a vocabulary smaller in the same proportion, so that embedding and head
 keep their share.
@@ -10,6 +11,7 @@ keep their share.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +62,8 @@ def hugging_face_config(run: Run, tiny: bool) -> Any:
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     }
+    if run.model.startswith("glm4_moe"):
+        return _glm4_moe_config(run, tiny, common)
     if run.model == "llama":
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
         sizes |= TINY if tiny else {}
@@ -72,6 +76,33 @@ def hugging_face_config(run: Run, tiny: bool) -> Any:
     if tiny:
         sizes, routed = sizes | TINY, {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     return transformers.Qwen3MoeConfig(**sizes, **routed, **common, vocab_size=_share(151936, run.layers, 48))
+
+
+def _glm4_moe_config(run: Run, tiny: bool, common: dict[str, Any]) -> Any:
+    import transformers
+
+    sizes = {
+        "hidden_size": 4096, "intermediate_size": 10944, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "head_dim": 128, "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "first_k_dense_replace": run.layers - 1,
+    }  # fmt: skip
+    if tiny:
+        sizes |= TINY | {"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    vocabulary = _share(151552, run.layers, 46)
+    return transformers.Glm4MoeConfig(**sizes, **common, vocab_size=vocabulary, n_group=1, topk_group=1)
+
+
+def policy_of(model: str, world: int) -> tpfuse.SharingPolicy:
+    """`model` ends in _<dp_size>_<moe_dense_tp_size>, or has no policy: the whole group."""
+    parts = re.fullmatch(r".*_(\d+)_(\d+)", model)
+    return tpfuse.SharingPolicy(world, int(parts[1]), int(parts[2])) if parts else tpfuse.SharingPolicy(world)
+
+
+def _mesh(policy: tpfuse.SharingPolicy, device: torch.device) -> Any:
+    if policy.dp_size == 1:
+        return init_device_mesh(device.type, (policy.tp_size,))
+    sizes = (policy.dp_size, policy.attn_tp_size)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "attn_tp"))
 
 
 def _share(vocabulary: int, layers: int, of: int) -> int:
@@ -88,14 +119,14 @@ def _hugging_face(run: Run, device: torch.device, tiny: bool) -> Step:
     import transformers
 
     config = hugging_face_config(run, tiny)
-    world = dist.get_world_size()
+    policy = policy_of(run.model, dist.get_world_size())
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if run.model == "qwen3_moe":
+    if run.model != "llama":
         model.set_experts_implementation("grouped_mm")
-    tpfuse.parallelize(model, init_device_mesh(device.type, (world,)), tpfuse.SharingPolicy(world))
+    tpfuse.parallelize(model, _mesh(policy, device), policy)
     model.requires_grad_(False)
-    rows = run.size
+    rows = run.size * policy.dp_size
     if run.phase == "prefill":
         ids = torch.randint(0, config.vocab_size, (1, run.size), device=device)
 
@@ -107,7 +138,8 @@ def _hugging_face(run: Run, device: torch.device, tiny: bool) -> Step:
     most = 64
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = transformers.StaticCache(config=config, max_cache_len=run.context + most)
-    cache.early_initialization(run.size, config.num_key_value_heads // world, head_dim, torch.bfloat16, device)
+    heads = config.num_key_value_heads // policy.attn_tp_size
+    cache.early_initialization(run.size, heads, head_dim, torch.bfloat16, device)
 
     def reset() -> None:
         for layer in cache.layers:
@@ -176,14 +208,12 @@ class Decoder(nn.Module):
 
 
 def _dp_attention(run: Run, device: torch.device, tiny: bool) -> Step:
-    """`run.model` is dp_<dp_size>_<moe_dense_tp_size>; every replica has `run.size` rows."""
-    world = dist.get_world_size()
-    dp, dense = (int(part) for part in run.model.split("_")[1:])
+    """Every replica has `run.size` rows."""
+    policy = policy_of(run.model, dist.get_world_size())
     sizes = (64, 128, 8, 8) if tiny else (7168, 18432, 64, 128)
     with device:
         model = Decoder(run.layers, *sizes).to(torch.bfloat16).eval()
-    mesh = init_device_mesh(device.type, (dp, world // dp), mesh_dim_names=("dp", "attn_tp"))
-    tpfuse.parallelize(model, mesh, tpfuse.SharingPolicy(world, dp, dense))
+    tpfuse.parallelize(model, _mesh(policy, device), policy)
     model.requires_grad_(False)
     x = torch.randn(run.size, sizes[0], device=device, dtype=torch.bfloat16)
-    return Step(model, (x,), lambda: None, 1 << 30, run.layers, run.size * dp)
+    return Step(model, (x,), lambda: None, 1 << 30, run.layers, run.size * policy.dp_size)

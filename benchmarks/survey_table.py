@@ -1,6 +1,6 @@
 """The table of docs/policy.md, made from results/parallelize_survey.jsonl.
 
-    python benchmarks/survey_table.py        writes it between the page's marks
+python benchmarks/survey_table.py        writes it between the page's marks
 """
 
 from __future__ import annotations
