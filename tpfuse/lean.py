@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _state as state
+from ._torch_private import group_size
 from .boundary_spec import ARGUMENTS, FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
 from .errors import OpError
 from .kernels.add_norm import AddNormOut, add_norm_reference
@@ -123,13 +124,18 @@ def call_leanly(
     return y, hidden
 
 
-def plain_outputs(tensors: dict[str, Tensor], spec: BoundarySpec) -> list[Tensor]:
-    """What `tpfuse::all_reduce_norm` returns, in plain operations that can be traced. `tensors`: by the names of its
-    operands."""
-    x, residual, pre_bias, weight, bias, eps_tensor = (tensors.get(name) for name in OPERANDS)
+def plain_outputs(name: str, tensors: dict[str, Tensor], spec: BoundarySpec) -> list[Tensor]:
+    """What `tpfuse::<name>` returns, in plain operations that can be traced. `tensors`: by the names of its operands;
+    rows to be scattered divide by the ranks of the group."""
+    x, residual, pre_bias, weight, bias, eps_tensor = (tensors.get(operand) for operand in OPERANDS)
     assert x is not None, "every operation has one"
-    pending = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", spec.group_name)
-    total = torch.ops._c10d_functional.wait_tensor(pending)
+    collectives = torch.ops._c10d_functional
+    total = x
+    if name == "all_reduce_norm":
+        total = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", spec.group_name))
+    elif name == "reduce_scatter_norm":
+        rows, ranks = x.reshape(-1, x.shape[-1]).contiguous(), group_size(spec.group_name)
+        total = collectives.wait_tensor(collectives.reduce_scatter_tensor(rows, "sum", ranks, spec.group_name))
     out = add_norm_reference(
         total, residual, pre_bias, weight, bias, spec.eps if eps_tensor is None else eps_tensor, norm=spec.norm,
         weight_offset=spec.weight_offset, alpha=spec.alpha, post=spec.post, out_dtype=spec.out_dtype,

@@ -11,7 +11,7 @@ becomes
 for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs
 that nobody reads are not asked for.
 
-Where a group cannot run an operation as one kernel it is written out instead (`plain.py`). Only the calls are written
+Where no kernel does an operation as one it is written out instead (`plain.py`). Only the calls are written
 differently: what is sent, and in which order, stays.
 """
 
@@ -23,13 +23,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpfuse._torch_private import argument_names, auto_functionalized, new_fake_like, operator_full_name
+from tpfuse._torch_private import (
+    argument_names,
+    auto_functionalized,
+    group_size,
+    new_fake_like,
+    operator_full_name,
+)
 from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
 from ..verdict.runs import runs_in_a_kernel
-from .plain import write_out
+from .plain import rows_divide, write_out
 
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
 #: in tests and in the demo.
@@ -81,11 +87,14 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
-    """Whether its group cannot run it as one kernel, and other operations may give a row's bits."""
+    """Whether no kernel does all of it as one, and other operations may give a row's bits."""
     given = value(x)
-    plain = given is not None and given.device.type not in STAY and not spec.batch_invariant
-    named = operator_full_name(node.target) == "tpfuse::all_reduce_norm"
-    return plain and named and not runs_in_a_kernel(spec.group_name, x)
+    if given is None or given.device.type in STAY or spec.batch_invariant:
+        return False
+    name = operator_full_name(node.target)
+    if name == "tpfuse::all_reduce_norm":
+        return not runs_in_a_kernel(spec.group_name, x)
+    return name == "tpfuse::rows_norm" or rows_divide(given.shape, group_size(spec.group_name))
 
 
 def _overload(node: fx.Node, given: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """A fused operation written out again: the collective, its wait, and the norm in plain operations.
 
-For a group that cannot run it as one kernel. Inductor then makes one kernel of the norm and what is around it, and a
-call costs the host no Python. What is computed is the operator's own formula, with the norm on the unrounded sum.
+For what no kernel of ours does as one: an all-reduce of a group that cannot use symmetric memory, a reduce-scatter, a
+norm of rows that were gathered. Inductor then makes one kernel of the norm and what is around it, and a call costs the
+host no Python. What is computed is the operator's own formula, with the norm on the unrounded sum.
 
 What a group can is decided from facts that are equal on all of its ranks and known before anybody met (`why_not`), and
 what is sent is the same either way, in the same order.
@@ -9,22 +10,25 @@ what is sent is the same either way, in the same order.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from tpfuse._torch_private import trace_on_fakes
+from tpfuse._torch_private import operator_full_name, trace_on_fakes
 from tpfuse.boundary_spec import BoundarySpec
 from tpfuse.lean import plain_outputs
 
-from ..facts.graph import carry_meta, value
+from ..facts.graph import carry_meta, same_size, value
 
 
 def write_out(graph: fx.Graph, node: fx.Node, operands: dict[str, Any], spec: BoundarySpec) -> None:
-    """Put plain operations in the place of a `tpfuse::all_reduce_norm`, which is erased."""
+    """Put plain operations in the place of one of our operators, which is erased."""
+    name = operator_full_name(node.target).partition("::")[2]
     given = {name: operand for name, operand in operands.items() if operand is not None}
     fakes = [value(operand) for operand in given.values()]
-    traced = trace_on_fakes(lambda *tensors: plain_outputs(dict(zip(given, tensors, strict=True)), spec), fakes)
+    traced = trace_on_fakes(lambda *tensors: plain_outputs(name, dict(zip(given, tensors, strict=True)), spec), fakes)
     copies: dict[fx.Node, Any] = {}
     incoming = iter(given.values())
     with graph.inserting_before(node):
@@ -41,3 +45,7 @@ def write_out(graph: fx.Graph, node: fx.Node, operands: dict[str, Any], spec: Bo
         graph.erase_node(user)
     graph.erase_node(node)
 
+
+def rows_divide(shape: Sequence[Any], ranks: int) -> bool:
+    """Whether the rows of a value divide by the ranks for certain, so that none is padded before they are scattered."""
+    return same_size(math.prod(shape[:-1]) % ranks, 0)

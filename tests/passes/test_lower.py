@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tests.graphs import all_reduce, fake_world, fused, trace
+from tests.policy_harness import run_threads
 from tpfuse._torch_private import operator_full_name
 from tpfuse.boundary_spec import FORMS, BoundarySpec, form_for, read_spec
 from tpfuse.errors import OpError
 from tpfuse.passes.rewrite.lower import lower
 
 H = 16
+X_WEIGHT = torch.linspace(0.5, 1.5, H)
 
 
 @pytest.fixture(autouse=True)
-def two_ranks():
+def two_ranks(request):
+    if "operator_stays" in request.fixturenames:
+        yield  # ranks are threads there
+        return
     with fake_world(2):
         yield
 
@@ -105,6 +112,44 @@ def test_a_group_without_a_kernel_gets_plain_operations(monkeypatch, norm, read,
     for got, expected in zip(plain(*args), gm(*args), strict=True):
         torch.testing.assert_close(got, expected)
         assert got.dtype == expected.dtype
+
+
+TRACING = threading.Lock()  # ranks are threads, and one traces at a time
+
+
+def written_out(rank: int, name: str, rows: int, dynamic: bool) -> tuple[list[str], Tensor, Tensor]:
+    """The names in the lowered graph of one operator without a kernel, what it gives, and what the operator gives."""
+    options = dict(
+        norm="rms_norm", eps=1e-6, weight_offset=0.0, alpha=1.0, post=False, out_dtype=torch.float32, stats=False,
+        hidden_dtype=torch.float32, want_sum=False, group_name=dist.group.WORLD.group_name, batch_invariant=False,
+    )  # fmt: skip
+    x = torch.randn(rows, H, generator=torch.Generator().manual_seed(rank))
+    with TRACING:
+        operator = getattr(torch.ops.tpfuse, name)
+        gm = trace(lambda x, w: tuple(operator(x, None, None, w, None, None, **options)), x, X_WEIGHT, dynamic=dynamic)
+        plain = copy.deepcopy(gm)
+        lower(plain.graph)
+        plain.recompile()
+    names = [operator_full_name(node.target) for node in plain.graph.nodes]
+    return names + lean_calls(plain.graph), torch.cat(plain(x, X_WEIGHT)), torch.cat(gm(x, X_WEIGHT))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dynamic", "operator_stays"),
+    [
+        ("rows_norm", 3, True, False),
+        ("reduce_scatter_norm", 4, False, False),
+        ("reduce_scatter_norm", 3, False, True),  # it pads, which plain operations would do in a pass of their own
+        ("reduce_scatter_norm", 4, True, True),  # and nothing says that they divide at every size
+    ],
+)
+def test_what_no_kernel_does_as_one_is_written_out(monkeypatch, name, rows, dynamic, operator_stays):
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ())
+    for names, got, expected in run_threads(2, written_out, name, rows, dynamic):
+        torch.testing.assert_close(got, expected)
+        assert any("tpfuse" in each for each in names) == operator_stays
+        sent = "_c10d_functional::reduce_scatter_tensor"
+        assert names.count(sent) == (name == "reduce_scatter_norm" and not operator_stays)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
