@@ -130,7 +130,8 @@ class Expression:
         for node in self.source.graph.nodes:
             if node in self.order:
                 known[node] = self._word(node, known)
-        return [known[self.source], *(known[operand] for operand in self._operands())]
+        finishes = _options(self.node) if self.node.meta.get(FINISHES) else []
+        return [known[self.source], *(known[operand] for operand in self._operands()), *finishes]
 
     def shapes(self) -> str:
         """A digest of the sizes that values are viewed in; '' where none are."""
@@ -184,8 +185,7 @@ class Expression:
             return type(arg).__name__
 
         if communicates(node) or calls(node, "tpfuse::rows_norm"):
-            how = ("norm", "eps", "weight_offset", "alpha", "post", "out_dtype")
-            return digest(["received", *map(word, node.args[1:]), *(word(node.kwargs.get(name)) for name in how)])
+            return digest(["received", *map(word, node.args[1:]), *_options(node)])
         if node.target is ops.operator.getitem and _gives_several(node.args[0]):
             return digest([known.get(node.args[0], "?"), _called(node)])  # type: ignore[arg-type]
         arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
@@ -210,6 +210,12 @@ def find_carrying(graph: fx.Graph, written: Written, index: Mapping[str, int]) -
 def _others(node: fx.Node) -> list[fx.Node]:
     """The operands of one of our norms besides what is summed: residual, bias in front, weight, bias, eps."""
     return [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
+
+
+def _options(node: fx.Node) -> list[str]:
+    """How one of our norms adds and normalises, but for its tensors; none for a plain collective."""
+    names = ("norm", "eps", "weight_offset", "alpha", "post", "out_dtype")
+    return [repr(node.kwargs[name]) for name in names if name in node.kwargs]
 
 
 def _is_whole(node: fx.Node) -> bool:

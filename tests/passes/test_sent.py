@@ -146,3 +146,23 @@ def test_norms_that_finish_rows_for_other_ranks_rely_on_their_operands(four_rank
     _, report = fused(trace(run, torch.randn(8, HIDDEN), torch.randn(8, HIDDEN), torch.ones(HIDDEN)), alike=True)
     assert [b.rewrite for b in report.boundaries] == ["share_attention_group"] * 4
     assert all(-1 in step.relies for step in report.steps if step.op == "all_reduce_norm")
+
+
+def test_numbers_of_a_norm_that_finishes_rows_for_other_ranks_are_part_of_what_is_sent(four_ranks):
+    """The rank that has a row finishes it for all: with its eps, and its factor of the sum."""
+
+    def words(eps, factor):
+        def run(y, r, w):
+            group = dist.group.WORLD
+            rows = r[:2] + funcol.reduce_scatter_tensor(y, "sum", 0, group) * factor
+            n = funcol.all_gather_tensor(F.rms_norm(rows, (HIDDEN,), w, eps), 0, group)
+            rows = rows + funcol.reduce_scatter_tensor(n * 2, "sum", 0, group)
+            return funcol.all_gather_tensor(F.rms_norm(rows, (HIDDEN,), w), 0, group)
+
+        _, report = fused(trace(run, torch.randn(8, HIDDEN), torch.randn(8, HIDDEN), torch.ones(HIDDEN)), alike=True)
+        assert [b.rewrite for b in report.boundaries] == ["share_attention_group"] * 4
+        return next(step.sends for step in report.steps if step.op == "all_reduce_norm")
+
+    assert words(1e-5, 2.0) == words(1e-5, 2.0)
+    assert words(1e-5, 2.0) != words(2e-5, 2.0)
+    assert words(1e-5, 2.0) != words(1e-5, 3.0)
