@@ -98,3 +98,78 @@ def test_a_projection_of_what_was_summed_before_is_refused():
     module = type("Twice", (Mlp,), {"forward": lambda self, x: self.down(self.up(self.down(self.up(x))))})()
     cut = Cut(0, "whole", (INNER,), (RANKS,), RANKS, 0)
     assert "calls up on what down gave" in miscut(module, {"up": cut}, {"down": cut}, [])
+
+
+class Attention(nn.Module):
+    d = 4
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.up, self.down = (nn.Linear(HIDDEN, n) for n in (3 * INNER, INNER, HIDDEN))
+        self.down = nn.Linear(INNER, HIDDEN)
+        self.weight = nn.Parameter(torch.randn(2 * INNER, HIDDEN))
+        self.slopes = nn.Parameter(torch.rand(INNER // self.d))
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.d)).transpose(-2, -3)
+
+    def attend(self, q, k, v, mask=None):
+        q, k, v = map(self.heads, (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-2, -3).flatten(-2)
+
+
+class Rotated(Attention):
+    def forward(self, x, position_embeddings, attention_mask):
+        cos, sin = position_embeddings
+        x = self.heads(self.up(x))
+        x = (x * cos[:, None] + x.flip(-1) * sin[:, None]).transpose(-2, -3).flatten(-2)
+        return self.down(self.attend(x, x, x, attention_mask))
+
+
+class Crossed(Attention):
+    def forward(self, x, memory, *, scale):
+        return self.down(scale * self.attend(self.up(x), self.up(x), self.up(x))) + memory
+
+
+class Slopes(Attention):
+    def forward(self, x, mask):
+        x = self.up(x)
+        return self.down(self.attend(x, x, x, self.slopes[: x.shape[-1] // self.d, None, None] * torch.eye(3)))
+
+
+class Helper(Attention):
+    def forward(self, x, mask):
+        return self.down(self.attend(*self.qkv(x).chunk(3, -1), mask))
+
+
+class ByWeight(Attention):
+    def forward(self, x, mask, positions):
+        return F.linear(self.up(x), self.down.weight)
+
+
+class Bare(Attention):
+    def forward(self, x, mask):
+        return self.down(F.glu(F.linear(x, self.weight)))
+
+
+GUESSED = {
+    "rotated": (Rotated, "up", ""),
+    "behind the sum": (Crossed, "up", ""),
+    "one number a head": (Slopes, "up", "no slice"),
+    "three in one": (Helper, "qkv", "holds 3 matrices"),
+    "not as a module": (ByWeight, "up", "does not call down as a module"),
+    "two in a bare parameter": (Bare, "weight", "holds 2 matrices"),
+}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_what_a_module_takes_beside_its_hidden_states_is_guessed(name):
+    cls, leaf, words = GUESSED[name]
+    module = cls()
+    width = module.get_parameter(leaf if leaf == "weight" else f"{leaf}.weight").shape[0]
+    rowwise = {"down": Cut(1, "attention", (INNER,), (RANKS,), RANKS, 0)}
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    problem = miscut(module, {leaf: Cut(0, "attention", (width,), (RANKS,), RANKS, 0)}, rowwise, [], guess=True)
+    assert words in problem and bool(words) == bool(problem)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    assert not miscut(module, {leaf: Cut(0, "attention", (width,), (RANKS,), RANKS, 0)}, rowwise, [])

@@ -125,17 +125,24 @@ def cut_module(
     out.attributes.append((module, named))
     if not planned.trusted or role.inferred:
         check_reshapes(name, module, role, named, widths)
-    if all(isinstance(target, nn.Module) for target in targets.values()) and not (role.spread or role.per_head):
-        _refuse_miscut(out, name, module, role)
+    modules = all(isinstance(targets[leaf], nn.Module) for leaf in role.rowwise)
+    if modules and not (transposed or role.spread or role.per_head):
+        _refuse_miscut(out, name, module, role, targets, guess=not planned.trusted)
     return out
 
 
-def _refuse_miscut(out: ModuleCut, name: str, module: nn.Module, role: Role) -> None:
+def _refuse_miscut(
+    out: ModuleCut, name: str, module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter],
+    guess: bool,
+) -> None:  # fmt: skip
     if out.wide_norms:
         return  # they see all features, which a module alone does not
-    targets = {leaf: module.get_submodule(leaf) for leaf in (*role.colwise, *role.rowwise)}
-    cuts = {leaf: out.cuts[_weight(join(name, leaf), target)] for leaf, target in targets.items()}
-    problem = miscut(module, {n: cuts[n] for n in role.colwise}, {n: cuts[n] for n in role.rowwise}, out.attributes)
+    cuts = {
+        leaf: out.cuts[join(name, leaf) if isinstance(target, nn.Parameter) else _weight(join(name, leaf), target)]
+        for leaf, target in targets.items()
+    }
+    colwise, rowwise = ({n: cuts[n] for n in names} for names in (role.colwise, role.rowwise))
+    problem = miscut(module, colwise, rowwise, out.attributes, guess=guess)
     if problem:
         raise PlanError(
             f"{name} ({type(module).__name__}), cut as {role.colwise} and {role.rowwise}: {problem}. If no role fits, "

@@ -8,11 +8,12 @@ each rank's slices. Nothing is multiplied, nothing is communicated, and nothing 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.guesses import guesses
 
 ROWS = (1, 3)
+_ENOUGH = 3  # guesses that let a module run whole
 _TOLERANCE = 1e-2  # of 16-bit elements; what is computed from other elements is off by far more
 
 
@@ -31,69 +34,115 @@ class _Failed(Exception):
 
 def miscut(
     module: nn.Module, colwise: Mapping[str, Cut], rowwise: Mapping[str, Cut],
-    attributes: Sequence[tuple[nn.Module, dict[str, Any]]],
+    attributes: Sequence[tuple[nn.Module, dict[str, Any]]], *, guess: bool = False,
 ) -> str:  # fmt: skip
     """Why a module that is cut like this would give wrong numbers, as one sentence; '' where it would not, and where it
-    cannot be run by itself (it takes more than its hidden states, or lies on the meta device).
+    cannot be run by itself (nobody knows what else it takes, or it lies on the meta device).
 
-    colwise, rowwise: the cuts of the projections' weights, by their names in the module. attributes: what is rewritten
-    when it is cut.
+    Args:
+        colwise, rowwise: the cuts of the projections' weights, by their names in the module; a column-wise one may be a
+            parameter [out, in].
+        attributes: what is rewritten when it is cut.
+        guess: whether to guess what it takes beside its hidden states. It is then refused only where each guess that
+            lets it run whole, of the first few, says so.
     """
-    weight: Any = module.get_submodule(next(iter(colwise))).weight
+    first: Any = _target(module, next(iter(colwise)))
+    weight = first if isinstance(first, Tensor) else first.weight
     real = type(weight.detach()) is Tensor and not weight.is_meta  # fake tensors hold no values to compare
-    if not real or not weight.is_floating_point() or not takes_hidden_states_alone(module):
+    alone = takes_hidden_states_alone(module)
+    if not real or not weight.is_floating_point() or not (alone or guess):
         return ""
     with as_it_was(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module.eval()
         x = torch.randn(*ROWS, weight.shape[1]).to(weight)
         outputs = {leaf: torch.randn(*ROWS, sum(cut.parts)).to(weight) for leaf, cut in colwise.items()}
+        problem, ran = "", 0
+        for more in guesses(module, x) if guess else ({},):
+            run = _Run(module, x, more, outputs, colwise, rowwise, attributes)
+            found = run.problem()
+            if found == "":
+                return ""
+            if found is not None:
+                problem, ran = problem or found, ran + 1
+            if ran == _ENOUGH:
+                break
+    return problem
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A module with fixed outputs of its column-wise projections, and what else it is called with."""
+
+    module: nn.Module
+    x: Tensor
+    more: Mapping[str, Any]
+    outputs: Mapping[str, Tensor]
+    colwise: Mapping[str, Cut]
+    rowwise: Mapping[str, Cut]
+    attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
+
+    def problem(self) -> str | None:
+        """None where the whole module does not run with these arguments."""
         try:
-            whole = _reaching(module, x, outputs, rowwise)
+            whole = _reaching(self, self.outputs)
         except _Failed as error:
             return str(error)
         except Exception:
-            return ""  # it does not run by itself: nothing is known
-        with _rewritten(attributes):
-            if _fits(module, x, outputs, colwise, rowwise, whole):
+            return None  # nothing is known
+        with _rewritten(self.attributes):
+            if self._fits(self.colwise, whole):
                 return ""
-            for leaf, cut in colwise.items():
+            for leaf, cut in self.colwise.items():
                 for parts in (2, 3):
                     width = sum(cut.parts)
                     if len(cut.parts) == 1 and width % (parts * cut.size) == 0:
                         packed = replace(cut, parts=(width // parts,) * parts, counts=(cut.size,) * parts)
-                        if _fits(module, x, outputs, {**colwise, leaf: packed}, rowwise, whole):
+                        if self._fits({**self.colwise, leaf: packed}, whole):
                             return f"{leaf} holds {parts} matrices in one weight; say so: packed={{{leaf!r}: {parts}}}"
-    return "what reaches its row-wise projection on a rank is no slice of what reaches it in the whole module"
+        return "what reaches its row-wise projection on a rank is no slice of what reaches it in the whole module"
 
-
-def _fits(
-    module: nn.Module, x: Tensor, outputs: Mapping[str, Tensor], colwise: Mapping[str, Cut],
-    rowwise: Mapping[str, Cut], whole: Mapping[str, Tensor],
-) -> bool:  # fmt: skip
-    size = next(iter(colwise.values())).size
-    for index in range(size):
-        own = {leaf: _slice(outputs[leaf], cut, index) for leaf, cut in colwise.items()}
-        try:
-            reached = _reaching(module, x, own, rowwise)
-        except Exception:
-            return False
-        for leaf, cut in rowwise.items():
-            want = _slice(whole[leaf], cut, index).double()
-            got = reached[leaf].double()
-            if got.shape != want.shape or not torch.allclose(got, want, rtol=_TOLERANCE, atol=_TOLERANCE):
+    def _fits(self, colwise: Mapping[str, Cut], whole: Mapping[str, Tensor]) -> bool:
+        size = next(iter(colwise.values())).size
+        for index in range(size):
+            own = {leaf: _slice(self.outputs[leaf], cut, index) for leaf, cut in colwise.items()}
+            try:
+                with _own_parameters(self.module, colwise, index):
+                    reached = _reaching(self, own)
+            except Exception:
                 return False
-    return True
+            for leaf, cut in self.rowwise.items():
+                want = _slice(whole[leaf], cut, index).double()
+                got = reached[leaf].double()
+                if got.shape != want.shape or not torch.allclose(got, want, rtol=_TOLERANCE, atol=_TOLERANCE):
+                    return False
+        return True
+
+
+@contextmanager
+def _own_parameters(module: nn.Module, colwise: Mapping[str, Cut], index: int) -> Iterator[None]:
+    """Bare parameters among the column-wise weights hold a rank's slices meanwhile."""
+    before = [(t, t.data, cut) for leaf, cut in colwise.items() if isinstance(t := _target(module, leaf), nn.Parameter)]
+    try:
+        for parameter, full, cut in before:
+            parameter.data = replace(cut, index=index).take(full)
+        yield
+    finally:
+        for parameter, full, _ in before:
+            parameter.data = full
+
+
+def _target(module: nn.Module, leaf: str) -> Any:
+    return functools.reduce(getattr, leaf.split("."), module)
 
 
 def _slice(full: Tensor, cut: Cut, index: int) -> Tensor:
     return torch.cat([full[..., start:stop] for start, stop in cut.ranges(index)], dim=-1)
 
 
-def _reaching(
-    module: nn.Module, x: Tensor, outputs: Mapping[str, Tensor], rowwise: Mapping[str, Cut]
-) -> dict[str, Tensor]:
+def _reaching(run: _Run, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What reaches each row-wise projection when the column-wise ones give `outputs`."""
+    module, x, rowwise = run.module, run.x, run.rowwise
     reached: dict[str, Tensor] = {}
     called: set[str] = set()
 
@@ -117,12 +166,13 @@ def _reaching(
 
         return forward
 
-    for leaf in outputs:
+    modules = [leaf for leaf in outputs if isinstance(_target(module, leaf), nn.Module)]
+    for leaf in modules:
         module.get_submodule(leaf).forward = given(leaf)
     for leaf in rowwise:
         module.get_submodule(leaf).forward = taken(leaf)
-    type(module).forward(module, x) if "forward" not in vars(module) else module.forward(x)
-    missing = [leaf for leaf in (*outputs, *rowwise) if leaf not in called and leaf not in reached]
+    module.forward(x, **run.more)
+    missing = [leaf for leaf in (*modules, *rowwise) if leaf not in called and leaf not in reached]
     if missing:
         raise _Failed(f"its forward does not call {', '.join(missing)} as a module, so no sum could be paid there")
     return reached
