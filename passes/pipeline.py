@@ -168,6 +168,7 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
         steps = find_steps(graph, resolve)
         return graph, Report(inner, len(find_norms(graph)), len(steps) + len(inner), steps=steps)
     changed = copy.deepcopy(graph)
+    changed.owning_module = graph.owning_module  # whose graphs it calls
     context = Context(Known(changed, resolve), options)
     for step in STEPS:
         context.edited = False

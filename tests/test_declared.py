@@ -44,6 +44,8 @@ for schema in (
     "halved(Tensor x, str group_name) -> Tensor",
 ):
     LIBRARY.define(schema)
+LIBRARY.impl("in_place", lambda x, group_name: None, "CompositeExplicitAutograd")
+torch.library.register_fake("enginelike::in_place", lambda x, group_name: None)
 torch.library.register_fake("enginelike::with_op", lambda x, group_name, reduce_op="sum": torch.empty_like(x))
 torch.library.register_fake("enginelike::halved", lambda x, group_name: x.new_empty(x.shape[0] // 2, *x.shape[1:]))
 
@@ -181,6 +183,23 @@ def test_an_undeclared_operator_that_feeds_a_norm_is_named_with_the_line_to_writ
     assert 'tpfuse.register_all_reduce("enginelike::all_reduce", group="group_name")' in note
     exec(note[note.index("tpfuse.register") :], {"tpfuse": tpfuse})
     assert fused(trace(boundary, *given()))[1].fused_forward == 1
+
+
+def test_an_undeclared_operator_that_writes_in_place_is_named_as_well(four_ranks):
+    def run(x, r, weight):
+        x = x * 2
+        torch.ops.enginelike.in_place(x, "0")
+        return F.rms_norm(x + r, (H,), weight)
+
+    (report,) = reports_of(run)
+    assert "enginelike::in_place" in report.notes[0] and "it writes to its arguments" in report.notes[0]
+
+
+def reports_of(run) -> list[tpfuse.Report]:
+    before = len(tpfuse.reports())
+    with torch.no_grad():
+        torch.compile(run, backend="tpfuse", options={"inner": "aot_eager"})(*given())
+    return tpfuse.reports()[before:]
 
 
 def test_there_is_no_note_on_operators_that_feed_no_norm_or_name_no_group(four_ranks):

@@ -102,6 +102,10 @@ def fuse_graph(
     with `meta["val"]` on the nodes. Graphs that write in place are taken where the writes do not matter. The rewritten
     graph is for inference: gradients through a fused operation raise OpError, unless it happens to keep all they need.
 
+    What stands for an output of the graph takes its name, so the signature of an exported program stays that of its
+    graph (`report = fuse_graph(program.graph_module)`). A process that loads such a program imports tpfuse first: the
+    graph calls its operators.
+
     Ranks do not compare what they decided, as they do under the backend, and one rank's graph does not show whether the
     others' are like it. `alike`: whether the caller vouches that they are, and that gates, masks, numbers and choices
     of rows in them are the same on every rank. False: what is sent stays as the graph has it, so a boundary is fused
@@ -123,9 +127,30 @@ def fuse_graph(
     outcome = fuse(graph_module.graph, resolve_group, options)
     check_groups(outcome.report, policy)
     if outcome.graph is not graph_module.graph:
+        _keep_output_names(graph_module.graph, outcome.graph)
         graph_module.graph = outcome.graph
         graph_module.recompile()
     return outcome.report
+
+
+def _keep_output_names(before: fx.Graph, after: fx.Graph) -> None:
+    """Give each output of `after` the name of the output of `before` in its place."""
+    by_name = {node.name: node for node in after.nodes}
+    named: set[fx.Node] = set()
+    for old, new in zip(_outputs(before), _outputs(after), strict=True):
+        if new.op != "placeholder" and new.name != old.name and new not in named:
+            other = by_name.get(old.name)
+            if other is not None:  # it was returned, and is still read
+                other.name, by_name[new.name] = new.name, other
+            new.name, by_name[old.name] = old.name, new
+        named.add(new)
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    """What the graph returns, in order."""
+    found: list[fx.Node] = []
+    fx.map_arg(graph.output_node().args, found.append)
+    return found
 
 
 def _has_peers() -> bool:

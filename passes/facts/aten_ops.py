@@ -52,6 +52,9 @@ REORDERINGS = {aten.permute.default, aten.transpose.int, aten.t.default}
 #: Choose some of the elements and keep them as they are. The tensor is the first argument.
 SELECTIONS = {aten.slice.Tensor, aten.select.int}
 
+#: Repeats elements along new dimensions, or along those of size 1. The tensor is the first argument.
+SPREADS = {aten.expand.default}
+
 #: Add up rows, where they leave the last dimension alone: linear, and fewer rows have to be summed over the ranks.
 ROW_SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 

@@ -27,6 +27,7 @@ class Code(str, Enum):
     NORM = "norm"  # a norm that is not recognised or cannot be fused
     READ_FIRST = "read_first"  # something needs the sum before any norm does
     BETWEEN = "between"  # what stands between the collective and the norm
+    SPREADS = "spreads"  # its rows are repeated before the norm
 
     # Of the place.
     VALUES = "values"  # a tensor of the boundary is no plain one, or on another device

@@ -71,9 +71,10 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
 
 
 def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tuple[Owed, Refusal]]]:
-    """The sums one fused operation can pay: the last one, and those that may be added to it before summing."""
-    last = site.owed[-1]
-    for owed in site.owed:
+    """The sums one fused operation can pay: the last one of all the rows, and those that may be added to it before."""
+    whole = [owed for owed in site.owed if not owed.spread]
+    last = whole[0]
+    for owed in whole:
         if last.collective.node < owed.collective.node:
             last = owed
     paid: list[Owed] = [last]

@@ -1,7 +1,8 @@
 """Whether a step can leave float16's range in front of the sum, though it does not behind it. Reads only.
 
 Partial sums of large, opposite values are finite, and so is their sum; multiplied, divided or added up over rows before
-they meet, they may not be. bfloat16 has float32's range and needs no such care.
+they meet, they may not be. bfloat16 has float32's range and needs no such care. And what a step makes wider may be
+rounded more in front of the sum.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import input_node, is_call, value
+from ..facts.graph import input_node, is_call, val, value
 from .sums import Step, Term
 
 aten = ops.aten
@@ -29,6 +30,18 @@ def overflow(term: Term) -> str:
             return (
                 f"{step.node.target} could overflow in float16 in front of the sum where it does not behind it, so it"
                 " stays there; in bfloat16 this boundary fuses"
+            )
+    return ""
+
+
+def rounded_more(term: Term, root: fx.Node) -> str:
+    """What is computed of a sum in float32 would be rounded to what is sent, on every rank, in front of the sum."""
+    for step in term.steps:
+        if not step.moves_only and term.stays_wider(step.node, root):
+            wide, sent = val(step.node).dtype, val(term.leaf).dtype
+            return (
+                f"{step.node.target} makes a {wide} value of the all-reduced sum, which is {sent}; in front of the sum "
+                f"its result would be rounded to {sent} on every rank. Cast the result, or reduce in {wide}"
             )
     return ""
 

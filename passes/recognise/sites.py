@@ -29,7 +29,7 @@ from ..facts.refusals import Code, Refusal, refused
 from .divergence import Parting, differs_between_ranks, find_partings
 from .hazards import Hazards
 from .norms import Norm
-from .range import overflow
+from .range import overflow, rounded_more
 from .sums import Sum, Term, decompose
 
 
@@ -40,12 +40,14 @@ class Owed:
     `used_alone`: something besides this norm's own addition needs this sum by itself.
     `fed_by_others`: its partial input is computed from another of the site's sums, so that one must be paid first.
     `added_wider`: it is added up in a finer dtype than it is sent in, and not rounded to that again.
+    `spread`: it has fewer rows than what the norm reads, and is repeated: it is sent with another sum or by itself.
     """
 
     collective: Collective
     used_alone: bool
     fed_by_others: bool
     added_wider: bool = False
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _owed(term: Term, total: Sum, owed: dict[fx.Node, Collective]) -> Owed:
     below = _between(term.leaf, inside)
     used_alone = used_alone or any(user not in inside for node in below - {total.root} for user in node.users)
     added_wider = term.joins is not None and term.stays_wider(term.joins, total.root)
-    return Owed(collective, used_alone, depends_on(collective.input, others), added_wider)
+    return Owed(collective, used_alone, depends_on(collective.input, others), added_wider, term.spreads)
 
 
 def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
@@ -282,8 +284,9 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, Refusal]]) 
         return stuck[0][1]
     for term in total.replicated:
         if depends_on(term.leaf, leaves):
-            said = "a value that is added before the norm is itself computed from the all-reduced sum"
-            return Refusal(Code.DEPENDS, said)
+            said = f"a value that is added before the norm ({term.leaf.target}) is itself computed from the all-reduced"
+            mean = "where it is the mean of the rows' units, nn.LayerNorm in its place is fused"
+            return Refusal(Code.DEPENDS, f"{said} sum; {mean}")
     for role, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is None:
             continue
@@ -316,10 +319,18 @@ def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, Refusal
     found: dict[fx.Node, tuple[Owed, Refusal]] = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        refusal = _step_problem(term, owed, leaves, parting) or _rounded_more(term, total.root)
+        refusal = _spread_alone(owed, site.owed)
+        refusal = refusal or _step_problem(term, owed, leaves, parting)
+        refusal = refusal or refused(Code.ROUNDING, rounded_more(term, total.root))
         if refusal is not None:
             found.setdefault(term.leaf, (owed, refusal))
     return list(found.values())
+
+
+def _spread_alone(owed: Owed, others: Sequence[Owed]) -> Refusal | None:
+    """Repeated rows are sent only where a sum of all the rows is sent with them, and does not wait for theirs."""
+    alone = owed.spread and (owed.fed_by_others or all(other.spread for other in others))
+    return refused(Code.SPREADS, "the all-reduced value is repeated before the norm" if alone else "")
 
 
 def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> Refusal | None:
@@ -340,19 +351,6 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
             f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
             "only one of the two could be had from a fused operation",
         )
-    return None
-
-
-def _rounded_more(term: Term, root: fx.Node) -> Refusal | None:
-    """What is computed of a sum in float32 would be rounded to what is sent, on every rank, in front of the sum."""
-    for step in term.steps:
-        if not step.moves_only and term.stays_wider(step.node, root):
-            wide, sent = val(step.node).dtype, val(term.leaf).dtype
-            return Refusal(
-                Code.ROUNDING,
-                f"{step.node.target} makes a {wide} value of the all-reduced sum, which is {sent}; in front of the sum "
-                f"its result would be rounded to {sent} on every rank. Cast the result, or reduce in {wide}",
-            )
     return None
 
 

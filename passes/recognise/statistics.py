@@ -129,6 +129,9 @@ def mean_of(node: fx.Node) -> tuple[fx.Node, str] | None:
     if not is_call(node, ops.DIVS | ops.MULS) or len(node.args) < 2:
         return None
     divided, factor = strip_rows(node.args[0]), node.args[1]
+    summed = _summed_by_einsum(divided)
+    if summed is not None:
+        return (summed, "") if _divides_by(node, factor, last_dim(summed)) else None
     if not is_call(divided, aten.sum.dim_IntList):
         return None
     size = last_dim(input_node(divided))
@@ -164,9 +167,14 @@ def moments_of_squares(root: fx.Node | None, problem: str = "", total: bool = Tr
         mean = strip_rows(source.args[1])
         inner = mean_of(mean)
         each = inner is not None and (inner[1] or one_a_row(input_node(source, 1), source))
-        if inner is not None and each and strip(inner[0], TRANSPARENT) is strip(source.args[0], TRANSPARENT):
+        if inner is not None and each and _same_rows(inner[0], source.args[0]):
             return Moments("layer_norm", source, strip(source.args[0], TRANSPARENT), mean, problem or inner[1], total)
     return Moments("rms_norm", source, source, None, problem, total)
+
+
+def _same_rows(one: fx.Node, other: Any) -> bool:
+    """Whether two nodes are views of one value with the same last dimension, as einsum makes of what it reads."""
+    return strip_views(one) is strip_views(other) and same_size(last_dim(one), last_dim(other))
 
 
 def _sum_of_squares(node: Any) -> tuple[fx.Node, str, bool] | None:
@@ -207,6 +215,15 @@ def _multiplied_with_itself(node: fx.Node) -> fx.Node | None:
     one, _, other = read.partition(",")
     alike = one == other == f"{given}{one[-1:]}" and one[-1:].isalpha() and one[-1] not in given
     return strip_views(operands[0]) if alike and operands[0] is operands[1] else None
+
+
+def _summed_by_einsum(node: Any) -> fx.Node | None:
+    """x, if an einsum that is still whole adds up x over its last dimension."""
+    if not is_call(node, aten.einsum.default) or not isinstance(node.args[1], (list, tuple)) or len(node.args[1]) != 1:
+        return None
+    read, _, given = str(node.args[0]).replace(" ", "").partition("->")
+    last = read[-1:]
+    return node.args[1][0] if last.isalpha() and last not in given and read == f"{given}{last}" else None
 
 
 def _multiplies_values(node: fx.Node) -> bool:

@@ -40,12 +40,17 @@ class Step:
 
     @property
     def is_gate(self) -> bool:
-        return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS | ops.CASTS)
+        return not is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.SPREADS | ops.ROW_SUMS | ops.CASTS)
 
     @property
     def moves_only(self) -> bool:
-        """Whether the step computes nothing: a view, or a choice of elements."""
-        return is_call(self.node, ops.VIEWS | ops.SELECTIONS)
+        """Whether the step computes nothing: a view, a choice of elements, a repetition of them."""
+        return is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.SPREADS)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether there are more elements behind the step than before it."""
+        return is_call(self.node, ops.SPREADS)
 
     @property
     def reshapes(self) -> bool:
@@ -80,6 +85,11 @@ class Term:
     @property
     def gates(self) -> tuple[Step, ...]:
         return tuple(step for step in self.path if step.is_gate)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the leaf is repeated on the way: in front of its sum more would be sent, if it were sent alone."""
+        return any(step.spreads for step in self.path)
 
     @property
     def only_reshapes(self) -> bool:
@@ -255,7 +265,7 @@ def linear_inputs(node: fx.Node) -> list[_Input]:
     if node.op != "call_function" or node.target in ops.IN_PLACE_TWINS:
         return []
     args = node.args
-    if node.target in ops.VIEWS or node.target in ops.SELECTIONS or node.target in ops.CASTS:
+    if node.target in ops.VIEWS | ops.SELECTIONS | ops.SPREADS | ops.CASTS:
         return [(args[0], 1.0, Step(node))] if args and isinstance(args[0], fx.Node) and is_float(node) else []
     if node.target in ops.ROW_SUMS:
         return [(input_node(node), 1.0, Step(node))] if _adds_whole_rows(node) else []

@@ -5,6 +5,9 @@
 *Leading dimensions of size 1*. A sum [S, H] that is added to hidden states [1, S, H] is broadcast to nothing but
 itself, so it is viewed as [1, S, H] first.
 
+*Broadcast beside another sum.* Learned positions [S, H] whose sum is added to that of the tokens [B, S, H] are expanded
+to that shape first, so that one can be sent with the other.
+
 *In place.* torch.export keeps the write that the user wrote:
 
     y = mm(...)                        y = mm(...)
@@ -17,6 +20,7 @@ and s is read by the copy alone, so that it can be written to in y's place.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema, storage_identity
@@ -33,6 +37,7 @@ def normalise(graph: fx.Graph) -> None:
     wait_once(graph)
     drop_copies(graph)
     view_leading_ones(graph)
+    expand_beside_sums(graph)
 
 
 def drop_unread(graph: fx.Graph) -> None:
@@ -79,6 +84,44 @@ def view_leading_ones(graph: fx.Graph) -> None:
                 if missing:
                     node.update_arg(position, child)
                     carrying.add(child)
+
+
+def expand_beside_sums(graph: fx.Graph) -> None:
+    """Where a sum is added to a larger one, and broadcast to it, expand it so. Where it is not known without either sum
+    how large that is, it stays."""
+    carrying: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.target is ops.WAIT:
+            carrying.add(node)
+        if node.op != "call_function" or node.target not in _LINEAR | ops.SPREADS:
+            continue
+        read = [child for child in node.args[:2] if isinstance(child, fx.Node)]
+        if carrying.isdisjoint(read):
+            continue
+        carrying.add(node)
+        if node.target not in ops.ADDS | ops.SUBS or not carrying.issuperset(read) or len(read) < 2:
+            continue
+        for position, (child, other) in enumerate((read, read[::-1])):
+            rows = value(child)
+            if same_shape(other, node) and not same_shape(child, node) and rows is not None and rows.dim() > 1:
+                expanded = _expanded(graph, child, node)
+                if expanded is not None:
+                    node.update_arg(position, expanded)
+                    carrying.add(expanded)
+
+
+def _expanded(graph: fx.Graph, child: fx.Node, node: fx.Node) -> fx.Node | None:
+    """`child` in the shape of `node`; None where a size is neither a number nor an input of the graph."""
+    sizes: list[int | fx.Node] = []
+    inputs = {n: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    symbols = {n: size for n, size in inputs.items() if isinstance(size, torch.SymInt)}
+    for size in val(node).shape:
+        known = size if isinstance(size, int) else next((n for n, s in symbols.items() if same_size(s, size)), None)
+        if known is None:
+            return None
+        sizes.append(known)
+    with graph.inserting_before(node):
+        return insert_call(graph, ops.aten.expand.default, (child, sizes), like=node)
 
 
 def _leading_ones(node: fx.Node, child: fx.Node) -> int:

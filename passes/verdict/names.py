@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
@@ -60,8 +61,8 @@ def clean_path(path: str) -> str:
     that `torch.compile` makes around a whole model."""
     names = [first or second for _, first, second in _PART.findall(_ROOT.sub("", path))]
     names = [name for name in names if name not in _SPELLED_OUT]
-    while names and names[0] == "_orig_mod":
-        names.pop(0)
+    while names and names[0] in ("_orig_mod", "args"):  # "args": of a functools.partial
+        names = names[2:] if names[0] == "args" and names[1:2] != [] and names[1].isdigit() else names[1:]
     return ".".join(names)
 
 
@@ -69,6 +70,7 @@ def clean_path(path: str) -> str:
 _ROOT = re.compile(r"^.*\.cell_contents(?![\w'\"])|^[LG]\[(['\"]).*?\1\]|^L__self___?|^self(?=\.|$)")
 #: `name`, `['name']` or `[0]`.
 _PART = re.compile(r"\[(['\"]?)(.*?)\1\]|([^.\[\]]+)")
+_TORCH = torch.__file__.rpartition("/")[0]
 _SPELLED_OUT = ("__dict__", "_modules")
 
 
@@ -76,6 +78,18 @@ def place(node: fx.Node) -> str:
     """`aten.relu.default in model.layers.0 (model.py:12)`: an operator, and where in the program it stands."""
     module, line = module_name(node), _line(node)
     return f"{_operator(node)}{f' in {module}' if module else ''}{f' ({line})' if line else ''}"
+
+
+#: Functions and classes that are norms, by their names.
+_NORMS = re.compile(r"(batch|group|instance|layer|local|rms|cross|spectral)_?norm|norm$|norm\dd$", re.IGNORECASE)
+
+
+def norm_around(node: fx.Node) -> str:
+    """What the program calls a norm and `node` is a part of: a module's class, or a function; '' for none."""
+    stack, functions = _stack(node), node.meta.get("source_fn_stack") or node.meta.get("fwd_source_fn_stack") or ()
+    names = [_class_name(stack[-1][1])] if stack else []
+    names += [getattr(function, "__name__", "") for _, function in functions[-1:]]
+    return next((name for name in names if name != "norm" and _NORMS.search(name)), "")
 
 
 def _operator(node: fx.Node) -> str:
@@ -86,8 +100,9 @@ def _operator(node: fx.Node) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    """`model.py:12`: the innermost line of the program that `node` comes from; '' if unknown."""
+    """`model.py:12`: the innermost line of the program, not of torch, that `node` comes from; '' if unknown."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import depends_on
-from ..recognise.alike import Alike, find_alike, is_end
-from ..recognise.norms import Norm
+from ..recognise.alike import Alike, find_alike, is_end, regions
+from ..recognise.norms import Norm, find_norms
 from ..recognise.sums import gated_inputs, linear_inputs
+from .names import norm_around
 
 _LIMIT = 400
 
@@ -44,16 +46,32 @@ class Reached:
 
 def reach(start: fx.Node, norms_at: Mapping[fx.Node, Norm], ignored: Collection[fx.Node] = ()) -> Reached:
     """Follow `start` forwards over row-wise operators. `norms_at`: by what they read. `ignored`: the backward pass."""
-    reached = _walk(start, norms_at)
+    came: dict[fx.Node, fx.Node | None] = {start: None}
+    reached = _walk(start, norms_at, came)
     alike = find_alike(start, norms_at, ignored)
+    if alike is None and reached.norm is None:
+        alike = _by_name([*came, *reached.ends], ignored)
     if alike is not None and (reached.norm is None or alike.node < reached.path[-1]):
         reached.alike, reached.norm, reached.product = alike, None, None
     return reached
 
 
-def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm]) -> Reached:
+def _by_name(nodes: Iterable[fx.Node], ignored: Collection[fx.Node]) -> Alike | None:
+    """What only the program's names tell: a module's class or a function (batch norm, whose statistics are fixed), or a
+    region of its own that holds a norm."""
+    for node in sorted(set(nodes) - set(ignored)):
+        called = norm_around(node)
+        if called:
+            return Alike(node, None, False, called)
+        inner = [graph for graph in regions(node) if isinstance(graph, fx.GraphModule)]
+        if any(find_norms(graph.graph) for graph in inner):
+            return Alike(node, None, False)
+    return None
+
+
+def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm], came: dict[fx.Node, fx.Node | None]) -> Reached:
+    """`came`: filled with what was seen, and from where."""
     reached = Reached()
-    came: dict[fx.Node, fx.Node | None] = {start: None}
     pending: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
     while pending and len(came) < _LIMIT:
         node, obstacle = pending.popleft()
@@ -62,8 +80,8 @@ def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm]) -> Reached:
             reached.product = next((end for end in reached.ends if depends_on(node, {end})), None)
             return reached
         for user in node.users:
-            if user.op == "output":
-                reached.returned.append(node)
+            if user.op == "output" or (user.target is ops.aten.copy_.default and user.args[1] is node):
+                reached.returned.append(node)  # or written to what others read: an input of the graph
             elif user not in came:
                 if is_collective(user) or is_end(user):
                     reached.ends.append(user)

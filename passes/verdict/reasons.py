@@ -6,10 +6,11 @@ from itertools import pairwise
 
 from torch import fx
 
+from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import same_shape, val, value
+from ..facts.graph import is_call, same_shape, same_size, val, value
 from ..facts.refusals import Code, Refusal
-from ..recognise.alike import Alike
+from ..recognise.alike import Alike, is_region
 from ..recognise.norms import Norm
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
@@ -29,7 +30,8 @@ def reason_for(
     """`refused`: the plan's word on it, or None. `training`: whether the graph has a backward pass."""
     if collective.problem:
         return Refusal(Code.COLLECTIVE, collective.problem)
-    if refused is not None and reached.product is None and reached.alike is None:
+    of_place = refused is None or refused.code is Code.SPREADS or reached.alike is not None  # where it stands says more
+    if refused is not None and not of_place and reached.product is None:
         return refused
     if backward:
         said = "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
@@ -37,6 +39,9 @@ def reason_for(
     if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
         said = "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
         return Refusal(Code.TRAINING, said)
+    if collective.kind == "all_gather" and reached.norm is None and reached.alike is None:
+        said = f"no norm reads what it gathers, so there is nothing to fuse it with{_whither(reached)}"
+        return Refusal(Code.NO_NORM, said)
     if collective.kind != "all_reduce":
         said = f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
         return Refusal(Code.NO_REWRITE, said)
@@ -50,11 +55,29 @@ def reason_for(
         )
     if reached.norm is not None:
         return _in_the_way(collective, reached, reached.norm)
-    return LEAVES if reached.returned and not reached.limited else Refusal(Code.NO_NORM, _no_norm(reached))
+    if reached.returned and not reached.limited:
+        last = next((node for node in reached.returned if node is not collective.result), None)
+        return LEAVES if last is None else LEAVES.worded(f"{LEAVES.sentence}: {place(last)} is returned")
+    return Refusal(Code.NO_NORM, _no_norm(reached))
 
 
 def _unrecognised(alike: Alike) -> str:
     node, statistic = alike.node, alike.statistic
+    if alike.called:
+        return (
+            f"{place(node)} reads it, a part of what the program calls {alike.called}; only RMSNorm and LayerNorm over "
+            "the last dimension are fused"
+        )
+    if statistic is not None and not alike.by_row:
+        return (
+            f"what reads it is normalised over other units than those of each row: {place(node)}, by a root of "
+            f"{place(statistic)}; only RMSNorm and LayerNorm over the last dimension are fused"
+        )
+    if is_region(node):
+        return (
+            f"the norm that reads it stands in a region of its own, which {place(node)} calls: nothing is fused across "
+            "its edge; with the sum inside it, or the norm in front of it, they are in one graph"
+        )
     if statistic is None:
         return (
             f"{place(node)} reads it, an operator that is called a norm and that tpfuse cannot see into; as nn.RMSNorm "
@@ -62,17 +85,20 @@ def _unrecognised(alike: Alike) -> str:
         )
     return (
         f"what reads it looks like a norm in a spelling that is not recognised: {place(node)}, by a root of "
-        f"{place(statistic)}; as nn.RMSNorm or nn.LayerNorm it could be fused"
+        f"{place(statistic)}; where it is one, nn.RMSNorm or nn.LayerNorm in its place is fused"
     )
 
 
 def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> Refusal:
     obstacle = reached.obstacle
-    if obstacle is not None and _spreads(obstacle, collective.result):
+    spread = _spread(reached)
+    if spread is not None:
+        below, node = spread
         return Refusal(
-            Code.BETWEEN,
-            f"{place(obstacle)} spreads the all-reduced value over another dimension before the norm; more would be "
-            "sent if the sum were taken afterwards, so it is finished first",
+            Code.SPREADS,
+            f"{place(node)} spreads the all-reduced value of shape {_shape(below)} to {_shape(node)} before the norm; "
+            "more would be sent if the sum were taken afterwards, so it is finished first; spread before its "
+            "all-reduce, or added to another all-reduced value of that shape, it is fused",
         )
     if obstacle is not None:
         return Refusal(
@@ -85,16 +111,29 @@ def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> Refusal
     return Refusal(Code.BETWEEN, _where_the_sum_ends(reached, norm))
 
 
+def _spread(reached: Reached) -> tuple[fx.Node, fx.Node] | None:
+    """The step at which the way to the norm gets more rows, and what it reads; not behind another obstacle."""
+    for below, node in pairwise(reached.path):
+        wide, narrow = value(node), value(below)
+        if wide is not None and narrow is not None and narrow.dim() <= wide.dim() and not same_shape(below, node):
+            repeated = is_call(node, ops.SPREADS) or [*linear_inputs(node)[1:], *_factors(node)]
+            if repeated and not same_size(wide.numel(), narrow.numel()):
+                reader = next(iter(node.users)) if len(node.users) == 1 else node
+                same_line = reader.meta.get("stack_trace") == node.meta.get("stack_trace")
+                return below, reader if same_line and reader.target in ops.ADDS | ops.SUBS else node
+        if node is reached.obstacle:
+            break
+    return None
+
+
+def _factors(node: fx.Node) -> list[fx.Node]:
+    return node.all_input_nodes[1:] if node.target in ops.MULS | ops.DIVS else []
+
+
 def _where_the_sum_ends(reached: Reached, norm: Norm) -> str:
     """The step on a way of linear operators at which the recogniser could not go on."""
-    for below, node in pairwise(reached.path):
-        inputs = [child for child, *_ in linear_inputs(node)]
-        if len(inputs) > 1 and not same_shape(below, node):
-            return (
-                f"{place(node)} broadcasts the all-reduced value of shape {_shape(below)} to {_shape(node)} before the "
-                "norm; give both sides one shape before they are added"
-            )
-        if not inputs and len({child for child, _ in gated_inputs(node)}) > 1:
+    for node in reached.path[1:]:
+        if not linear_inputs(node) and len({child for child, _ in gated_inputs(node)}) > 1:
             return (
                 f"{place(node)} stands between the all-reduce and the norm and multiplies two values that are both "
                 "made of all-reduced sums"
@@ -102,6 +141,12 @@ def _where_the_sum_ends(reached: Reached, norm: Norm) -> str:
     way = ", ".join(place(node) for node in reached.path[1:]) or "nothing"
     where = module_name(norm.output) or "the graph"
     return f"the norm in {where} reads it over {way}, and tpfuse did not take it into that norm's sum: a gap in tpfuse"
+
+
+def _whither(reached: Reached) -> str:
+    if reached.returned and not reached.ends:
+        return ": the graph returns it"
+    return f": it goes into {place(reached.ends[0])}" if reached.ends and not reached.returned else ""
 
 
 def _no_norm(reached: Reached) -> str:
@@ -112,14 +157,6 @@ def _no_norm(reached: Reached) -> str:
     places = list(dict.fromkeys(map(place, reached.ends)))
     more = f" and {len(places) - 2} more" if len(places) > 2 else ""
     return f"no norm reads the all-reduced value: it goes into {', '.join(places[:2])}{more}"
-
-
-def _spreads(node: fx.Node, result: fx.Node) -> bool:
-    """Whether `node` repeats what it reads along a dimension that `result` does not have."""
-    wide, narrow = value(node), value(result)
-    if wide is None or narrow is None or wide.dim() <= narrow.dim():
-        return False
-    return any(value(n) is not None and not same_shape(n, node) for n in node.all_input_nodes)
 
 
 def _shape(node: fx.Node) -> list[int | str]:

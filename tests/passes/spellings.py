@@ -111,6 +111,13 @@ def layer_with_variance(x, weight, bias):
     return (h * weight + bias).to(x.dtype)
 
 
+def layer_einsum(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    h = h - torch.einsum("...h->...", h)[..., None] / x.shape[-1]
+    squares = torch.einsum("...h,...h->...", h, h)[..., None]
+    return (h / torch.sqrt(squares / x.shape[-1] + EPS) * weight + bias).to(x.dtype)
+
+
 def layer_regained_dimension(x, weight, bias):
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     h = (h - h.mean(-1)[..., None]) / torch.sqrt(h.var(-1, unbiased=False) + EPS).unsqueeze(-1)

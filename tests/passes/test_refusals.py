@@ -45,7 +45,7 @@ def test_a_sum_that_is_spread_over_several_residual_streams(four_ranks, mix):
         return spellings.rms_llama(mix(all_reduce(x), r), weight, bias)
 
     (verdict,) = refused(run).boundaries
-    assert "over another dimension before the norm" in verdict.reason
+    assert "spreads the all-reduced value of shape" in verdict.reason
 
 
 def test_an_average_is_a_sum_divided_by_the_group(four_ranks):

@@ -92,7 +92,9 @@ def _as_break(reason: Any) -> GraphBreak | None:
     if not getattr(reason, "graph_break", False):
         return None
     stack = getattr(reason, "user_stack", None) or ()
-    frame = stack[-1] if stack else None
+    own = [frame for frame in stack if not frame.filename.startswith(_NO_PROGRAM)]
+    own = own or [frame for frame in stack if frame.filename != contextlib.__file__]
+    frame = own[-1] if own else None
     place = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame is not None else ""
     return GraphBreak(str(getattr(reason, "reason", "")).strip(), place)
 
@@ -115,6 +117,37 @@ def callers() -> tuple[list[str], list[str]]:
         frame = frame.f_back
     inside = [_where(frame) for frame, _ in frames[:outermost]]
     return inside, [_where(frame) for frame, is_forward in frames[outermost:] if is_forward]
+
+
+def path_of_compiled() -> tuple[str, bool]:
+    """Where the module whose forward Dynamo compiles stands in the module that was given to `torch.compile`, as
+    `named_modules` has it ('' for that module itself, and where that is not known); and whether FSDP2 wraps one of
+    them, whose hooks Dynamo does not trace.
+
+    If `InstructionTranslator.current_tx` goes: ('', False), and names begin at the module that is compiled.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        now = InstructionTranslator.current_tx()
+        here = now.f_locals.get(next(iter(now.f_code.co_varnames), ""))
+    except (ImportError, AttributeError):
+        return "", False
+    given: list[torch.nn.Module] = []
+    inside: list[torch.nn.Module] = []
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name, owner = frame.f_code.co_filename, frame.f_locals.get("self")
+        if name.endswith("_dynamo/eval_frame.py") and frame.f_code.co_name == "compile_wrapper":
+            given += inside
+            inside = []
+        elif isinstance(owner, torch.nn.Module):
+            inside.append(owner)
+        frame = frame.f_back
+    sharded = any(type(module).__name__.startswith("FSDP") for module in (*given, here))
+    if not given or not isinstance(here, torch.nn.Module):
+        return "", sharded
+    return next((name for name, module in given[-1].named_modules() if module is here), ""), sharded
 
 
 def _where(frame: types.FrameType) -> str:

@@ -24,10 +24,16 @@ _ADVICE = (
      "torch.distributed._functional_collectives.all_reduce(x, 'sum', group) does"),
     ("async_op", "call the collective without async_op=True, or torch.distributed._functional_collectives.all_reduce, "
      "which waits only where its result is read"),
+    ("builtin `print`", "torch._dynamo.config.reorderable_logging_functions.add(print) keeps it out of the way"),
+    ("can't actually be reordered", "torch._dynamo.config.ignore_logging_functions.add(...) with that function leaves "
+     "it out of compiled code (in older torch it is called ignore_logger_methods)"),
     ("warnings.warn", "torch._dynamo.config.reorderable_logging_functions.add(warnings.warn) keeps it out of the way"),
     ("Reorderable", "torch._dynamo.config.reorderable_logging_functions.add(...) with that function keeps it out of "
      "the way"),
+    ("pybind11_object", "make the object outside of compiled code; instead of a collective that compiled code has no "
+     "form of, call its twin in torch.distributed._functional_collectives"),
     ("Data-dependent branching", "torch.where or torch.cond keep the branch in the graph"),
+    ("generic_jump", "torch.where or torch.cond keep the branch in the graph"),
 )  # fmt: skip
 
 
@@ -37,7 +43,8 @@ class Surroundings:
 
     ending: the break that ends it, or None. before: other breaks since the last graph. outside: functions that were to
     be compiled and call this graph from outside of any. callers: forwards of modules that call what was compiled.
-    regions: places of nested compile regions with collectives.
+    regions: places of nested compile regions with collectives. path: where the module that is compiled stands in the
+    one that was to be; sharded: whether FSDP2 wraps it.
     """
 
     ending: GraphBreak | None = None
@@ -45,8 +52,19 @@ class Surroundings:
     outside: Sequence[str] = field(default=())
     callers: Sequence[str] = field(default=())
     regions: Sequence[str] = field(default=())
+    path: str = ""
+    sharded: bool = False
 
 
+_SKIPPED = (
+    "Dynamo broke or skipped it (a hook that it does not trace, a disabled function; TORCH_LOGS=graph_breaks says more)"
+)
+_SHARDED = (
+    "FSDP2 wraps modules inside it, and Dynamo does not trace FSDP2's hooks: each wrapped module is compiled by "
+    "itself; with fully_shard on the whole model alone it is one graph"
+)
+#: The function around the module in DistributedDataParallel's forward; the module is one graph all the same.
+_OF_DDP = "DistributedDataParallel._inside_ddp_forward"
 #: How many breaks before a graph its report names.
 _NOTED = 3
 
@@ -56,11 +74,13 @@ def surroundings(gm: fx.GraphModule) -> Surroundings:
     ending = private.ending_break(gm)
     with state.LOCK:
         new, state.BREAKS.named = private.breaks_since(state.BREAKS.named)
+    new = [found for found in new if _OF_DDP not in found.reason]
     outside, callers = private.callers()
     if ending is not None:  # of two words on one place the longer one explains it
         ending = max([found for found in new if found.place == ending.place] or [ending], key=lambda b: len(b.reason))
     before = tuple(found for found in new if ending is None or found.place != ending.place)
-    return Surroundings(ending, before[-_NOTED:], tuple(outside), tuple(callers), _regions(gm))
+    path, sharded = private.path_of_compiled()
+    return Surroundings(ending, before[-_NOTED:], tuple(outside), tuple(callers), _regions(gm), path, sharded)
 
 
 def unnamed_breaks() -> list[GraphBreak]:
@@ -70,12 +90,15 @@ def unnamed_breaks() -> list[GraphBreak]:
 
 def with_surroundings(report: Report, around: Surroundings) -> Report:
     """The report with notes on what ends the graph, and reasons that say so."""
+    boundaries = [
+        replace(b, reason=f"{b.reason}; {_beyond(around)}") if b.code == Code.LEAVES else b
+        for b in report.boundaries
+    ]
+    if around.path:
+        boundaries = [replace(b, module=".".join(filter(None, (around.path, b.module)))) for b in boundaries]
     return replace(
         report,
-        boundaries=[
-            replace(b, reason=f"{b.reason}; {_beyond(around)}") if b.code == Code.LEAVES else b
-            for b in report.boundaries
-        ],
+        boundaries=boundaries,
         notes=[*report.notes, *_notes(around)],
     )
 
@@ -102,12 +125,11 @@ def _notes(around: Surroundings) -> Iterable[str]:
             f"boundary is fused across it: {in_words(around.ending)}"
         )
     for found in dict.fromkeys(around.before):
-        yield f"a graph break stands before this graph, at {found.place}: {in_words(found)}"
+        yield f"a graph break stands before this graph{found.place and ', at '}{found.place}: {in_words(found)}"
     if around.outside and around.ending is None and not around.before:
         yield (
             f"this graph is a part of what was to be compiled: {' ← '.join(around.outside[:4])} runs outside of any "
-            "graph, because Dynamo broke or skipped it (a hook that it does not trace, a disabled function; "
-            "TORCH_LOGS=graph_breaks tells more)"
+            f"graph, because {_SHARDED if around.sharded else _SKIPPED}"
         )
     for region in around.regions:
         yield (
@@ -118,11 +140,14 @@ def _notes(around: Surroundings) -> Iterable[str]:
 
 def in_words(found: GraphBreak) -> str:
     """Dynamo's reason, its explanation, and what to do."""
-    lines = [re.sub(r" at 0x[0-9a-f]+", "", line.strip()) for line in found.reason.splitlines()]
+    reason = found.reason.replace(" (e.g. _warnings.warn)", "")  # an example that Dynamo gives of any built-in function
+    lines = [re.sub(r" at 0x[0-9a-f]+", "", line.strip()) for line in reason.splitlines()]
+    if lines[:1] and lines[0].startswith("generic_jump"):
+        lines[0] = f"a branch on the value of a tensor (Dynamo's {lines[0]})"
     said = [line for line in lines[:1] if line]
     said += [line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")]
     hints = [line.removeprefix("Hint:").strip() for line in lines if line.startswith("Hint:")]
-    advice = next((what for word, what in _ADVICE if word in found.reason), hints[0] if hints else "")
+    advice = next((what for word, what in _ADVICE if word in reason), hints[0] if hints else "")
     sentences = [part.rstrip(".") for part in [*said, f"what to do: {advice}" if advice else ""] if part]
     return ". ".join(dict.fromkeys(sentences)) or "Dynamo gives no reason"
 

@@ -1,0 +1,237 @@
+"""A reason is true of its program: programs that look like another one, and what must be said of each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import nn
+
+import tpfuse
+
+from .graphs import fake_world
+
+HIDDEN = 16
+
+
+def all_reduce(x, op="sum"):
+    return funcol.all_reduce(x, op, dist.group.WORLD)
+
+
+class Block(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.norm, self.down, self.after = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False), after
+        self.groups, self.batch = nn.GroupNorm(4, HIDDEN), nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x):
+        return self.after(self, x, all_reduce(self.down(x)))
+
+
+def reports_of(model, **options):
+    torch._dynamo.reset()
+    before = len(tpfuse.reports())
+    with fake_world(2), torch.no_grad():
+        torch.compile(model, backend="tpfuse", options={"inner": "aot_eager", **options})(torch.randn(2, 3, HIDDEN))
+    return tpfuse.reports()[before:]
+
+
+# -- what reads the sum in the same graph -----------------------------------------------------------------------------
+
+
+def norm_by_product(self, x, z):
+    h = x + z
+    return h * torch.rsqrt((h * h) @ torch.ones(HIDDEN, 1) / HIDDEN + 1e-6)
+
+
+def norm_of_groups(self, x, z):
+    return self.groups((x + z).mT)
+
+
+def norm_of_the_batch(self, x, z):
+    return self.batch((x + z).mT)
+
+
+def norm_by_a_part(self, x, z):
+    h = x + z
+    return h * torch.rsqrt(h[..., :4].square().mean(-1, keepdim=True) + 1e-6)
+
+
+def norm_in_a_branch(self, x, z):
+    return torch.cond(x.sum() > 0, lambda a, b: self.norm(a + b), lambda a, b: self.norm(a - b), (x, z))
+
+
+def norm_of_integers(self, x, z):
+    return self.norm(x + z.int().float())
+
+
+def norm_of_one_sum_for_all(self, x, z):
+    return self.norm(x + all_reduce(self.down(x[0])))
+
+
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        (norm_by_product, "looks like a norm in a spelling that is not recognised: aten.mul.Tensor"),
+        (norm_of_groups, "other units than those of each row: aten.mul.Tensor in groups"),
+        (norm_of_the_batch, "what the program calls BatchNorm1d"),
+        (norm_by_a_part, "other units than those of each row"),
+        (norm_in_a_branch, "a region of its own, which cond"),
+        (norm_of_integers, "prims.convert_element_type.default"),
+        (norm_of_one_sum_for_all, f"spreads the all-reduced value of shape [3, {HIDDEN}] to [2, 3, {HIDDEN}]"),
+    ],
+)
+def test_a_norm_that_is_not_fused_is_named_and_strict_sees_it(after, said):
+    (report,) = reports_of(Block(after).eval())
+    boundary = report.unfused[-1]
+    assert said in boundary.reason and "test_true_reasons.py:" in boundary.reason, boundary.reason
+    assert boundary in report.missed
+
+
+def squashed(self, x, z):
+    return torch.tanh(x + z) * self.norm.weight
+
+
+def test_where_no_norm_follows_what_is_returned_is_named():
+    (report,) = reports_of(Block(squashed), strict=True)
+    assert "aten.mul.Tensor (test_true_reasons.py:" in report.unfused[0].reason
+    assert "is returned" in report.unfused[0].reason and not report.notes
+
+
+def test_a_sum_that_is_written_to_an_input_is_said_to_leave_the_graph():
+    (report,) = reports_of(dist.all_reduce)
+    assert "leaves the graph" in report.unfused[0].reason
+
+
+def summed_again(self, x, z):
+    return self.norm(x + z + all_reduce(torch.tanh(z)))
+
+
+def test_a_collective_is_named_with_the_line_of_the_program():
+    (report,) = reports_of(Block(summed_again))
+    assert "all_reduce.default (test_true_reasons.py:" in report.unfused[0].reason
+
+
+# -- what ends a graph ------------------------------------------------------------------------------------------------
+
+
+def branching(self, x, z):
+    return self.norm(x + z) if z.sum() > 0 else self.norm(x - z)
+
+
+def printing(self, x, z):
+    print(end="")
+    return self.norm(x + z)
+
+
+def broadcasting(self, x, z):
+    dist.broadcast(z, 0)
+    return self.norm(x + z)
+
+
+@pytest.mark.parametrize(
+    "after, said", [(branching, "torch.where or torch.cond"), (printing, "reorderable_logging_functions.add(print)"),
+                    (broadcasting, "its twin in torch.distributed._functional_collectives")],
+)  # fmt: skip
+def test_a_break_has_its_own_remedy(after, said):
+    note = reports_of(Block(after))[0].notes[0]
+    assert said in note and f"in {after.__name__}" in note and "test_true_reasons.py:" in note
+    assert "warnings.warn" not in note
+
+
+class Kept(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.artifacts = {}
+
+    def emit(self, record):
+        name = (getattr(record, "metadata", None) or {}).get("artifact", {}).get("name", "")
+        if name.startswith("tpfuse_"):
+            self.artifacts[name] = record.payload
+
+
+def test_the_structured_trace_holds_the_graph_before_and_after_and_the_report():
+    """What TORCH_TRACE writes and tlparse shows."""
+    trace, kept = logging.getLogger("torch.__trace"), Kept()
+    trace.addHandler(kept)
+    try:
+        reports_of(Block(summed_again))
+    finally:
+        trace.removeHandler(kept)
+    assert set(kept.artifacts) == {"tpfuse_graph_before", "tpfuse_graph_after", "tpfuse_report"}
+    before, after = kept.artifacts["tpfuse_graph_before"], kept.artifacts["tpfuse_graph_after"]
+    assert "_c10d_functional.all_reduce" in before and "tpfuse.all_reduce_norm" not in before
+    assert "tpfuse.all_reduce_norm" in after and "1 of 2 collectives fused" in kept.artifacts["tpfuse_report"]
+
+
+# -- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.down = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(this, x):
+        return x + all_reduce(this.down(this.norm(x)))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList([Layer(), Layer()]), nn.RMSNorm(HIDDEN)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+def named(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, Layer)]
+
+
+def test_modules_inside_ddp_have_the_names_of_named_modules_and_no_break_is_told():
+    with fake_world(2):
+        model = nn.parallel.DistributedDataParallel(Two())
+        torch._dynamo.reset()
+        before = len(tpfuse.reports())
+        with torch.no_grad():
+            torch.compile(model, backend="tpfuse", options={"inner": "aot_eager"})(torch.randn(2, 3, HIDDEN))
+    (report,) = tpfuse.reports()[before:]
+    assert [b.module for b in report.fused] == named(model) and not report.notes
+
+
+def test_modules_of_a_partial_have_the_names_of_named_modules():
+    model = Two()
+    (report,) = reports_of(functools.partial(Two.forward, model))
+    assert [b.module for b in report.fused] == named(model)
+
+
+def test_a_layer_behind_a_hook_has_its_name_in_the_whole_model():
+    model = Two()
+    for layer in model.layers:
+        layer.register_forward_pre_hook(torch.compiler.disable(lambda module, args: None))
+    report = reports_of(model)[0]
+    assert report.boundaries[0].module == "layers.0"
+
+
+@pytest.mark.parametrize("each, fused", [(True, 0), (False, 2)])
+def test_fsdp2_around_each_layer_is_named_and_around_the_model_it_is_one_graph(each, fused):
+    from torch.distributed.fsdp import fully_shard
+
+    with fake_world(2), torch.no_grad():
+        model = Two()
+        for layer in model.layers if each else ():
+            fully_shard(layer)
+        fully_shard(model)
+        torch._dynamo.reset()
+        before = len(tpfuse.reports())
+        torch.compile(model, backend="tpfuse", options={"inner": "aot_eager"})(torch.randn(2, 3, HIDDEN))
+    report = tpfuse.reports()[before]
+    assert len(report.fused) == fused
+    assert any("FSDP2's hooks" in note for note in report.notes) is each
