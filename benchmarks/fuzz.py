@@ -1,6 +1,6 @@
 """Random programs with values that are a rank's own (tests/own_programs.py), many of them, on gloo ranks of this host.
 
-    python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --jobs 30 [--minutes 9] [--output FILE]
+    python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --jobs 30 [--minutes 8] [--output FILE]
     python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --shard 3/32            one share of them, in one pair of ranks
 
 Seeds from 1000000 on are spellings of the same kinds, written down (tests/own_spellings.py): 1000000:COUNT has all.
