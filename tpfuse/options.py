@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import _torch_private as private
 from .errors import OptionError
 from .passes.plan.sites import REWRITES
 from .policy import SharingPolicy
+from .strict_json import field_value, show
 
 INNER = ("inductor", "aot_eager")
 #: Why nothing that is sent may change without the ranks' agreement.
@@ -56,19 +57,10 @@ class Options:
     as_written: str = ""
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "policy": (SharingPolicy, type(None)),
-    "expect_fused": (int, type(None)),
-    "strict": (bool,),
-    "inner": (str,),
-    "mode": (str, type(None)),
-    "inductor": (Mapping,),
-    "rewrites": (tuple, list),
-    "batch_invariant": (bool,),
-    "check_plans": (bool,),
-    "plan_timeout": (float, int),
-    "peer_timeout": (float, int, type(None)),
-}
+#: What `parse_options` fills in itself, or the model's record does.
+_OURS = ("ranks", "as_written")
+#: What a user may give.
+GIVEN = tuple(each.name for each in fields(Options) if each.name not in _OURS)
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -77,20 +69,19 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     Raises OptionError for an unknown key (naming the nearest one), a wrong type or a value that is not allowed.
     """
     options = dict(options or {})
-    known = list(_TYPES)
     for key, given in options.items():
-        if key not in known:
-            raise OptionError(f"options[{key!r}]: no such option; {_nearest(key, known)}")
-        expected = _TYPES[key]
-        if not isinstance(given, expected) or (isinstance(given, bool) and bool not in expected):
-            names = " or ".join("None" if t is type(None) else t.__name__ for t in expected)
-            raise OptionError(f"options[{key!r}] is {given!r}, a {type(given).__name__}; allowed: {names}")
+        where = f"options[{key!r}]"
+        if key not in GIVEN:
+            raise OptionError(f"{where}: no such option; {_nearest(key, GIVEN)}")
+        if key != "policy":
+            options[key] = field_value(Options, key, given, where, OptionError)
+        elif not isinstance(given, (SharingPolicy, type(None))):  # an object, where JSON has its fields
+            allowed = "SharingPolicy or None"
+            raise OptionError(f"{where}={show(given)} is a {type(given).__name__}; allowed: {allowed}")
     if mode is not None:
         if options.get("mode") not in (None, mode):
             raise OptionError(f"mode={mode!r} and options['mode']={options['mode']!r} disagree; give one of them")
         options["mode"] = mode
-    if "rewrites" in options:
-        options["rewrites"] = tuple(options["rewrites"])
     parsed = Options(**options)
     if not parsed.check_plans:
         parsed = replace(parsed, as_written=UNCHECKED)

@@ -157,6 +157,11 @@ def _build(cls: type, given: Any, where: str, error: type[TPFuseError]) -> Any:
     return cls(**{name: _value(hints[name], value, f"{where}.{name}", error) for name, value in given.items()})
 
 
+def field_value(cls: type, name: str, given: Any, where: str, error: type[TPFuseError]) -> Any:
+    """`given` as the type that the field `name` of a dataclass declares; `where` names it in a refusal, an `error`."""
+    return _value(_hints(cls)[name], given, where, error)
+
+
 @functools.lru_cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
