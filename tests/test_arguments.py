@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import types
+from copy import deepcopy
 
 import pytest
 import torch
@@ -142,12 +143,24 @@ def errors(rank: int) -> dict:
             want = q.grad if own is None else own.take(q.grad)
             worst = max(worst, float((p.grad - want).norm() / want.norm()))
         found[name] = worst
+    found["copy"] = copied(cut, x)
     return found
+
+
+def copied(model: nn.Module, x: torch.Tensor) -> str:
+    """A copy computes the same, and cannot be trained."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(copy(x), model(x))
+    with pytest.raises(tpfuse.PlanError) as raised:
+        copy(x)
+    return str(raised.value)
 
 
 def test_gradients_of_what_comes_beside_the_hidden_states():
     for found in run_processes(WORLD, errors):
         refused = {name: found.pop(name) for name in REFUSED}
+        assert "Copy the whole model first" in found.pop("copy")
         assert all(REFUSED[name][4] in str(words) for name, words in refused.items()), refused
         assert all(error < 1e-12 for error in found.values()), found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch.nn as nn
@@ -70,7 +71,7 @@ def _hook(
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
             install(module, OwnRows(name, groups.attention))
-            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS))
+            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS, weakref.ref(module)))
         return
     group = groups.of(cut.over)
     for leaf, parameter in module.named_parameters():
@@ -96,12 +97,12 @@ def _hook(
         site = check.number_of(name)
         alone = role.kind == "dense_mlp"
         install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share, alone))
-        module.register_forward_hook(OnlyByArguments(name, ENTRY))
+        module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
     if after := owes or share:
         module.register_forward_hook(after)
-    module.register_forward_hook(OnlyByArguments(name, ENTRY))
+    module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)))
 
 
 def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:

@@ -22,6 +22,12 @@ from tpfuse.parallel.probe import miscut
 from tpfuse.parallel.roles import Parts, Role, role_of
 from tpfuse.parallel.weights import block_size, is_transposed, matrix_of, matrix_or_none, refuse_computed, widest_part
 
+
+class NotByRole(PlanError):
+    """No number is to blame: what the class computes cannot be cut by its role. A model's own plan is a saving, so such
+    a module of it stays whole; in a user's plan, and by a decorator, it is an error."""
+
+
 SCALES = ("weight_scale_inv", "weight_scale")
 
 
@@ -108,7 +114,7 @@ def cut_module(
     known = (*role.per_head, *role.colwise, *role.rowwise)
     for leaf, parameter in module.named_parameters(recurse=False) if role.kind == "attention" else ():
         if leaf not in known and tuple(parameter.shape) in ((heads.q,), (heads.kv,)):
-            raise PlanError(
+            raise NotByRole(
                 f"{name}.{leaf} ({type(module).__name__}) may hold one number a head, and no role says how it is cut; "
                 "leave this module whole: decorate the other classes, or give a plan={...} without it"
             )
@@ -118,7 +124,7 @@ def cut_module(
         _find_wide_norms(out, name, module, role, targets)
         _configure(out, module, heads, groups.of(over).size)
     elif (reduction := reduces_features(type(module), _of_other_width(module, role, targets))) and not nested:
-        raise PlanError(
+        raise NotByRole(
             f"{name}: {type(module).__name__} takes a {reduction} over features that the cut divides among ranks; "
             "leave this module whole (give it no role, or plan={...} without it)"
         )

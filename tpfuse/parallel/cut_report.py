@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,8 +134,11 @@ def _first_cut(name: str, owner: str, cuts) -> bool:
     return name.endswith("bias") and f"{owner}.weight" in cuts
 
 
-def log_summary(model: nn.Module) -> None:
-    """One line at INFO; at WARNING where more than half of the weights outside of embeddings stay whole."""
+def log_summary(model: nn.Module, left: Mapping[str, str]) -> None:
+    """One line at INFO; at WARNING where more than half of the weights outside of embeddings stay whole. `left`: why
+    modules with a role stay whole, by name."""
+    for reason in dict.fromkeys(left.values()):
+        log.info("left whole: %s", reason)
     report = cut_report(model)
     inner = [p for p in (*report.cut, *report.whole) if not re.search(r"embed|lm_head|wte", p.pattern)]
     total = sum(p.whole_bytes for p in inner)

@@ -119,6 +119,8 @@ class SumsOfOwn:
         if torch.compiler.is_compiling():
             return
         for leaf, hook in self.hooks:
+            if hook.number >= len(hook.used.parameters):
+                return  # in a copy of the model: `OnlyByArguments` refuses to train it
             parameter = getattr(module, leaf, None)
             # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
             if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):

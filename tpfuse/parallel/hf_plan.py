@@ -27,7 +27,8 @@ SPLIT_INPUT = {"rowwise_split_input"}
 GATHERED = {"colwise_gather_output", "colwise_rep"}
 EMBEDDING = {"embedding_rowwise"}
 # Replicated here: gradients of whatever stays whole inside a cut module are summed in any case.
-WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
+# `all_reduce` marks the output of a part of a routed block, whose one sum pays for it.
+WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params", "all_reduce"}
 # Rows of experts that are [in, out]: which dimension that is, the shapes of a block's experts say.
 PACKED_ROWWISE = {"packed_rowwise"}
 IDENTITY = {"moe_identity_expert"}

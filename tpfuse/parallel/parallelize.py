@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.boundaries import put_boundaries
 from tpfuse.parallel.changes import watch
-from tpfuse.parallel.cut_modules import ModuleCut, cut_edge, cut_module
+from tpfuse.parallel.cut_modules import ModuleCut, NotByRole, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.generation import sync_generation
@@ -93,7 +93,7 @@ def parallelize(
     guard_saving(model)
     if groups.dp.size > 1 and any(site.kind == "moe" for site in sites):
         model.register_forward_pre_hook(RefuseRouterLoss(), with_kwargs=True)
-    log_summary(model)
+    log_summary(model, left)
     if verify:
         from tpfuse.parallel.verify import verify as check
 
@@ -138,8 +138,8 @@ def _check_plan(model: nn.Module, plan: Mapping[str, str] | None) -> None:
 def _decide(
     model: nn.Module, planned: Planned, roles: Mapping[str, Role], policy: SharingPolicy, groups: Groups
 ) -> tuple[list[Done], list[ModuleCut], dict[str, str]]:
-    """What is done to each module with a role, to embedding and output projection, and which inferred roles were
-    dropped, each with the reason. Changes nothing.
+    """What is done to each module with a role, to embedding and output projection, and which roles that were inferred,
+    or come of the model's own plan, were dropped, each with the reason. Changes nothing.
 
     Raises:
         PlanError: for the first module that cannot be cut.
@@ -149,6 +149,9 @@ def _decide(
     left: dict[str, str] = {}
     for name, role in roles.items():
         nested = routed_block_of(name, roles)
+        if nested in left:
+            left[name] = left[nested]
+            continue
         over = _over(name, role, policy, groups, nested)
         if role.spread and (groups.attention.size > 1 if over is None else over != "attention"):
             _refuse_spread(name, modules[name], role, policy)
@@ -157,7 +160,7 @@ def _decide(
                 _refuse_more_inputs(name, modules[name], role, over, groups)
             done.append((name, role, cut_module(name, modules[name], role, over, groups, planned, nested is not None)))
         except PlanError as error:
-            if not role.inferred:
+            if not role.inferred and not (planned.trusted and isinstance(error, NotByRole)):
                 raise
             left[name] = str(error)
     edges = [cut for name, kind in planned.edges.items() if (cut := cut_edge(name, kind, modules, groups, planned))]
@@ -175,7 +178,7 @@ def _refuse_more_inputs(name: str, module: nn.Module, role: Role, over: str | No
     given = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in plain]
     needed = [p.name for p in given if p.default is p.empty or p.name == "input_ids"]
     if len(needed) > 1:
-        raise PlanError(
+        raise NotByRole(
             f"{name}: {type(module).__name__}.forward needs {', '.join(needed)}; a module that works on other rows "
             "than its caller's takes its hidden states alone. Leave it whole, or use dp_size=1"
         )

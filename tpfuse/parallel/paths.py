@@ -8,13 +8,15 @@ with those of other ranks' heads.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from tpfuse.errors import PlanError
@@ -60,18 +62,31 @@ def _nodes(tensors: Collection[Tensor], last: Collection[str]) -> list[Any]:
     return list(found)
 
 
+def _wants_gradient(output: Any) -> bool:
+    return any(tensor.requires_grad for tensor in tensors_in(output))
+
+
 @dataclass(frozen=True)
 class OnlyByArguments:
     """After a cut module's first forward pass with gradients: whatever it read came as an argument, or is its own.
 
-    `entry`: the node that its inputs come in by.
+    `entry`: the node that its inputs come in by. `module`: the one that was cut, and no copy of it.
     """
 
     name: str
     entry: str
+    module: weakref.ref[nn.Module] = field(compare=False)
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or "_tpfuse_looked_at" in vars(module):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self.module() is not module and _wants_gradient(output):
+            raise PlanError(
+                f"this {type(module).__name__} is a copy (copy.deepcopy) of a parallelized one, {self.name}: nothing "
+                "sums its gradients, and clipping would not know it. Copy the whole model first, and parallelize each; "
+                "a copy can be used under torch.no_grad()"
+            )
+        if "_tpfuse_looked_at" in vars(module):
             return
         parameters = list(module.parameters())
         if any(isinstance(p, DTensor) for p in parameters):
@@ -82,6 +97,11 @@ class OnlyByArguments:
             leaf = getattr(node, "variable", None)
             if leaf is None or id(leaf) in own or hasattr(leaf, _INSIDE):
                 continue  # the latter: keys and values of another cut module, which are this rank's own
+            if isinstance(leaf, FlatParameter):
+                raise PlanError(
+                    f"{self.name} ({type(module).__name__}) was cut, and FullyShardedDataParallel (FSDP1) holds its "
+                    "parameters in one flat one, whose gradient nothing can sum by parts; use fully_shard (FSDP2)"
+                )
             if leaf.requires_grad:
                 raise PlanError(
                     f"{self.name} ({type(module).__name__}) reads a tensor that requires a gradient (made of a leaf of "
