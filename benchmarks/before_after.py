@@ -71,7 +71,11 @@ def relaxed_pushes(on: bool) -> Iterator[None]:
 
 
 def binder(version: dict[str, Any], entry: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
-    op = version["operands"].Operands(x, residual, None, weight, None, 1e-6, "rms_norm", x.dtype, x.dtype)
+    operands, tensors = version["operands"], (x, residual, None, weight)
+    if hasattr(operands, "Operands"):  # commits that had no `Call` yet
+        op = operands.Operands(*tensors, None, 1e-6, "rms_norm", x.dtype, x.dtype)
+    else:
+        op = operands.Call(*tensors, norm="rms_norm", eps=1e-6, out_dtype=x.dtype, hidden_dtype=x.dtype)
 
     kernel, split, warps = version["way"] or (entry.kernel, entry.split, entry.warps)
 

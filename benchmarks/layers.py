@@ -42,10 +42,11 @@ from machine import machine
 from records import write
 
 from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import injected, workspace_of
 from tpfuse.kernels.symmetric import pieces
 from tpfuse.kernels.symmetric.dispatch import choose
-from tpfuse.kernels.symmetric.operands import Launch, Operands
+from tpfuse.kernels.symmetric.operands import Launch
 
 CONTEXT = 1024  # tokens in the cache of each decoded sequence
 EPS = 1e-5
@@ -165,7 +166,7 @@ def own_all_reduce(x: Tensor, group_name: str) -> Tensor:
     """A plain all-reduce by the kernel that dispatch picks at this size."""
     ws = workspace_of(group_name, x.device)
     entry = choose(ws.device_name, ws.world, x.shape[-1], x.element_size(), x.numel() // x.shape[-1])
-    op = Operands(x, None, None, None, None, 0.0, "none", x.dtype, None)
+    op = Call(x, norm="none", out_dtype=x.dtype, hidden_dtype=None, eps=0.0)
     done = pieces.run(entry, op, ws)
     if done is None:  # the table says functional; there is none here
         done = pieces.run(dataclasses.replace(entry, kernel="two_shot"), op, ws)

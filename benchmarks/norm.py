@@ -26,6 +26,7 @@ from records import write
 from tpfuse.kernels import add_norm as module
 from tpfuse.kernels.add_norm import add_norm
 from tpfuse.kernels.bench.virtual import time_graphs
+from tpfuse.kernels.call import Call
 
 HIDDEN = (2048, 4096, 7168, 8192)
 MEGABYTES = (1 / 16, 1, 2, 4, 8, 16, 32, 64, 256)  # of one tensor; the first is a batch that decodes, 8 rows of 4096
@@ -39,7 +40,9 @@ def ours(norm: str, **forced: Any) -> Callable:
         own = module.tuning
         module.tuning = lambda *given: {**own(*given), **forced}
         try:
-            out = add_norm(s, residual, None, weight, bias, 1e-6, norm=norm, out_dtype=s.dtype, residual_dtype=s.dtype)
+            out = add_norm(
+                Call(s, residual, None, weight, bias, eps=1e-6, norm=norm, out_dtype=s.dtype, hidden_dtype=s.dtype)
+            )
         finally:
             module.tuning = own
         return out.y, out.residual_out

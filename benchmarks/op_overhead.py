@@ -120,6 +120,7 @@ def eager_calls(rows: int, hidden: int, device: torch.device, dtype: torch.dtype
 
     import tpfuse
     from tpfuse.kernels import entry
+    from tpfuse.kernels.call import Call
 
     x, residual = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(2))
     weight = torch.ones(hidden, device=device, dtype=dtype)
@@ -138,9 +139,18 @@ def eager_calls(rows: int, hidden: int, device: torch.device, dtype: torch.dtype
 
     def kernel() -> object:
         return entry.all_reduce_add_norm(
-            x, residual, None, weight, None, 1e-6, group_name=name, norm="rms_norm", out_dtype=x.dtype,
-            residual_dtype=x.dtype,
-        )  # fmt: skip
+            Call(
+                x,
+                residual,
+                None,
+                weight,
+                eps=1e-6,
+                group_name=name,
+                norm="rms_norm",
+                out_dtype=x.dtype,
+                hidden_dtype=x.dtype,
+            )
+        )
 
     return {"operator": operator, "operator, differentiated": with_gradients, "kernel": kernel, "unfused": unfused}
 

@@ -21,15 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse.kernels.add_norm import AddNormOut
 from tpfuse.kernels.bench.measure import Functional, Provider
+from tpfuse.kernels.call import AddNormOut, Call
 from tpfuse.kernels.symmetric import pieces
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.barrier import fits as barrier_fits
 from tpfuse.kernels.symmetric.dispatch import Entry, bind, default_table
 from tpfuse.kernels.symmetric.one_shot import default_warps, one_shot
 from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.symmetric.workspace import Workspace
@@ -57,7 +56,7 @@ class Separate:
 
     def __init__(
         self,
-        op: Operands,
+        op: Call,
         reduce: Callable[[], Tensor],
         load: Callable[[], Any] | None = None,
         refill: Callable[[], Any] | None = None,
@@ -80,9 +79,9 @@ class Separate:
         self.add_norm(self.reduce())
 
 
-def unfused(op: Operands, ws: Workspace, device_name: str) -> Separate:
+def unfused(op: Call, ws: Workspace, device_name: str) -> Separate:
     """Our own all-reduce, as dispatch would run it at this size, or else the two-shot, or the barrier kernel."""
-    plain = dataclasses.replace(op, residual=None, weight=None, norm="none", residual_dtype=None)
+    plain = dataclasses.replace(op, residual=None, weight=None, norm="none", hidden_dtype=None)
     first = bind(default_table().choose(device_name, ws.world, op.hidden, 2, op.rows), plain, ws)
     if first is None:
         first = two_shot(plain, ws) if two_shot_fits(plain, ws) else barrier(plain, ws)
@@ -93,7 +92,7 @@ def unfused(op: Operands, ws: Workspace, device_name: str) -> Separate:
     return Separate(op, reduce, first.load)
 
 
-def dispatched(op: Operands, ws: Workspace, device_name: str, group_name: str) -> Any:
+def dispatched(op: Call, ws: Workspace, device_name: str, group_name: str) -> Any:
     """What the op layer runs at this size by the table in use."""
     entry = default_table().choose(device_name, ws.world, op.hidden, op.x.element_size(), op.rows)
     launch = bind(entry, op, ws)
@@ -107,7 +106,7 @@ class InPieces:
 
     programs = 0
 
-    def __init__(self, entry: Entry, op: Operands, ws: Workspace) -> None:
+    def __init__(self, entry: Entry, op: Call, ws: Workspace) -> None:
         self.given = entry, op, ws
         self.out: AddNormOut | None = None
 
@@ -118,7 +117,7 @@ class InPieces:
         self.out = pieces.run(*self.given)[0]
 
 
-def nccl(op: Operands, group: Any) -> Separate:
+def nccl(op: Call, group: Any) -> Separate:
     """In place on a copy that the first call makes: the values are summed again and again, which costs the same."""
     total = op.x.clone()
 
@@ -129,7 +128,7 @@ def nccl(op: Operands, group: Any) -> Separate:
     return Separate(op, reduce, refill=lambda: total.copy_(op.x), drifts=True)
 
 
-def symmetric(op: Operands, ranks: Any, shots: int) -> Separate:
+def symmetric(op: Call, ranks: Any, shots: int) -> Separate:
     """PyTorch's symmetric-memory all-reduce; x lies in symmetric memory beforehand, which spares it a copy."""
     import torch.distributed._symmetric_memory as memory
 
@@ -155,7 +154,7 @@ def symmetric_buffer(group_name: str, elements: int, memory: Any) -> Tensor:
     return held
 
 
-def flashinfer(op: Operands, ranks: Any) -> Any:
+def flashinfer(op: Call, ranks: Any) -> Any:
     """FlashInfer's fused all-reduce + residual + RMSNorm (Lamport one-shot or two-shot, its own choice)."""
     import flashinfer.comm as comm
 
@@ -209,6 +208,6 @@ def baselines(ranks: Any) -> list[Provider]:
     return out
 
 
-def portable(op: Operands, ws: Workspace) -> Any:
+def portable(op: Call, ws: Workspace) -> Any:
     """The one-shot that waits without PTX."""
     return one_shot(op, ws, 1, default_warps(op, 1), spin=False) if one_shot_fits(op, ws, 1) else None

@@ -16,9 +16,10 @@ from torch import Tensor
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.call import Call as Operation
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Launch, Operands
+from tpfuse.kernels.symmetric.operands import Launch
 from tpfuse.kernels.symmetric.timeout import TIMEOUT_VARIABLE, raise_if_late
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.symmetric.workspace import Workspace
@@ -38,7 +39,7 @@ PEER_TIMEOUT_S = "20"
 class Kernel:
     """One compiled kernel: `bind` as `tpfuse.kernels.dispatch` would call it."""
 
-    bind: Callable[[Operands, Workspace], Launch]
+    bind: Callable[[Operation, Workspace], Launch]
     hidden: int
     dtype: torch.dtype
     norm: str
@@ -74,18 +75,26 @@ class Calls:
     def launches(self, start: int, rows: int) -> list[Launch]:
         return [self.kernel.bind(self.operands(ws.rank, start, rows), ws) for ws in self.workspaces]
 
-    def operands(self, rank: int, start: int, rows: int) -> Operands:
+    def operands(self, rank: int, start: int, rows: int) -> Operation:
         x, residual = self.inputs[rank][start : start + rows], self.residual[start : start + rows]
         norm, dtype = self.kernel.norm, self.kernel.dtype
-        return Operands(x, residual, None, self.weight, None, 1e-6, norm, dtype, dtype)
+        return Operation(x, residual, None, self.weight, norm=norm, out_dtype=dtype, hidden_dtype=dtype, eps=1e-6)
 
     def wrong(self, launches: list[Launch], start: int, rows: int) -> Tensor:
         """On the device: whether a rank's result differs from the first's by a bit, or that one from float32's."""
         total = torch.stack([x[start : start + rows] for x in self.inputs]).float().sum(0)
         truth: Any = add_norm_reference(
-            total, self.residual[start : start + rows].float(), None, self.weight.float(), None, 1e-6,
-            norm=self.kernel.norm, out_dtype=F32, residual_dtype=F32,
-        )  # fmt: skip
+            Operation(
+                total,
+                self.residual[start : start + rows].float(),
+                None,
+                self.weight.float(),
+                eps=1e-6,
+                norm=self.kernel.norm,
+                out_dtype=F32,
+                hidden_dtype=F32,
+            )
+        )
         tolerance = 1e-4 if self.kernel.dtype == F32 else 2e-2
         bad = torch.zeros((), device="cuda", dtype=torch.bool)
         for name in ("y", "residual_out"):

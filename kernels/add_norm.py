@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import HAVE_TRITON, INTERPRETED, next_power_of_2, tl, triton
+from .call import NORMS, AddNormOut, Call
+from .compat import next_power_of_2, tl, triton
 from .device import (
     LAYER,
     NONE,
-    RMS,
     begin_row,
     end_row,
     load_addends,
@@ -36,22 +36,7 @@ from .device import (
     row_statistics,
     store_statistics,
 )
-
-NORMS = {"rms_norm": RMS, "layer_norm": LAYER, "none": NONE}
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HIDDEN = 16384
-
-
-@dataclass(frozen=True)
-class AddNormOut:
-    """`y` and `residual_out` have the shape of `s`; `mean` and `rstd` are float32 (float64 when an input is) of
-    shape s.shape[:-1] + (1,).
-    What was not asked for is None (and `mean` always is for RMSNorm)."""
-
-    y: Tensor
-    residual_out: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor | None
+from .quantise import encoded, quantise_row
 
 
 @triton.jit(do_not_specialize=["s_stride", "r_stride"], do_not_specialize_on_alignment=["eps_ptr"])
@@ -60,6 +45,7 @@ def _add_norm_kernel(
     eps_ptr, eps, weight_offset, alpha, s_stride, r_stride,
     H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, STRIDED: tl.constexpr,
     PIECES: tl.constexpr, LATE: tl.constexpr, EVICT: tl.constexpr, STORE: tl.constexpr,
+    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # Rows that lie apart by something else than H are the exception; only the rule gets wide loads.
@@ -86,7 +72,9 @@ def _add_norm_kernel(
             weight, bias = load_scales(weight_ptr, bias_ptr, weight_offset, cols, masks[i])
         else:
             weight, bias = factors[i]
-        end_row(hs[i], mean, rstd, weight, bias, residuals[i], y_ptr, row, cols, masks[i], H, POST, STORE)
+        y = end_row(hs[i], mean, rstd, weight, bias, residuals[i], y_ptr, row, cols, masks[i], H, POST, STORE)
+        if QUANT is not None:  # of a row in one piece
+            quantise_row(y, masks[i], cols, row, q_ptr, scale_ptr, H, QUANT)
     store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)
 
 
@@ -120,60 +108,38 @@ def on_device_of(t: Tensor):
     return torch.cuda.device(t.device)
 
 
-def kernel_takes(*tensors: Tensor | None) -> bool:
-    """Whether a Triton kernel of this package can run on these tensors: float16/32 or bfloat16, one device, not CPU
-    (unless Triton interprets)."""
-    given = [t for t in tensors if t is not None]
-    if not HAVE_TRITON or any(t.dtype not in KERNEL_DTYPES for t in given):
-        return False
-    return all(t.device == given[0].device for t in given) and (given[0].is_cuda or INTERPRETED)
+def quantised_arguments(call: Call, out: AddNormOut) -> dict[str, Any]:
+    """What a kernel is told by name where y is quantised; nothing where it is not."""
+    if call.quantisation is None or out.q is None:
+        return {}
+    bytes_of_q = out.q.view(torch.int8)
+    return {"q_ptr": bytes_of_q, "scale_ptr": out.scale, "QUANT": encoded(call.quantisation, on_gpu=call.x.is_cuda)}
 
 
-def add_norm(
-    s: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | Tensor,
-    *,
-    norm: str,
-    weight_offset: float = 0.0,
-    alpha: float = 1.0,
-    post: bool = False,
-    out_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    stats: bool = False,
-    batch_invariant: bool = False,
-    out: AddNormOut | None = None,
-) -> AddNormOut:
-    """The formula above. s, residual: [..., H]; pre_bias, weight, bias: [H] or None; any float dtypes.
+def add_norm(call: Call) -> AddNormOut:
+    """The formula above, on `call.x` as the sum s: [..., H] of any float dtype, as the other tensors.
 
-    eps: a float or a 0-d tensor (one on the device is read there, without a synchronisation). `residual_dtype=None`
-    means that `residual_out` is not wanted. Sums and norms are float32 (float64 when an input is float64). The outputs
-    are new contiguous tensors, or those of `out` where the kernel runs. `batch_invariant`: a row's bits do not depend
-    on how many rows there are. Raises KeyError for an unknown `norm`.
+    An eps on the device is read there, without a synchronisation. Sums and norms are float32 (float64 when an input is
+    float64). The outputs are new contiguous tensors, or those of `call.out` where the kernel runs. Raises KeyError for
+    an unknown `norm`.
     """
-    H = s.shape[-1]
-    wide = out_dtype not in KERNEL_DTYPES or (residual_dtype is not None and residual_dtype not in KERNEL_DTYPES)
-    if wide or H > MAX_HIDDEN or H == 0 or not kernel_takes(s, residual, pre_bias, weight, bias):
-        return add_norm_reference(
-            s, residual, pre_bias, weight, bias, eps, norm=norm, weight_offset=weight_offset, alpha=alpha, post=post,
-            out_dtype=out_dtype, residual_dtype=residual_dtype, stats=stats,
-        )  # fmt: skip
-    out = empty_outputs(s, norm, out_dtype, residual_dtype, stats) if out is None else out
-    s2, r2 = _rows(s), None if residual is None else _rows(residual)
-    rows = s2.shape[0]
+    if not call.kernels_take():
+        return add_norm_reference(call)
+    out, _ = call.outputs()
+    s2, r2 = _rows(call.x), None if call.residual is None else _rows(call.residual)
+    rows, H = s2.shape
     if rows == 0:
         return out
-    eps_tensor, eps_value = split_eps(eps, s.device)
+    eps_tensor, eps_value = split_eps(call.eps_given, s2.device)
     block = next_power_of_2(H)
-    options = tuning(block, rows, s2.numel() * s2.element_size(), norm, batch_invariant)
-    with on_device_of(s):
+    options = {**tuning(block, rows, s2.numel() * s2.element_size(), call.norm, call.batch_invariant)}
+    if call.quant:
+        options |= {"PIECES": 1, **quantised_arguments(call, out)}
+    with on_device_of(s2):
         _add_norm_kernel[(rows,)](
-            s2, r2, _vector(pre_bias), _vector(weight), _vector(bias), out.y, out.residual_out, out.mean, out.rstd,
-            eps_tensor, eps_value, *scales(weight_offset, alpha), s2.stride(0), 0 if r2 is None else r2.stride(0),
-            H=H, NORM=NORMS[norm], POST=post,
+            s2, r2, _vector(call.pre_bias), _vector(call.weight), _vector(call.bias), out.y, out.residual_out, out.mean,
+            out.rstd, eps_tensor, eps_value, *scales(call.weight_offset, call.alpha), s2.stride(0),
+            0 if r2 is None else r2.stride(0), H=H, NORM=NORMS[call.norm], POST=call.post,
             STRIDED=s2.stride(0) != H or (r2 is not None and r2.stride(0) != H),
             BLOCK=block // options["PIECES"], **options,
         )  # fmt: skip
@@ -251,45 +217,18 @@ def _resident(block: int, warps: int, layer: bool) -> int:
     return min(64 // warps, 65536 // (32 * warps * REGISTERS[elements][layer]))
 
 
-def empty_outputs(
-    s: Tensor, norm: str, out_dtype: torch.dtype, residual_dtype: torch.dtype | None, stats: bool
-) -> AddNormOut:
-    """Uninitialised outputs for `s`, contiguous whatever the strides of `s`."""
-    layer = NORMS[norm] == LAYER
-    one = (*s.shape[:-1], 1)
-    return AddNormOut(
-        y=torch.empty(s.shape, dtype=out_dtype, device=s.device),
-        residual_out=None if residual_dtype is None else torch.empty(s.shape, dtype=residual_dtype, device=s.device),
-        mean=torch.empty(one, dtype=torch.float32, device=s.device) if stats and layer else None,
-        rstd=torch.empty(one, dtype=torch.float32, device=s.device) if stats else None,
-    )
-
-
-def add_norm_reference(
-    s: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | Tensor,
-    *,
-    norm: str,
-    weight_offset: float = 0.0,
-    alpha: float = 1.0,
-    post: bool = False,
-    out_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    stats: bool = False,
-) -> AddNormOut:
+def add_norm_reference(call: Call) -> AddNormOut:
     """The same contract as `add_norm` in plain torch operations: any device, any leading shape, traceable."""
-    layer = NORMS[norm] == LAYER
+    s, residual, pre_bias, weight, bias = call.x, call.residual, call.pre_bias, call.weight, call.bias
+    layer = NORMS[call.norm] == LAYER
     given = [t for t in (s, residual, pre_bias, weight, bias) if t is not None]
     acc = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
-    h = s.to(acc) * alpha
+    h = s.to(acc) * call.alpha
     if pre_bias is not None:
         h = h + pre_bias.to(acc)
-    if residual is not None and not post:
+    if residual is not None and not call.post:
         h = h + residual.to(acc)
+    eps = call.eps_given
     if isinstance(eps, Tensor):
         eps = eps.to(device=s.device, dtype=acc)
     if layer:
@@ -297,27 +236,31 @@ def add_norm_reference(
         centred = h - mean
     else:
         mean, centred = None, h
-    if NORMS[norm] == NONE:
+    if NORMS[call.norm] == NONE:
         rstd = torch.ones_like(centred[..., :1])
     else:
         rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     n = centred * rstd
     if weight is not None:
-        n = n * (weight.to(acc) + weight_offset)
-    elif weight_offset:
-        n = n * (1.0 + weight_offset)
+        n = n * (weight.to(acc) + call.weight_offset)
+    elif call.weight_offset:
+        n = n * (1.0 + call.weight_offset)
     if bias is not None:
         n = n + bias.to(acc)
-    if residual is not None and post:
+    if residual is not None and call.post:
         n = n + residual.to(acc)
 
     def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
         # copy: with no residual, alpha 1 and equal dtypes `h` would otherwise be `s` itself
         return t.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
+    y = rounded(n, call.out_dtype)
+    q, scale = (None, None) if call.quantisation is None else call.quantisation.of(y)
     return AddNormOut(
-        y=rounded(n, out_dtype),
-        residual_out=None if residual_dtype is None else rounded(h, residual_dtype),
-        mean=mean if stats else None,
-        rstd=rstd if stats else None,
+        y=y,
+        residual_out=None if call.hidden_dtype is None else rounded(h, call.hidden_dtype),
+        mean=mean if call.stats else None,
+        rstd=rstd if call.stats else None,
+        q=q,
+        scale=scale,
     )

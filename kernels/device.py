@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .compat import tl, triton
 from .patience import POLLS, out_of_patience, report
+from .quantise import quantise_row
 from .spin import WORD, WORD_REGISTERS
 from .words import INBOX_WORDS, POISON, SENTINEL
 
@@ -172,11 +173,13 @@ def end_row(
     h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H: tl.constexpr, POST: tl.constexpr,
     STORE: tl.constexpr = _AS_EVER,
 ):  # fmt: skip
-    """Store y of a row (or a piece of one)."""
+    """Store y of a row (or a piece of one), and give it as it was stored, in float32."""
     n = (h - mean) * rstd * weight + bias
     if POST:
         n += residual
-    tl.store(y_ptr + row * H + cols, n.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=STORE)
+    y = n.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * H + cols, y, mask=mask, cache_modifier=STORE)
+    return y.to(tl.float32)
 
 
 @triton.jit
@@ -192,10 +195,14 @@ def finish_row(
     s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     row, cols, mask, H: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
     inbox, pid, part, SPLIT: tl.constexpr, rank=None, epoch=None, watch_ptr=None, SPIN: tl.constexpr = False,
+    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
-    """From the sum `s` to the outputs of one row. The last four are for a row that is split."""
+    """From the sum `s` to the outputs of one row. `rank` to SPIN are for a row that is split, the last three for one
+    that is quantised, which is not."""
     h = begin_row(s, residual, pre_bias, alpha, residual_out_ptr, row, cols, mask, H, POST)
     mean, rstd = row_statistics((h,), (mask,), H, eps, NORM, inbox, pid, part, SPLIT, rank, epoch, watch_ptr, SPIN)
-    end_row(h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H, POST)
+    y = end_row(h, mean, rstd, weight, bias, residual, y_ptr, row, cols, mask, H, POST)
+    if QUANT is not None:
+        quantise_row(y, mask, cols, row, q_ptr, scale_ptr, H, QUANT)
     if part == 0:
         store_statistics(mean, rstd, mean_ptr, rstd_ptr, row, NORM)

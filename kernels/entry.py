@@ -14,58 +14,30 @@ from torch import Tensor
 from .._torch_private import process_group
 from ..errors import OpError
 from ..parallel.mesh import group_name_of
-from .add_norm import KERNEL_DTYPES, AddNormOut, empty_outputs
+from .call import KERNEL_DTYPES, AddNormOut, Call
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
 from .symmetric.dispatch import choose, default_table
-from .symmetric.operands import Operands
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
 
 __all__ = ["all_reduce_add_norm", "check_peers", "init_workspace", "why_not"]
 
 
-def all_reduce_add_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | Tensor,
-    *,
-    group_name: str,
-    norm: str,
-    weight_offset: float = 0.0,
-    alpha: float = 1.0,
-    post: bool = False,
-    out_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    want_sum: bool = False,
-    stats: bool = False,
-    batch_invariant: bool = False,
-    into: tuple[AddNormOut, Tensor | None] | None = None,
-    site: Site | None = None,
-) -> tuple[AddNormOut, Tensor | None] | None:
-    """`add_norm` of the sum of every rank's `x`, as one kernel; with `want_sum` also that sum, in the dtype of x.
+def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOut, Tensor | None] | None:
+    """`add_norm` of the sum of every rank's `call.x`, as one kernel; with `want_sum` also that sum, in the dtype of x.
 
     x, residual: [..., H], the same shape on every rank of the group; H a multiple of 8 up to 16384; float16, bfloat16
     or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
     symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
-    neither. Without rows nobody is waited for and nothing is touched. `batch_invariant`: a row's result does not depend
-    on how many rows there are. `into`: contiguous tensors to fill in place of new ones. `site`: where a call that is
-    one launch leaves a record of it.
+    neither. Without rows nobody is waited for and nothing is touched. `site`: where a call that is one launch leaves a
+    record of it.
     """
-    if not on_gpu(x):
+    x, group_name = call.x, call.group_name
+    if not (on_gpu(x) and call.supported()):
         return None
-    op = Operands(x, residual, pre_bias, weight, bias, eps, norm, out_dtype, residual_dtype, weight_offset, alpha, post,
-                  want_sum, stats, *(into or ()))  # fmt: skip
-    if not op.supported():
-        return None
-    if op.rows == 0:
-        if into is not None:
-            return into
-        out = empty_outputs(x, norm, out_dtype, residual_dtype, stats)
-        return out, torch.empty_like(x, memory_format=torch.contiguous_format) if want_sum else None
+    if call.rows == 0:
+        return call.outputs()
     ws = workspace_of(group_name, x.device)
     if ws is None:
         return None
@@ -73,9 +45,9 @@ def all_reduce_add_norm(
     if torch.cuda.is_current_stream_capturing():
         note_capture(ws)
     device, table = ws.device_name or torch.cuda.get_device_name(x.device), default_table()
-    chosen = choose(device, ws.world, op.hidden, x.element_size(), op.rows)
-    ran = None if site is None else lambda launch: site.leave(launch, op, ws, table)
-    return run(chosen, op, ws, batch_invariant, ran)
+    chosen = choose(device, ws.world, call.hidden, x.element_size(), call.rows)
+    ran = None if site is None else lambda launch: site.leave(launch, call, ws, table)
+    return run(chosen, call, ws, ran)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from .._torch_private import process_group
 from ..errors import PeerTimeoutError
-from .add_norm import KERNEL_DTYPES, MAX_HIDDEN
+from .call import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
 from .records import Records

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .._torch_private import current_gpu, group_exists, raw_stream
+from .call import Call
 from .records import record_of
 from .rendezvous import WORKSPACE_REGISTRY, note_capture
 from .symmetric.dispatch import Table, default_table
-from .symmetric.operands import Launch, Operands
+from .symmetric.operands import Launch
 from .symmetric.workspace import Workspace
 
 
@@ -25,16 +26,16 @@ class Site:
     def __init__(self, group_name: str) -> None:
         self.group_name = group_name
 
-    def leave(self, launch: Launch, op: Operands, ws: Workspace, table: Table) -> None:
+    def leave(self, launch: Launch, call: Call, ws: Workspace, table: Table) -> None:
         """Leave a record of a call that was just launched, where it can be launched again and still may."""
         member = WORKSPACE_REGISTRY.get(self.group_name)
-        if member is None or member.workspace is not ws or op.out is None:
+        if member is None or member.workspace is not ws or call.out is None:
             return
-        tensors = (op.x, op.residual, op.pre_bias, op.weight, op.bias, op.out.y, op.out.residual_out, op.sum_out,
-                   op.out.mean, op.out.rstd, op.eps if isinstance(op.eps, Tensor) else None)  # fmt: skip
+        tensors = (call.x, call.residual, call.pre_bias, call.weight, call.bias, call.out.y, call.out.residual_out,
+                   call.sum_out, call.out.mean, call.out.rstd, call.eps_tensor)  # fmt: skip
         record = record_of(launch, tensors, ws, table, member.workspaces)
         if record is not None:
-            member.records.keep((self, op.x.shape, op.x.get_device()), record)
+            member.records.keep((self, call.x.shape, call.x.get_device()), record)
 
 
 def with_records(sites: dict[str, Site], first: Callable[..., None]) -> Callable[..., None]:

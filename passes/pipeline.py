@@ -1,6 +1,6 @@
 """The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
 
-    normalise → relayout → fuse → merge → settle → account
+    normalise → relayout → fuse → merge → settle → quantise → account
 
 Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
 by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
@@ -29,7 +29,7 @@ from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from .facts.refusals import Code, Refusal, refused
-from .plan.sites import REWRITES, Decisions, plan
+from .plan.sites import DEFAULT_REWRITES, Decisions, plan
 from .recognise.known import Known
 from .recognise.norms import find_norms
 from .recognise.sites import Recognition
@@ -38,6 +38,7 @@ from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
 from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.normalise import normalise
+from .rewrite.quantise import quantise
 from .rewrite.relayout import Choice, relayout
 from .rewrite.strides import settle_strides
 from .verdict import accounting
@@ -66,7 +67,7 @@ class PassOptions:
     is fused only where that changes nothing before its collective. declared: other tools' all-reduces.
     """
 
-    rewrites: tuple[str, ...] = REWRITES
+    rewrites: tuple[str, ...] = DEFAULT_REWRITES
     strict: bool = False
     policy: SharingPolicy | None = None
     ranks: tuple[int, ...] | None = None
@@ -278,6 +279,18 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     return {}
 
 
+def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
+    """Let fused boundaries hand out their normed values quantised, where the graph quantises them."""
+    if not context.rewritten or "quantised_outputs" not in context.options.rewrites:
+        return {}
+    done = quantise(graph)
+    context.edited = bool(done)
+    if done:
+        graph.lint()
+    words = {origin(node): how for node, how in done.items()}
+    return {name: replace(b, quantised=words[name]) for name, b in context.boundaries.items() if name in words}
+
+
 def _account(graph: fx.Graph, context: Context) -> Verdicts:
     """What every boundary sent and sends now, and how its rows lie."""
     performed = accounting.transfers(graph, context.known.resolve) if context.rewritten else context.written
@@ -301,6 +314,7 @@ STEPS = (
     Step(_fuse),
     Step(_merge),
     Step(_settle),
+    Step(_quantise),
     Step(_account, invalidates=()),
 )
 

@@ -226,8 +226,8 @@ def test_a_warm_cache_whose_report_was_lost_traces_again(monkeypatch):
 def test_batch_invariance_reaches_every_fused_operation(monkeypatch, wanted):
     """The fused kernel, and the local one where there is none."""
     told, own = [], tpfuse.ops.add_norm
-    monkeypatch.setattr("tpfuse.ops.all_reduce_add_norm", lambda *_, **k: told.append(k.get("batch_invariant", False)))
-    monkeypatch.setattr("tpfuse.ops.add_norm", lambda *a, **k: told.append(k["batch_invariant"]) or own(*a, **k))
+    monkeypatch.setattr("tpfuse.ops.all_reduce_add_norm", lambda call, _: told.append(call.batch_invariant))
+    monkeypatch.setattr("tpfuse.ops.add_norm", lambda call: told.append(call.batch_invariant) or own(call))
     fn, model, x = compiled({"inner": "aot_eager", "batch_invariant": wanted})
     with torch.no_grad():
         torch.testing.assert_close(fn(x), model(x), rtol=1e-5, atol=1e-5)

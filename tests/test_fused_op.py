@@ -32,9 +32,9 @@ def kernel(monkeypatch):
     """A kernel that takes every call, and the calls it was given."""
     calls = []
 
-    def all_reduce_add_norm(x, *operands, group_name, want_sum, **options):
-        calls.append((operands, {**options, "group_name": group_name}))
-        return add_norm_reference(x, *operands, **options), x.clone() if want_sum else None
+    def all_reduce_add_norm(call, site):
+        calls.append(call)
+        return add_norm_reference(call), call.x.clone() if call.want_sum else None
 
     monkeypatch.setattr("tpfuse.ops.all_reduce_add_norm", all_reduce_add_norm)
     return calls
@@ -49,7 +49,7 @@ def test_the_kernel_gives_every_output_the_functional_path_gives(
     x, residual = torch.randn(2, 3, 16).to(BF16), torch.randn(2, 3, 16).to(BF16)
     variant = {"norm": norm, "post": post, "hidden_dtype": hidden_dtype, "want_sum": want_sum}
     by_kernel = call(x, residual, **variant)
-    assert len(kernel) == 1 and kernel[0][1]["group_name"] == "0"
+    assert len(kernel) == 1 and kernel[0].group_name == "0"
     monkeypatch.setattr("tpfuse.ops.all_reduce_add_norm", lambda *_, **__: None)
     functional = call(x, residual, **variant)
     announced = call(x.to("meta"), residual.to("meta"), **variant)
@@ -62,7 +62,7 @@ def test_the_kernel_gives_every_output_the_functional_path_gives(
 def test_an_eps_tensor_is_handed_on_as_it_is(four_ranks, kernel):
     eps = torch.tensor(1e-3)
     call(torch.randn(2, 8), None, eps_tensor=eps, hidden_dtype=None)
-    assert kernel[0][0][-1] is eps
+    assert kernel[0].eps_tensor is eps
 
 
 def test_gradients_flow_through_the_kernel(four_ranks, kernel):

@@ -25,13 +25,14 @@ from . import _state as state
 from ._torch_private import group_size
 from .boundary_spec import ARGUMENTS, FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
 from .errors import OpError
-from .kernels.add_norm import AddNormOut, add_norm_reference
+from .kernels.add_norm import add_norm_reference
+from .kernels.call import AddNormOut, Call
 from .kernels.replay import Site, with_records
 
 
 def _declared() -> list[str]:
     """The arguments as a schema has them: x, y and the spec are always given."""
-    letters = dict(zip(OUTPUTS, "abcde", strict=True))
+    letters = dict(zip(OUTPUTS, "abcdefg", strict=True))
     required = {"x": "Tensor x", "y": "Tensor(a!) y", "spec": "str spec"}
     return [
         required.get(name) or f"Tensor{f'({letters[name]}!)' if name in letters else ''}? {name}=None"
@@ -46,7 +47,7 @@ class Boundary(Site):
 
     def __init__(self, run: Callable[..., list[Tensor]], spec: BoundarySpec) -> None:
         super().__init__(spec.group_name)
-        self.run, self.spec, self.options = run, spec, spec.options
+        self.run, self.spec, self.options = run, spec, spec.arguments
 
     def first(self, operands: tuple, outputs: dict[str, Tensor | None]) -> None:
         """The call, without a record of one like it. `outputs`: in the order of OUTPUTS."""
@@ -55,25 +56,29 @@ class Boundary(Site):
         if dtypes != self.spec.operands or len(wanted) < len(self.spec.outputs):
             names = [name for name, t in outputs.items() if t is not None]
             raise OpError(f"operands of {dtypes} and outputs {names} are not those of {self.spec}")
-        into = None
+        out = total = None
         if all(t.is_contiguous() for t in wanted):
-            y, hidden, total, mean, rstd = (outputs[name] if name in self.spec.outputs else None for name in OUTPUTS)
+            y, hidden, total, mean, rstd, q, scale = (
+                outputs[name] if name in self.spec.outputs else None for name in OUTPUTS
+            )
             assert y is not None, "it is always wanted"
-            into = AddNormOut(y, hidden, mean, rstd), total
-        made = self.run(*operands, **self.options, into=into, site=self)
+            out = AddNormOut(y, hidden, mean, rstd, q, scale)
+        made = self.run(Call(*operands, **self.options, out=out, sum_out=total), None if self.spec.quant else self)
         for given, got in zip(wanted, made, strict=True):
             if got is not given:
                 given.copy_(got)
 
 
 def define(library: torch.library.Library, name: str, run: Callable[..., list[Tensor]]) -> None:
-    """Define the lean forms of the operator `name`. `run`: its kernel, which also takes `into` and `site`."""
+    """Define the lean forms of the operator `name`. `run`: its kernel, given a `Call` and the site
+    that keeps a record of it."""
     known: dict[str, Site] = {}  # by spec; an entry is made once and never changes
 
     def first(
         x: Tensor, y: Tensor, spec: str, residual: Tensor | None, weight: Tensor | None, hidden: Tensor | None,
         rstd: Tensor | None = None, bias: Tensor | None = None, mean: Tensor | None = None,
         pre_bias: Tensor | None = None, total: Tensor | None = None, eps_tensor: Tensor | None = None,
+        q: Tensor | None = None, scale: Tensor | None = None,
     ) -> None:  # fmt: skip
         boundary = known.get(spec)
         if boundary is None:
@@ -81,7 +86,7 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
         assert isinstance(boundary, Boundary)
         boundary.first(
             (x, residual, pre_bias, weight, bias, eps_tensor),
-            {"y": y, "hidden": hidden, "total": total, "mean": mean, "rstd": rstd},
+            {"y": y, "hidden": hidden, "total": total, "mean": mean, "rstd": rstd, "q": q, "scale": scale},
         )
 
     kernel = with_records(known, first)
@@ -111,8 +116,9 @@ def call_leanly(
     text = state.SPEC_TEXTS.get(told)
     if text is None:
         text = BoundarySpec(
-            norm, eps, float(weight_offset), 1.0, False, x.dtype, x.dtype, False, False, group_name, False, operands
-        ).text()
+            norm=norm, eps=eps, weight_offset=float(weight_offset), out_dtype=x.dtype, hidden_dtype=x.dtype,
+            group_name=group_name, operands=operands,
+        ).text()  # fmt: skip
         with state.LOCK:
             state.SPEC_TEXTS[told] = text
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -127,7 +133,7 @@ def call_leanly(
 def plain_outputs(name: str, tensors: dict[str, Tensor], spec: BoundarySpec) -> list[Tensor]:
     """What `tpfuse::<name>` returns, in plain operations that can be traced. `tensors`: by the names of its operands;
     rows to be scattered divide by the ranks of the group."""
-    x, residual, pre_bias, weight, bias, eps_tensor = (tensors.get(operand) for operand in OPERANDS)
+    x, *others = (tensors.get(operand) for operand in OPERANDS)
     assert x is not None, "every operation has one"
     collectives = torch.ops._c10d_functional
     total = x
@@ -136,10 +142,7 @@ def plain_outputs(name: str, tensors: dict[str, Tensor], spec: BoundarySpec) -> 
     elif name == "reduce_scatter_norm":
         rows, ranks = x.reshape(-1, x.shape[-1]).contiguous(), group_size(spec.group_name)
         total = collectives.wait_tensor(collectives.reduce_scatter_tensor(rows, "sum", ranks, spec.group_name))
-    out = add_norm_reference(
-        total, residual, pre_bias, weight, bias, spec.eps if eps_tensor is None else eps_tensor, norm=spec.norm,
-        weight_offset=spec.weight_offset, alpha=spec.alpha, post=spec.post, out_dtype=spec.out_dtype,
-        residual_dtype=spec.hidden_dtype, stats=spec.stats,
-    )  # fmt: skip
-    found = {"y": out.y, "hidden": out.residual_out, "total": total, "mean": out.mean, "rstd": out.rstd}
+    out = add_norm_reference(Call(total, *others, **spec.arguments))
+    made = (out.y, out.residual_out, total, out.mean, out.rstd, out.q, out.scale)
+    found = dict(zip(OUTPUTS, made, strict=True))
     return [t for name in spec.outputs if (t := found[name]) is not None]

@@ -25,6 +25,7 @@ it is a functional collective and the local kernel.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from ._torch_private import group_size, process_group, register_local_tensor_rule, runs_as_it_stands
+from .boundary_spec import Options
 from .errors import OpError
-from .kernels.add_norm import AddNormOut, add_norm
+from .kernels.add_norm import add_norm
+from .kernels.call import AddNormOut, Call
 from .kernels.entry import all_reduce_add_norm
 from .lean import call_leanly
 from .lean import define as define_lean
@@ -41,9 +44,8 @@ from .parallel.mesh import group_name_of, no_such_group
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _ARGUMENTS = (
-    "(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *,"
-    " str norm, float eps, float weight_offset, float alpha, bool post, ScalarType out_dtype, ScalarType? hidden_dtype,"
-    " bool want_sum, bool stats, str group_name, bool batch_invariant=False) -> Tensor[]"
+    "(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *, "
+    f"{Options.schema()}) -> Tensor[]"
 )
 
 
@@ -206,85 +208,31 @@ def _same_shape(x: Tensor, group_name: str) -> tuple:
     return tuple(x.shape)
 
 
-def _add_norm(
-    total: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps_tensor: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    weight_offset: float,
-    alpha: float,
-    post: bool,
-    out_dtype: torch.dtype,
-    hidden_dtype: torch.dtype | None,
-    want_sum: bool,
-    stats: bool,
-    group_name: str,
-    batch_invariant: bool = False,
-    **into: AddNormOut,
-) -> list[Tensor]:
-    out = add_norm(
-        total,
-        residual,
-        pre_bias,
-        weight,
-        bias,
-        eps if eps_tensor is None else eps_tensor,
-        norm=norm,
-        weight_offset=weight_offset,
-        alpha=alpha,
-        post=post,
-        out_dtype=out_dtype,
-        residual_dtype=hidden_dtype,
-        stats=stats,
-        batch_invariant=batch_invariant,
-        **into,
-    )
-    return _outputs(out, total if want_sum else None)
-
-
 def _outputs(out: AddNormOut, total: Tensor | None) -> list[Tensor]:
-    """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm)]."""
-    return [tensor for tensor in (out.y, out.residual_out, total, out.mean, out.rstd) if tensor is not None]
+    """[y, h if hidden_dtype, the sum if want_sum, mean and rstd if stats (LayerNorm) or rstd (RMSNorm), q and scale
+    if quant]."""
+    made = (out.y, out.residual_out, total, out.mean, out.rstd, out.q, out.scale)
+    return [tensor for tensor in made if tensor is not None]
 
 
-def _in_one_kernel(
-    x: Tensor,
-    residual: Tensor | None,
-    pre_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps_tensor: Tensor | None,
-    *,
-    eps: float,
-    hidden_dtype: torch.dtype | None,
-    **options: Any,
-) -> list[Tensor] | None:
-    """The outputs of `_add_norm` by a symmetric-memory kernel; None, on all ranks alike, where there is none."""
-    eps_given = eps if eps_tensor is None else eps_tensor
-    done = all_reduce_add_norm(x, residual, pre_bias, weight, bias, eps_given, residual_dtype=hidden_dtype, **options)
-    return None if done is None else _outputs(*done)
-
-
-def _never(*_: Any, **__: Any) -> None:
+def _never(call: Call, site: Any = None) -> None:
     return None
 
 
-def _fake_outputs(x: Tensor, operands: tuple, shape: tuple, options: dict[str, Any]) -> list[Tensor]:
-    exact = any(t is not None and t.dtype == torch.float64 for t in (x, *operands[:-1]))
-    outputs = [x.new_empty(shape, dtype=options["out_dtype"])]
-    if options["hidden_dtype"] is not None:
-        outputs.append(x.new_empty(shape, dtype=options["hidden_dtype"]))
-    if options["want_sum"]:
+def _fake_outputs(call: Call, shape: tuple) -> list[Tensor]:
+    x = call.x
+    exact = any(t is not None and t.dtype == torch.float64 for t in (x, *call.addends))
+    outputs = [x.new_empty(shape, dtype=call.out_dtype)]
+    if call.hidden_dtype is not None:
+        outputs.append(x.new_empty(shape, dtype=call.hidden_dtype))
+    if call.want_sum:
         outputs.append(x.new_empty(shape))
-    if options["stats"]:
-        count = 2 if options["norm"] == "layer_norm" else 1
+    if call.stats:
+        count = 2 if call.norm == "layer_norm" else 1
         dtype = torch.float64 if exact else torch.float32
         outputs += [x.new_empty((*shape[:-1], 1), dtype=dtype) for _ in range(count)]
+    if (how := call.quantisation) is not None:
+        outputs += [x.new_empty(shape, dtype=how.q_dtype), x.new_empty(how.scales_of(shape), dtype=how.scale_dtype)]
     return outputs
 
 
@@ -296,38 +244,45 @@ def _surely_differ(a: tuple, b: tuple) -> bool:
 
 def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> None:
     """Define the operator `name`, which pays the sum by `pay` and then adds and normalises, unless `in_one_kernel` does
-    all of it."""
+    all of it (None, on all ranks alike, where it cannot)."""
 
-    def functional(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        return _add_norm(pay(x, options["group_name"]), *operands, **options)
+    def functional(call: Call) -> list[Tensor]:
+        total = pay(call.x, call.group_name)
+        out = add_norm(call if total is call.x else replace(call, x=total))
+        return _outputs(out, total if call.want_sum else None)
 
-    def lean(x: Tensor, *operands: Any, into: Any, site: Any, **options: Any) -> list[Tensor]:
-        done = in_one_kernel(x, *operands, **options, into=into, site=site)
-        if done is None:
-            out = {} if into is None else {"out": into[0]}
-            done = functional(x, *operands, **options, **out)
-        return done
+    def lean(call: Call, site: Any) -> list[Tensor]:
+        done = in_one_kernel(call, site)
+        return functional(call) if done is None else _outputs(*done)
 
-    def result_shape(x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple:
-        shape = shape_of(x, options["group_name"])
+    def result_shape(call: Call) -> tuple:
+        shape, residual = shape_of(call.x, call.group_name), call.residual
         if residual is not None and _surely_differ(residual.shape, shape):
             need = f"needed: that of the result, {tuple(shape)}"
             raise OpError(f"tpfuse::{name}: residual has shape {tuple(residual.shape)}; {need}")
         return shape
 
-    def run(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        result_shape(x, operands[0], options)
-        done = in_one_kernel(x, *operands, **options)
-        return functional(x, *operands, **options) if done is None else done
+    def run(*operands: Any, **options: Any) -> list[Tensor]:
+        call = Call(*operands, **options)
+        result_shape(call)
+        return lean(call, None)
 
-    def fake(x: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-        return _fake_outputs(x, operands, result_shape(x, operands[0], options), options)
+    def fake(*operands: Any, **options: Any) -> list[Tensor]:
+        call = Call(*operands, **options)
+        return _fake_outputs(call, result_shape(call))
+
+    def rule(*operands: Any, **options: Any) -> list[Tensor]:
+        return functional(Call(*operands, **options))
 
     _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
-    register_local_tensor_rule(f"tpfuse::{name}", functional)
+    register_local_tensor_rule(f"tpfuse::{name}", rule)
     define_lean(_LIBRARY, name, lean)
+
+
+def _in_one_kernel(call: Call, site: Any = None) -> tuple[AddNormOut, Tensor | None] | None:
+    return all_reduce_add_norm(call, site)  # looked up anew each time: tests put another in its place
 
 
 _define("all_reduce_norm", _all_reduced, _same_shape, _in_one_kernel)

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _torch_private as private
 from .errors import OptionError
-from .passes.plan.sites import REWRITES
+from .passes.plan.sites import DEFAULT_REWRITES, REWRITES
 from .policy import SharingPolicy
 from .strict_json import field_value, show
 
@@ -30,7 +30,7 @@ class Options:
     inner: who compiles the rewritten graph, "inductor" or "aot_eager".
     mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
     inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.
-    rewrites: the rewrites that may be used.
+    rewrites: the rewrites that may be used; all but "quantised_outputs" unless it is given.
     batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
         order of summation at every size, which costs speed where another kernel would be faster. It holds on GPUs whose
         memory the ranks share (`Boundary.runs` says so); elsewhere the process group's all-reduce decides.
@@ -48,7 +48,7 @@ class Options:
     inner: str = "inductor"
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    rewrites: tuple[str, ...] = REWRITES
+    rewrites: tuple[str, ...] = DEFAULT_REWRITES
     batch_invariant: bool = False
     check_plans: bool = True
     plan_timeout: float = 60.0

@@ -52,6 +52,7 @@ class Boundary(StrictJson):
     before, after: the collectives as written and as performed now. None after: what the boundary paid is paid, or no
         longer needed, at another one.
     dtype, hidden: of the collective's input, as far as they are known before the graph runs.
+    quantised: what the fused operation quantises the normed value to ("FP8 (e4m3) per row"), or nothing.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Boundary(StrictJson):
     runs: str = ""
     dtype: str = ""
     hidden: int | None = None
+    quantised: str = ""
     layout_in: str = ""
     layout_out: str = ""
     before: tuple[Transfer, ...] = ()

@@ -8,7 +8,7 @@ call: medians of alternating CUDA-graph replays, of the slowest rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from ..add_norm import AddNormOut, add_norm, add_norm_reference
+from ..add_norm import add_norm, add_norm_reference
+from ..call import AddNormOut, Call
 from ..symmetric.dispatch import Entry, bind, runs_exactly
-from ..symmetric.operands import Launch, Operands
+from ..symmetric.operands import Launch
 from ..symmetric.workspace import Workspace
 from .table import name_of
 from .virtual import time_graphs
@@ -31,7 +32,7 @@ class Provider:
     `may_differ` that ranks need not hold equal bits; `refill()`, where it is not None, brings its input back."""
 
     name: str
-    bind: Callable[[Operands, Workspace], Any]
+    bind: Callable[[Call, Workspace], Any]
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,16 @@ class Functional:
 
     programs = 0
 
-    def __init__(self, op: Operands, group_name: str) -> None:
-        self.op, self.group_name = op, group_name
+    def __init__(self, call: Call, group_name: str) -> None:
+        self.call, self.group_name = call, group_name
         self.out: AddNormOut | None = None
 
     def load(self) -> None:
         self.run()
 
     def run(self) -> None:
-        op = self.op
-        total = funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(op.x, "sum", self.group_name))
-        self.out = add_norm(
-            total, op.residual, op.pre_bias, op.weight, op.bias, op.eps, norm=op.norm, weight_offset=op.weight_offset,
-            alpha=op.alpha, post=op.post, out_dtype=op.out_dtype, residual_dtype=op.residual_dtype, stats=op.stats,
-        )  # fmt: skip
+        total = funcol.wait_tensor(torch.ops._c10d_functional.all_reduce(self.call.x, "sum", self.group_name))
+        self.out = add_norm(replace(self.call, x=total))
 
 
 class Empty:
@@ -90,17 +87,17 @@ class Empty:
 def provider_of(entry: Entry, group_name: str = "") -> Provider:
     """What dispatch would run by `entry`, and nothing else in its place."""
 
-    def exactly(op: Operands, ws: Workspace) -> Any:
+    def exactly(call: Call, ws: Workspace) -> Any:
         if entry.kernel == "functional":
-            return Functional(op, group_name)
-        return bind(entry, op, ws) if runs_exactly(entry, op, ws) else None
+            return Functional(call, group_name)
+        return bind(entry, call, ws) if runs_exactly(entry, call, ws) else None
 
     return Provider(name_of(entry), exactly)
 
 
 def draw_operands(
     world: int, local: Iterable[int], hidden: int, rows: int, seed: int = 0
-) -> tuple[dict[int, Operands], AddNormOut]:
+) -> tuple[dict[int, Call], AddNormOut]:
     """Fresh random operands of the `local` ranks (every process draws those of all), and the float64 truth."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
@@ -112,15 +109,13 @@ def draw_operands(
     total = torch.zeros(rows, hidden, device="cuda", dtype=torch.float64)
     for x in xs:
         total += x
-    truth = add_norm_reference(
-        total, residual.double(), None, weight.double(), None, 1e-6, norm="rms_norm", out_dtype=torch.float64,
-        residual_dtype=torch.float64,
-    )  # fmt: skip
-    ops = {
-        rank: Operands(xs[rank], residual.clone(), None, weight, None, 1e-6, "rms_norm", torch.bfloat16, torch.bfloat16)
-        for rank in local
-    }
-    return ops, truth
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor) -> Call:
+        return Call(x, residual, None, weight, norm="rms_norm", eps=1e-6, out_dtype=x.dtype, hidden_dtype=x.dtype)
+
+    truth = add_norm_reference(call(total, residual.double(), weight.double()))
+    calls = {rank: call(xs[rank], residual.clone(), weight) for rank in local}
+    return calls, truth
 
 
 def _poison(launches: list[Any]) -> None:
@@ -174,10 +169,10 @@ def measure(
 ) -> list[Record]:
     """Bind, check and time `providers` at one size; `done(name)` after each was captured. Collective with LinkedRanks,
     where every process must give the same providers."""
-    ops, truth = draw_operands(ranks.world, ranks.local, hidden, rows, seed=rows + hidden)
+    operands, truth = draw_operands(ranks.world, ranks.local, hidden, rows, seed=rows + hidden)
     notes: dict[str, str] = {}
     bound: dict[str, list[Any]] = {}
-    binds = {p.name: partial(ranks.bind, lambda ws, p=p: p.bind(ops[ws.rank], ws)) for p in providers}
+    binds = {p.name: partial(ranks.bind, lambda ws, p=p: p.bind(operands[ws.rank], ws)) for p in providers}
     for provider in providers:
         try:
             bound[provider.name] = binds[provider.name]()

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..add_norm import NORMS, AddNormOut
+from ..call import NORMS, AddNormOut
+from ..call import Call as Operation
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
 from ..symmetric.barrier import barrier
 from ..symmetric.barrier import fits as barrier_fits
 from ..symmetric.one_shot import fits as one_shot_fits
 from ..symmetric.one_shot import one_shot
-from ..symmetric.operands import Operands
 from ..symmetric.two_shot import fits as two_shot_fits
 from ..symmetric.two_shot import two_shot
 from ..symmetric.workspace import Workspace
@@ -301,7 +301,7 @@ class Batch:
             step.load()
 
 
-def bind(call: Call, op: Operands, ws: Workspace) -> Any:
+def bind(call: Call, op: Operation, ws: Workspace) -> Any:
     """The recipe's kernel, or, where it does not fit the size, one that does."""
     recipe = call.recipe
     ws = replace(ws, max_blocks=min(ws.max_blocks, 9)) if call.few else ws
@@ -329,8 +329,8 @@ def make_batch(ws: Workspace, ledger: Ledger, calls: Sequence[Call], seed: int, 
         names = ("x", "residual", "y", "residual_out")
         x, residual, y, residual_out = (ledger.tensor(index, name, rows, recipe) for name in names)
         weight = (1.0 + torch.arange(recipe.hidden, device=x.device) % 4 * 0.25).to(recipe.dtype)
-        op = Operands(x, residual, None, weight, None, EPS, recipe.norm, recipe.dtype, recipe.dtype,
-                      out=AddNormOut(y, residual_out, None, None))  # fmt: skip
+        op = Operation(x, residual, None, weight, norm=recipe.norm, eps=EPS, out_dtype=recipe.dtype,
+                       hidden_dtype=recipe.dtype, out=AddNormOut(y, residual_out, None, None))  # fmt: skip
         if own.random() < often:
             make.append(_spin(ledger, index, ws.rank, delay_ns))
         if plant and (index == 2 or plant != "epoch"):  # the others show only where a peer is late

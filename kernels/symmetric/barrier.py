@@ -13,12 +13,14 @@ same: a rotating call before it may still be read.)
 from __future__ import annotations
 
 from ...errors import OpError
+from ..add_norm import quantised_arguments
+from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_addends, load_eps, load_scales, nothing
 from ..patience import POLLS, out_of_patience, report
 from ..words import CHANNELS, advance_epoch, as_words, begin_call, count_of, peer, unpack
 from .kernel import Kernel
-from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
+from .operands import Launch, constants, default_warps, launch_options, prepare
 from .workspace import Workspace
 
 _CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
@@ -90,6 +92,7 @@ def _barrier_kernel(
     programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr, AHEAD: tl.constexpr,
+    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch, mark = begin_call(state_ptr, pid)
@@ -133,7 +136,7 @@ def _barrier_kernel(
             tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
         finish_row(
             s, residual.to(tl.float32), pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-            row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+            row, cols, mask, H, NORM, POST, None, pid, 0, 1, None, None, None, False, q_ptr, scale_ptr, QUANT,
         )  # fmt: skip
         if AHEAD:
             parts = following
@@ -144,51 +147,52 @@ def _barrier_kernel(
     advance_epoch(state_ptr, epoch, pid, programs)
 
 
-def refusal(op: Operands, ws: Workspace) -> str:
+def refusal(call: Call, ws: Workspace) -> str:
     """Why the workspace does not hold the call; empty where it does."""
-    if op.rows * op.row_words <= ws.stage_words:
+    if call.rows * call.row_words <= ws.stage_words:
         return ""
     return (
-        f"{op.rows} rows of {4 * op.row_words} bytes take {4 * op.rows * op.row_words:,} bytes of a stage; it has "
-        f"{4 * ws.stage_words:,}"
+        f"{call.rows} rows of {4 * call.row_words} bytes take {4 * call.rows * call.row_words:,} bytes of a stage; it "
+        f"has {4 * ws.stage_words:,}"
     )
 
 
-def fits(op: Operands, ws: Workspace) -> bool:
-    return not refusal(op, ws)
+def fits(call: Call, ws: Workspace) -> bool:
+    return not refusal(call, ws)
 
 
-def _fits_ahead(op: Operands, world: int, warps: int) -> bool:
+def _fits_ahead(call: Call, world: int, warps: int) -> bool:
     """Whether a thread has registers for a row of every rank besides the one it works on. (Half of those that it may
     have, which what a row takes otherwise, about four times its words, leaves.)"""
-    words = max(next_power_of_2(op.row_words) // (32 * warps), 1)
+    words = max(next_power_of_2(call.row_words) // (32 * warps), 1)
     return (world + 4) * words <= min(65536 // (32 * warps), 256) // 2
 
 
-def barrier(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
+def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
     """The kernel bound to this rank's operands, as `one_shot` binds its own. `rotate`: which of the two ways above."""
-    if said := refusal(op, ws):
+    if said := refusal(call, ws):
         raise OpError(f"barrier: {said}")
-    ready = prepare(op)
-    programs = min(op.rows, ws.max_blocks)
+    ready = prepare(call)
+    programs = min(call.rows, ws.max_blocks)
     args = (
         *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slots_end,
-        ws.stage_words, ws.flags_offset, op.rows, ws.rank, programs, 0,
+        ws.stage_words, ws.flags_offset, call.rows, ws.rank, programs, 0,
     )  # fmt: skip
-    usual = default_warps(op, 1)
+    usual = default_warps(call, 1)
     fewer = min(usual, 16)
-    warps = warps or (fewer if _fits_ahead(op, ws.world, fewer) else usual)
-    settings = constants(op, ws.world, 1, False, False)
-    settings |= {"ROTATE": rotate, "AHEAD": _fits_ahead(op, ws.world, warps)}
+    warps = warps or (fewer if _fits_ahead(call, ws.world, fewer) else usual)
+    settings = constants(call, ws.world, 1, False, False)
+    settings |= {"ROTATE": rotate, "AHEAD": _fits_ahead(call, ws.world, warps)}
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
     settings |= launch_options(warps, registers)
-    return Launch(_barrier_kernel if op.rows else None, programs, args, settings, ready.out, ready.sum)
+    settings |= quantised_arguments(call, ready.out)
+    return Launch(_barrier_kernel if call.rows else None, programs, args, settings, ready.out, ready.sum)
 
 
 KERNEL = Kernel(
     name="barrier",
-    why_not=lambda op, ws, split: refusal(op, ws),
-    bind=lambda op, ws, split, warps, registers: barrier(op, ws, warps, registers),
+    why_not=lambda call, ws, split: refusal(call, ws),
+    bind=lambda call, ws, split, warps, registers: barrier(call, ws, warps, registers),
     room=lambda ws: ws.stage_words,
     candidates=lambda quads: [(1, 0)],
     label=lambda split, warps: "barrier rotating",

@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import OptionError
+from ..call import Call
 from .entries import Entry, Table
-from .operands import Launch, Operands, default_warps
+from .operands import Launch, default_warps
 from .registry import KERNELS
 from .tables import SHIPPED
 from .workspace import Workspace
@@ -21,39 +22,39 @@ __all__ = ["TABLE_VARIABLE", "Entry", "Table", "bind", "choose", "default_table"
 TABLE_VARIABLE = "TPFUSE_DISPATCH_TABLE"
 
 
-def bind(entry: Entry, op: Operands, ws: Workspace, batch_invariant: bool = False) -> Launch | None:
+def bind(entry: Entry, call: Call, ws: Workspace) -> Launch | None:
     """The entry's kernel on these operands; None for the functional path, or where the workspace is too small. A split
     or a register limit that does not suit the shape is dropped, and a one-shot too large becomes a two-shot.
 
-    `batch_invariant`: whole rows in one shot whatever the number of rows (None when a slot does not hold them), because
-    both a split and a second trip round differently.
+    A `batch_invariant` call: whole rows in one shot whatever the number of rows (None when a slot does not hold
+    them), because both a split and a second trip round differently.
     """
-    if batch_invariant:
+    if call.batch_invariant:
         whole = KERNELS["one_shot"]
-        return whole.bind(op, ws, 1, 0, 0) if whole.fits(op, ws, 1) else None
+        return whole.bind(call, ws, 1, 0, 0) if whole.fits(call, ws, 1) else None
     name = entry.kernel
     while name in KERNELS:
         kernel = KERNELS[name]
         for split in (entry.split, 1) if kernel.splits else (1,):
-            if kernel.fits(op, ws, split):
+            if kernel.fits(call, ws, split):
                 warps = 0 if kernel.splits and split != entry.split else entry.warps
-                return kernel.bind(op, ws, split, _no_more(warps, op, split), entry.registers)
+                return kernel.bind(call, ws, split, _no_more(warps, call, split), entry.registers)
         name = kernel.otherwise
     return None
 
 
-def runs_exactly(entry: Entry, op: Operands, ws: Workspace) -> bool:
+def runs_exactly(entry: Entry, call: Call, ws: Workspace) -> bool:
     """Whether `bind` would run just what `entry` says on these operands; for measuring, where a substitute misleads."""
     kernel = KERNELS.get(entry.kernel)
     if kernel is None:
         return False
     split = entry.split if kernel.splits else 1
-    return kernel.fits(op, ws, split) and entry.warps <= default_warps(op, split)
+    return kernel.fits(call, ws, split) and entry.warps <= default_warps(call, split)
 
 
-def _no_more(warps: int, op: Operands, split: int) -> int:
+def _no_more(warps: int, call: Call, split: int) -> int:
     """An entry may come from a wider row; more threads than 16-byte pieces would read some twice."""
-    return min(warps, default_warps(op, split))
+    return min(warps, default_warps(call, split))
 
 
 @lru_cache(maxsize=4096)

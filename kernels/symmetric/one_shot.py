@@ -9,11 +9,13 @@ before it waits for this one, so that links and memory are busy at once. docs/ke
 from __future__ import annotations
 
 from ...errors import OpError
+from ..add_norm import quantised_arguments
+from ..call import Call
 from ..compat import tl, triton
 from ..device import finish_row, load_eps, load_row
 from ..words import INBOXES, MAX_SPLIT, advance_epoch, as_words, begin_call, load_words, other_ranks, peer, slot_of
 from .kernel import Kernel
-from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
+from .operands import Launch, constants, default_warps, launch_options, prepare
 from .receive import clear, receive_sum
 from .workspace import Workspace
 
@@ -32,7 +34,8 @@ def _take(
     own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr,
     rstd_ptr, eps, weight_offset, alpha, like_ptr, inbox, pid, part, rank, epoch,
     watch_ptr, H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
-    WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
+    WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, q_ptr, scale_ptr,
+    QUANT: tl.constexpr,
 ):  # fmt: skip
     """Wait for one row (part) from every peer, finish it, empty its words."""
     P: tl.constexpr = H // SPLIT
@@ -53,7 +56,7 @@ def _take(
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT, rank, epoch, watch_ptr, SPIN,
+        row, cols, mask, H, NORM, POST, inbox, pid, part, SPLIT, rank, epoch, watch_ptr, SPIN, q_ptr, scale_ptr, QUANT,
     )  # fmt: skip
     tl.debug_barrier()  # every warp has read its words
     clear(base, W, PW, stride, rank, WORLD)
@@ -66,6 +69,7 @@ def _one_shot_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
     WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, MANY: tl.constexpr, SPIN: tl.constexpr,
+    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
     PW: tl.constexpr = ROW_WORDS // SPLIT
     pid = tl.program_id(0) + first
@@ -94,7 +98,7 @@ def _one_shot_kernel(
             _take(
                 own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
                 sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
-                epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+                epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN, q_ptr, scale_ptr, QUANT,
             )  # fmt: skip
             own = following
             row = later
@@ -102,12 +106,12 @@ def _one_shot_kernel(
         _take(
             own, mine, row, rows, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr,
             sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, inbox, pid, part, rank,
-            epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN,
+            epoch, watch_ptr, H, ROW_WORDS, W, EL, SPLIT, WORLD, NORM, POST, SPIN, q_ptr, scale_ptr, QUANT,
         )  # fmt: skip
     advance_epoch(state_ptr, epoch, pid, programs)
 
 
-def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0, *,
+def one_shot(call: Call, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0, *,
              first: int | None = None, spin: bool | None = None) -> Launch:  # fmt: skip
     """The kernel bound to this rank's operands; `.run()` gives (outputs as of `add_norm`, the sum or None). Every rank
     of the workspace must run the same call. Without rows nothing is launched.
@@ -116,43 +120,46 @@ def one_shot(op: Operands, ws: Workspace, split: int = 1, warps: int = 0, regist
     `first`: run this one program only; for harnesses on interpreters, where the programs of a grid take turns.
     Raises OpError where the workspace does not hold the call (`refusal`).
     """
-    if said := refusal(op, ws, split):
+    if said := refusal(call, ws, split):
         raise OpError(f"one_shot: {said}")
-    ready = prepare(op)
-    programs = programs_of(op, ws, split)
+    ready = prepare(call)
+    programs = programs_of(call, ws, split)
     args = (
-        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, call.rows, ws.rank,
         programs, first or 0,
     )  # fmt: skip
-    settings = constants(op, ws.world, split, programs < op.rows * split, spin)
-    settings |= launch_options(warps or default_warps(op, split), registers)
-    kernel = _one_shot_kernel if op.rows else None
+    settings = constants(call, ws.world, split, programs < call.rows * split, spin)
+    settings |= launch_options(warps or default_warps(call, split), registers) | quantised_arguments(call, ready.out)
+    kernel = _one_shot_kernel if call.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
 
 
-def programs_of(op: Operands, ws: Workspace, split: int) -> int:
+def programs_of(call: Call, ws: Workspace, split: int) -> int:
     """As many as there are row parts, at most what may be resident; whole rows only."""
-    return min(op.rows * split, ws.max_blocks // split * split)
+    return min(call.rows * split, ws.max_blocks // split * split)
 
 
-def refusal(op: Operands, ws: Workspace, split: int) -> str:
+def refusal(call: Call, ws: Workspace, split: int) -> str:
     """Why the workspace does not hold the call; empty where it does. The programs of a split row have one inbox each,
     so none may take a second row; and parts are whole 16 bytes."""
-    need = ws.world * op.rows * op.row_words
+    need = ws.world * call.rows * call.row_words
     if need > ws.slot_words:
         return (
-            f"{op.rows} rows of {4 * op.row_words} bytes from {ws.world} ranks take {4 * need:,} bytes of a slot; it "
-            f"has {4 * ws.slot_words:,}"
+            f"{call.rows} rows of {4 * call.row_words} bytes from {ws.world} ranks take {4 * need:,} bytes of a slot; "
+            f"it has {4 * ws.slot_words:,}"
         )
-    if split > MAX_SPLIT or op.row_words % (4 * split):
-        return f"split={split} of a row of {4 * op.row_words} bytes; allowed: up to {MAX_SPLIT} parts of whole 16 bytes"
-    if split > 1 and op.rows * split > ws.max_blocks:
-        return f"{op.rows} rows, each split over {split}, take {op.rows * split} programs; allowed: {ws.max_blocks}"
+    if split > MAX_SPLIT or call.row_words % (4 * split):
+        given = f"split={split} of a row of {4 * call.row_words} bytes"
+        return f"{given}; allowed: up to {MAX_SPLIT} parts of whole 16 bytes"
+    if split > 1 and call.quant:
+        return f"split={split} of a row that is quantised; allowed: whole rows, whose greatest value one program sees"
+    if split > 1 and call.rows * split > ws.max_blocks:
+        return f"{call.rows} rows, each split over {split}, take {call.rows * split} programs; allowed: {ws.max_blocks}"
     return ""
 
 
-def fits(op: Operands, ws: Workspace, split: int) -> bool:
-    return not refusal(op, ws, split)
+def fits(call: Call, ws: Workspace, split: int) -> bool:
+    return not refusal(call, ws, split)
 
 
 def _candidates(quads: int) -> list[tuple[int, int]]:

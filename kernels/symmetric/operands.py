@@ -1,65 +1,16 @@
-"""One call's operands and outputs, ready for a kernel: checked, flattened to rows, contiguous."""
+"""A call's tensors, ready for a kernel: contiguous, aligned; and the launch of a kernel on them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..add_norm import MAX_HIDDEN, NORMS, AddNormOut, empty_outputs, kernel_takes, on_device_of, scales, split_eps
+from ..add_norm import on_device_of, scales, split_eps
+from ..call import NORMS, AddNormOut, Call
 from ..compat import INTERPRETED, next_power_of_2
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What the fused kernels compute on: the formula of add_norm with s = the sum of every rank's `x`.
-
-    x, residual: [..., H] of one shape; pre_bias, weight, bias: [H]; the rest as in `add_norm`.
-    `want_sum`: also return the sum itself, in the dtype of x. `out`, `sum_out`: contiguous tensors to fill, else new.
-    """
-
-    x: Tensor
-    residual: Tensor | None
-    pre_bias: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float | Tensor
-    norm: str
-    out_dtype: torch.dtype
-    residual_dtype: torch.dtype | None
-    weight_offset: float = 0.0
-    alpha: float = 1.0
-    post: bool = False
-    want_sum: bool = False
-    stats: bool = False
-    out: AddNormOut | None = None
-    sum_out: Tensor | None = None
-
-    @cached_property  # asked for many times a call, which is all Python
-    def hidden(self) -> int:
-        return self.x.shape[-1]
-
-    @cached_property
-    def rows(self) -> int:
-        return self.x.numel() // max(self.hidden, 1)
-
-    @cached_property
-    def row_words(self) -> int:
-        """32-bit words in one row of x."""
-        return self.hidden * self.x.element_size() // 4
-
-    def supported(self) -> bool:
-        """Whether the symmetric-memory kernels take these tensors at all (size of the workspace apart)."""
-        wide = (torch.float64,)
-        if self.hidden == 0 or self.hidden % 8 or self.hidden > MAX_HIDDEN or self.norm not in NORMS:
-            return False
-        if self.out_dtype in wide or self.residual_dtype in wide:
-            return False
-        return kernel_takes(self.x, self.residual, self.pre_bias, self.weight, self.bias)
-
 
 #: Kernels that were launched before -> (compiled, their constexprs in order). Triton's own way from a call's arguments
 #: to the compiled kernel costs the host more than all the rest of a launch.
@@ -84,15 +35,22 @@ class Launch:
         if self.kernel is not None:
             with on_device_of(self.out.y):
                 known = COMPILED_REGISTRY.get(key := self._specialisation())
-                if known is not None:
+                if self.quantises:
+                    self.kernel[(self.programs,)](*self.args, **self.constants)
+                elif known is not None:
                     compiled, constexprs = known
                     compiled[(self.programs, 1, 1)](*self.args, *constexprs)
                 else:
                     compiled = self.kernel[(self.programs,)](*self.args, **self.constants)
                     if compiled is not None:  # the interpreter compiles nothing
                         names = self.kernel.arg_names[len(self.args) :]
-                        COMPILED_REGISTRY[key] = compiled, [self.constants[name] for name in names]
+                        COMPILED_REGISTRY[key] = compiled, [self.constants.get(name) for name in names]
         return self.out, self.sum
+
+    @property
+    def quantises(self) -> bool:
+        """Whether tensors stand among `constants`, where quantised rows go; such a launch is Triton's own each time."""
+        return "QUANT" in self.constants
 
     def compiled(self) -> tuple[Any, list[Any]] | None:
         """What `run` launched, and the kernel's constexprs in order; None before it, and where nothing is compiled."""
@@ -144,26 +102,24 @@ def _ready(t: Tensor | None) -> Tensor | None:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def prepare(op: Operands) -> Prepared:
+def prepare(call: Call) -> Prepared:
     """Allocate the outputs and bring the inputs into the form the kernels load."""
-    inputs = tuple(_ready(t) for t in (op.x, op.residual, op.pre_bias, op.weight, op.bias))
-    out, total = op.out, op.sum_out
-    if out is None:
-        out = empty_outputs(op.x, op.norm, op.out_dtype, op.residual_dtype, op.stats)
-        total = torch.empty(op.x.shape, dtype=op.x.dtype, device=op.x.device) if op.want_sum else None
-    eps_tensor, eps = split_eps(op.eps, op.x.device)
-    return Prepared(inputs, out, total, (eps_tensor, eps, *scales(op.weight_offset, op.alpha)))
+    inputs = tuple(_ready(t) for t in (call.x, call.residual, call.pre_bias, call.weight, call.bias))
+    out, total = call.outputs()
+    eps_tensor, eps = split_eps(call.eps_given, call.x.device)
+    return Prepared(inputs, out, total, (eps_tensor, eps, *scales(call.weight_offset, call.alpha)))
 
 
-def default_warps(op: Operands, split: int) -> int:
+def default_warps(call: Call, split: int) -> int:
     """One 16-byte load a thread and rank: the shortest code, and the most loads in flight. Never more threads than
     that, because a word must be read by one thread only."""
-    return max(1, min(32, next_power_of_2(op.row_words // split) // 128))
+    return max(1, min(32, next_power_of_2(call.row_words // split) // 128))
 
 
-def constants(op: Operands, world: int, split: int, many: bool, spin: bool | None) -> dict:
+def constants(call: Call, world: int, split: int, many: bool, spin: bool | None) -> dict:
     """The constexprs of a kernel, a dict of the caller's own."""
-    return dict(_constants(op.hidden, op.row_words, op.x.element_size(), op.norm, op.post, world, split, many, spin))
+    size = call.hidden, call.row_words, call.x.element_size()
+    return dict(_constants(*size, call.norm, call.post, world, split, many, spin))
 
 
 @lru_cache(maxsize=1024)

@@ -11,11 +11,13 @@ Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one
 from __future__ import annotations
 
 from ...errors import OpError
+from ..add_norm import quantised_arguments
+from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_eps, load_row
 from ..words import SENTINEL, advance_epoch, as_sent, as_words, begin_call, pack, peer, slot_of, unpack
 from .kernel import Kernel
-from .operands import Launch, Operands, constants, default_warps, launch_options, prepare
+from .operands import Launch, constants, default_warps, launch_options, prepare
 from .receive import clear_one, receive, receive_block
 from .workspace import Workspace
 
@@ -47,7 +49,7 @@ def _finish(
     there, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr,
     eps, weight_offset, alpha, like_ptr, pid, epoch, watch_ptr, mark,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, CHUNK: tl.constexpr,
-    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, q_ptr, scale_ptr, QUANT: tl.constexpr,
 ):  # fmt: skip
     """Wait for the sums of one row, from all ranks, and finish it."""
     cols = tl.arange(0, EL)
@@ -65,7 +67,7 @@ def _finish(
         tl.store(sum_ptr + row * H + cols, s.to(sum_ptr.dtype.element_ty), mask=mask)
     finish_row(
         s, residual, pre_bias, weight, bias, alpha, eps, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
-        row, cols, mask, H, NORM, POST, None, pid, 0, 1,
+        row, cols, mask, H, NORM, POST, None, pid, 0, 1, None, None, None, False, q_ptr, scale_ptr, QUANT,
     )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ def _two_shot_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
+    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
     CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
@@ -121,7 +124,7 @@ def _two_shot_kernel(
             _finish(
                 mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
                 residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-                epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+                epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN, q_ptr, scale_ptr, QUANT,
             )  # fmt: skip
             _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
             row = added
@@ -129,44 +132,45 @@ def _two_shot_kernel(
         _finish(
             mine + totals + row * ROW_WORDS, row, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, y_ptr,
             residual_out_ptr, sum_ptr, mean_ptr, rstd_ptr, eps, weight_offset, alpha, x_ptr, pid,
-            epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN,
+            epoch, watch_ptr, mark, H, ROW_WORDS, W, EL, CHUNK, NORM, POST, SPIN, q_ptr, scale_ptr, QUANT,
         )  # fmt: skip
         _empty(mine + slot + row * CHUNK, mine + totals + row * ROW_WORDS, stride, C, CHUNK, W, ROW_WORDS, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs)
 
 
-def refusal(op: Operands, ws: Workspace) -> str:
+def refusal(call: Call, ws: Workspace) -> str:
     """Why the workspace does not hold the call; empty where it does."""
-    if 2 * op.rows * op.row_words > ws.slot_words:
+    if 2 * call.rows * call.row_words > ws.slot_words:
         return (
-            f"{op.rows} rows of {4 * op.row_words} bytes and their sums take {8 * op.rows * op.row_words:,} bytes of a "
-            f"slot; it has {4 * ws.slot_words:,}"
+            f"{call.rows} rows of {4 * call.row_words} bytes and their sums take {8 * call.rows * call.row_words:,} "
+            f"bytes of a slot; it has {4 * ws.slot_words:,}"
         )
-    if op.row_words % (4 * ws.world):
-        return f"a row of {4 * op.row_words} bytes; allowed: {ws.world} chunks, one a rank, of whole 16 bytes"
+    if call.row_words % (4 * ws.world):
+        return f"a row of {4 * call.row_words} bytes; allowed: {ws.world} chunks, one a rank, of whole 16 bytes"
     return ""
 
 
-def fits(op: Operands, ws: Workspace) -> bool:
-    return not refusal(op, ws)
+def fits(call: Call, ws: Workspace) -> bool:
+    return not refusal(call, ws)
 
 
-def two_shot(op: Operands, ws: Workspace, warps: int = 0, registers: int = 0, *, first: int | None = None,
+def two_shot(call: Call, ws: Workspace, warps: int = 0, registers: int = 0, *, first: int | None = None,
              spin: bool | None = None) -> Launch:  # fmt: skip
     """The kernel bound to this rank's operands, as `one_shot` binds its own."""
-    if said := refusal(op, ws):
+    if said := refusal(call, ws):
         raise OpError(f"two_shot: {said}")
-    ready = prepare(op)
-    programs = min(op.rows, ws.max_blocks)
+    ready = prepare(call)
+    programs = min(call.rows, ws.max_blocks)
     args = (
-        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, op.rows, ws.rank,
+        *ready.inputs, *ready.outputs, *ready.scalars, ws.peers, ws.state, ws.watch, ws.slot_words, call.rows, ws.rank,
         programs, first or 0,
     )  # fmt: skip
-    settings = constants(op, ws.world, 1, programs < op.rows, spin)
-    settings |= {"C": next_power_of_2(op.row_words // ws.world)}
+    settings = constants(call, ws.world, 1, programs < call.rows, spin)
+    settings |= {"C": next_power_of_2(call.row_words // ws.world)}
     del settings["SPLIT"]
-    settings |= launch_options(warps or min(default_warps(op, 1), 16), registers)  # 32 lose with many rows
-    kernel = _two_shot_kernel if op.rows else None
+    settings |= launch_options(warps or min(default_warps(call, 1), 16), registers)  # 32 lose with many rows
+    settings |= quantised_arguments(call, ready.out)
+    kernel = _two_shot_kernel if call.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
 
 
@@ -178,8 +182,8 @@ def _candidates(quads: int) -> list[tuple[int, int]]:
 
 KERNEL = Kernel(
     name="two_shot",
-    why_not=lambda op, ws, split: refusal(op, ws),
-    bind=lambda op, ws, split, warps, registers: two_shot(op, ws, warps, registers),
+    why_not=lambda call, ws, split: refusal(call, ws),
+    bind=lambda call, ws, split, warps, registers: two_shot(call, ws, warps, registers),
     room=lambda ws: ws.slot_words // 2,
     candidates=_candidates,
     label=lambda split, warps: f"two_shot w{warps}",

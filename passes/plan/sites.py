@@ -22,9 +22,11 @@ REWRITES = (
     "scatter_dense",
     "gather_full_tp",
     "reduce_scatter_norm",
+    "quantised_outputs",
 )
-
-
+#: Those that are used only where they are asked for by name.
+OPT_IN = ("quantised_outputs",)
+DEFAULT_REWRITES = tuple(name for name in REWRITES if name not in OPT_IN)
 NO_MERGE = Refusal(Code.MERGE_OFF, "the rewrite merge_all_reduces is switched off")
 
 

@@ -290,7 +290,11 @@ def _affine_step(norm: Norm, user: fx.Node, factor: float) -> tuple[Norm, float]
     at = norm.output
     if is_call(user, ops.CASTS):
         val = value(user)
-        return (replace(norm, output=user), factor) if val is not None and val.dtype in ops.FLOATS else None
+        longer = (replace(norm, output=user), factor) if val is not None and val.dtype in ops.FLOATS else None
+        # Others read what was rounded: a wider cast of it is one more reader, unless a weight or bias is behind it.
+        if longer is not None and val is not None and len(at.users) > 1 and _wider(val, value(at)):
+            return longer if any(_affine_step(*longer[:1], each, factor) for each in user.users) else None
+        return longer
     if not _is_one(factor) and (times := _times_number(user)) is not None:
         return replace(norm, output=user), factor * times[1]
     if len(user.args) < 2 or not same_shape(user, at):
@@ -307,6 +311,10 @@ def _affine_step(norm: Norm, user: fx.Node, factor: float) -> tuple[Norm, float]
     if norm.bias is None and is_call(user, ops.ADDS) and user.kwargs.get("alpha", 1) == 1 and _is_one(factor):
         return replace(norm, output=user, bias=vector), factor
     return None
+
+
+def _wider(new: torch.Tensor, old: torch.Tensor | None) -> bool:
+    return old is not None and new.dtype.itemsize > old.dtype.itemsize
 
 
 def _is_row_vector(node: fx.Node, source: fx.Node) -> bool:

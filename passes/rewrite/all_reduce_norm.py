@@ -18,6 +18,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from tpfuse.boundary_spec import Options
+
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import (
@@ -220,21 +222,15 @@ def _insert_fused(
     norm, collective = plan.site.norm, plan.paid[0].collective
     eps_tensor, eps = (norm.eps, 0.0) if isinstance(norm.eps, fx.Node) else (None, float(norm.eps))
     hidden_dtype = val(plan.site.hidden).dtype if wanted.hidden else None
+    options = Options(
+        norm=norm.kind, eps=eps, weight_offset=norm.weight_offset, alpha=scale, post=plan.post,
+        out_dtype=val(out).dtype, hidden_dtype=hidden_dtype, want_sum=wanted.total, stats=wanted.mean or wanted.rstd,
+        group_name=collective.group_name,
+    )  # fmt: skip
     fused = graph.call_function(
         torch.ops.tpfuse.all_reduce_norm.default,
         (partial, residual, vector, norm.weight, norm.bias, eps_tensor),
-        {
-            "norm": norm.kind,
-            "eps": eps,
-            "weight_offset": norm.weight_offset,
-            "alpha": scale,
-            "post": plan.post,
-            "out_dtype": val(out).dtype,
-            "hidden_dtype": hidden_dtype,
-            "want_sum": wanted.total,
-            "stats": wanted.mean or wanted.rstd,
-            "group_name": collective.group_name,
-        },
+        options.arguments,
     )
     carry_meta(collective.node, fused)
     if FINISHES in collective.node.meta:

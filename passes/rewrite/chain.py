@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tpfuse.boundary_spec import Options
 from tpfuse.errors import TPFuseError
 
 from ..facts import aten_ops as ops
@@ -120,20 +121,12 @@ class Chain:
     ) -> tuple[fx.Node, fx.Node]:
         norm = stage.norm
         eps_tensor, eps = (norm.eps, 0.0) if isinstance(norm.eps, fx.Node) else (None, float(norm.eps))
-        options = {
-            "norm": norm.kind,
-            "eps": eps,
-            "weight_offset": norm.weight_offset,
-            "alpha": stage.term.scale,
-            "post": False,
-            "out_dtype": val(norm.output).dtype,
-            "hidden_dtype": val(stage.hidden).dtype,
-            "want_sum": False,
-            "stats": False,
-            "group_name": group,
-        }
+        options = Options(
+            norm=norm.kind, eps=eps, weight_offset=norm.weight_offset, alpha=stage.term.scale, group_name=group,
+            out_dtype=val(norm.output).dtype, hidden_dtype=val(stage.hidden).dtype,
+        )  # fmt: skip
         args = (source, residual, vector, norm.weight, norm.bias, eps_tensor)
-        fused = insert_call(self.graph, op, args, options, like=stage.addend.collective.node)
+        fused = insert_call(self.graph, op, args, options.arguments, like=stage.addend.collective.node)
         normed, hidden = (insert_call(self.graph, ops.operator.getitem, (fused, i), like=fused) for i in range(2))
         return normed, hidden
 

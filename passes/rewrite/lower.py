@@ -119,6 +119,7 @@ def _only(spec: BoundarySpec, readers: dict[str, fx.Node]) -> BoundarySpec:
     return replace(
         spec,
         hidden_dtype=spec.hidden_dtype if "hidden" in readers else None,
+        quant=spec.quant if "q" in readers or "scale" in readers else "",
         want_sum="total" in readers,
         stats="mean" in readers or "rstd" in readers,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.symmetric.dispatch import Entry
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.pieces import most_rows, run
 from tpfuse.kernels.symmetric.two_shot import fits
 
@@ -20,26 +21,39 @@ BF16 = torch.bfloat16
 HIDDEN, ROWS = 128, 19
 
 
-def call(rank: int, world: int, take: slice) -> tuple[Operands, torch.Tensor]:
+def call(rank: int, world: int, take: slice) -> tuple[Call, torch.Tensor]:
     """This rank's operands on some of ROWS rows, and the float32 sum of all ranks' x. Magnitudes differ, so that the
     order of a sum shows."""
     g = torch.Generator().manual_seed(7)
     scale = 10.0 ** torch.randint(-2, 3, (world, ROWS, HIDDEN), generator=g)
     xs = (torch.randn(world, ROWS, HIDDEN, generator=g) * scale).to(BF16)
     residual, weight = torch.randn(ROWS, HIDDEN, generator=g).to(BF16), torch.randn(HIDDEN, generator=g).to(BF16)
-    op = Operands(xs[rank][take], residual[take], None, weight, None, 1e-6, "layer_norm", BF16, BF16, want_sum=True,
-                  stats=True)  # fmt: skip
+    op = Call(
+        xs[rank][take],
+        residual[take],
+        None,
+        weight,
+        norm="layer_norm",
+        out_dtype=BF16,
+        hidden_dtype=BF16,
+        eps=1e-6,
+        want_sum=True,
+        stats=True,
+    )
     return op, xs[:, take].float().sum(0)
 
 
 def answer(seat: Seat, entry: Entry, take: slice, batch_invariant: bool = False) -> list[torch.Tensor]:
     op, total = call(seat.ws.rank, seat.ws.world, take)
     seat.dawdle()
-    done = run(entry, op, seat.ws, batch_invariant)
+    done = run(entry, dataclasses.replace(op, batch_invariant=batch_invariant), seat.ws)
     assert done is not None
     out, summed = done
-    right = add_norm_reference(total, op.residual, None, op.weight, None, op.eps, norm=op.norm, out_dtype=BF16,
-                               residual_dtype=BF16, stats=True)  # fmt: skip
+    right = add_norm_reference(
+        Call(
+            total, op.residual, None, op.weight, eps=op.eps, norm=op.norm, out_dtype=BF16, hidden_dtype=BF16, stats=True
+        )
+    )
     for name in ("y", "residual_out", "mean", "rstd"):
         torch.testing.assert_close(getattr(out, name), getattr(right, name), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(summed, total.to(BF16), rtol=2e-2, atol=2e-2)

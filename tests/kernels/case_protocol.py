@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.call import Call as Operation
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.words import EPOCHS, SENTINEL
 
@@ -46,25 +47,22 @@ class Call:
             x[0, 3], x[1, 5], x[2, 7] = float("nan"), float("inf"), -float("inf")
         return x
 
-    def operands(self, rank: int) -> Operands:
+    def operands(self, rank: int) -> Operation:
         g = torch.Generator().manual_seed(self.seed * 64 + 63)
         residual = torch.randn(self.rows, self.hidden, generator=g).to(self.dtype)
         vectors = [torch.randn(self.hidden, generator=g).to(self.dtype) for _ in range(3)]
         if self.fill == "negated_zero":
             residual.fill_(0.0)
             vectors = [None, torch.full_like(vectors[1], -1.0), None]
-        merged = {"norm": "rms_norm", "out_dtype": self.dtype, "residual_dtype": self.dtype, **self.options}
-        return Operands(self.x(rank), residual, *vectors, 1e-5, **merged)
+        merged = {"norm": "rms_norm", "out_dtype": self.dtype, "hidden_dtype": self.dtype, **self.options}
+        return Operation(self.x(rank), residual, *vectors, eps=1e-5, **merged)
 
     def expected(self, world: int) -> tuple[Any, torch.Tensor]:
         op = self.operands(0)
         total = torch.stack([self.x(rank).float() for rank in range(world)]).sum(0)
         if self.kernel == "two_shot":
             total = total.to(self.dtype).float()
-        out = add_norm_reference(
-            total, op.residual, op.pre_bias, op.weight, op.bias, op.eps, norm=op.norm, weight_offset=op.weight_offset,
-            alpha=op.alpha, post=op.post, out_dtype=op.out_dtype, residual_dtype=op.residual_dtype, stats=op.stats,
-        )  # fmt: skip
+        out = add_norm_reference(dataclasses.replace(op, x=total))
         return out, total
 
 

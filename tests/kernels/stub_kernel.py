@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tpfuse.kernels import entry
 from tpfuse.kernels import rendezvous as groups
-from tpfuse.kernels.add_norm import NORMS, add_norm_reference
+from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.call import NORMS, Call
 from tpfuse.kernels.symmetric import dispatch, one_shot, operands
 from tpfuse.kernels.symmetric.entries import Entry, Table
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 NAMES = {value: name for name, value in NORMS.items()}
@@ -74,10 +74,20 @@ class StubKernel:
         y, into_hidden, total, mean, rstd = (at(index, rows, hidden if index < 8 else 1) for index in range(5, 10))
         eps = at(10) if addresses[10] is not None else args[11]
         out = add_norm_reference(
-            x, residual, *vectors, eps, norm=NAMES[compiled.constants["NORM"]], weight_offset=args[12] or 0.0,
-            alpha=1.0 if args[13] is None else args[13], post=compiled.constants["POST"], out_dtype=y.dtype,
-            residual_dtype=into_hidden.dtype if into_hidden is not None else None, stats=rstd is not None,
-        )  # fmt: skip
+            Call(
+                x,
+                residual,
+                *vectors,
+                eps=eps,
+                norm=NAMES[compiled.constants["NORM"]],
+                weight_offset=args[12] or 0.0,
+                alpha=1.0 if args[13] is None else args[13],
+                post=compiled.constants["POST"],
+                out_dtype=y.dtype,
+                hidden_dtype=into_hidden.dtype if into_hidden is not None else None,
+                stats=rstd is not None,
+            )
+        )
         for to, got in ((y, out.y), (into_hidden, out.residual_out), (total, x), (mean, out.mean), (rstd, out.rstd)):
             if to is not None:
                 to.copy_(got)
@@ -98,7 +108,7 @@ def in_place_of_gpus(monkeypatch: Any, slot_bytes: int = 1 << 16, computes: bool
     monkeypatch.setattr(groups, "_static_refusal", lambda group: "")
     monkeypatch.setattr(groups, "DEFAULT_SLOT_BYTES", slot_bytes)
     monkeypatch.setattr(entry, "on_gpu", lambda x: True)
-    monkeypatch.setattr(Operands, "supported", lambda op: op.hidden % 8 == 0)
+    monkeypatch.setattr(Call, "supported", lambda op: op.hidden % 8 == 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "stub")
     dispatch.default_table.cache_clear()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tpfuse.kernels.add_norm import BANDS, MOST_ELEMENTS, add_norm, add_norm_reference, tuning
+from tpfuse.kernels.call import Call
 
 F32 = torch.float32
 
@@ -11,11 +12,23 @@ F32 = torch.float32
 def test_reference_is_the_formula_in_torch_terms():
     s, residual, w, b = torch.randn(4, 3, 32), torch.randn(4, 3, 32), torch.randn(32), torch.randn(32)
     h = 2.0 * s + b + residual
-    out = add_norm(s, residual, b, w, None, 1e-5, norm="rms_norm", alpha=2.0, out_dtype=F32, residual_dtype=F32)
+    out = add_norm(Call(s, residual, b, w, eps=1e-5, norm="rms_norm", alpha=2.0, out_dtype=F32, hidden_dtype=F32))
     torch.testing.assert_close(out.residual_out, h)
     torch.testing.assert_close(out.y, torch.nn.functional.rms_norm(h, (32,), w, 1e-5))
     out = add_norm(
-        s, residual, None, w, b, 1e-5, norm="layer_norm", post=True, out_dtype=F32, residual_dtype=None, stats=True
+        Call(
+            s,
+            residual,
+            None,
+            w,
+            b,
+            eps=1e-5,
+            norm="layer_norm",
+            post=True,
+            out_dtype=F32,
+            hidden_dtype=None,
+            stats=True,
+        )
     )
     torch.testing.assert_close(out.y, residual + torch.nn.functional.layer_norm(s, (32,), w, b, 1e-5))
     assert out.residual_out is None
@@ -25,19 +38,19 @@ def test_reference_is_the_formula_in_torch_terms():
 
 def test_float64_is_kept_and_weight_offset_counts_without_a_weight():
     s = torch.randn(2, 16, dtype=torch.float64)
-    options = {"norm": "rms_norm", "out_dtype": torch.float64, "residual_dtype": None}
-    plain = add_norm(s, None, None, None, None, 1e-12, **options)
+    options = {"norm": "rms_norm", "out_dtype": torch.float64, "hidden_dtype": None}
+    plain = add_norm(Call(s, eps=1e-12, **options))
     torch.testing.assert_close(plain.y, s * (s.square().mean(-1, keepdim=True) + 1e-12).rsqrt(), rtol=1e-14, atol=0)
-    twice = add_norm(s, None, None, None, None, 1e-12, weight_offset=1.0, **options)
+    twice = add_norm(Call(s, eps=1e-12, weight_offset=1.0, **options))
     torch.testing.assert_close(twice.y, 2 * plain.y)
 
 
 def test_outputs_never_alias_and_an_unknown_norm_is_an_error():
     s = torch.randn(2, 16)
-    out = add_norm_reference(s, None, None, None, None, 1e-6, norm="rms_norm", out_dtype=F32, residual_dtype=F32)
+    out = add_norm_reference(Call(s, eps=1e-6, norm="rms_norm", out_dtype=F32, hidden_dtype=F32))
     assert out.residual_out.data_ptr() != s.data_ptr()
     with pytest.raises(KeyError):
-        add_norm(s, None, None, None, None, 1e-6, norm="group_norm", out_dtype=F32, residual_dtype=F32)
+        add_norm(Call(s, eps=1e-6, norm="group_norm", out_dtype=F32, hidden_dtype=F32))
 
 
 @pytest.mark.parametrize("block", [1, 64, 512, 2048, 8192, 16384])

@@ -13,10 +13,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels of this process are interpreted", allow_module_level=True)
 
 from tpfuse.kernels.add_norm import _add_norm_kernel
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.compat import next_power_of_2
 from tpfuse.kernels.symmetric.barrier import _barrier_kernel, barrier
 from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
@@ -119,7 +119,7 @@ def test_barrier_loads_a_row_ahead_where_registers_hold_it(H: int, world: int, a
     words = H // 2
     [ws, *_] = virtual_ranks(world, "cpu", 4)
     x = torch.empty(9, H, dtype=torch.bfloat16)
-    launch = barrier(Operands(x, x, None, None, None, 1e-6, "rms_norm", torch.bfloat16, torch.bfloat16), ws)
+    launch = barrier(Call(x, x, norm="rms_norm", out_dtype=torch.bfloat16, hidden_dtype=torch.bfloat16, eps=1e-6), ws)
     warps = launch.constants["num_warps"]
     assert launch.constants["AHEAD"] == ahead and warps == (16 if ahead else 32)
     constants = {"H": H, "ROW_WORDS": words, "W": words, "EL": H, "WORLD": world, "NORM": 0, "POST": False,
@@ -135,8 +135,8 @@ def test_kernel_files_can_be_imported_without_triton() -> None:
         "import torch, tpfuse.kernels.compat as compat\n"
         "from tpfuse.kernels.add_norm import add_norm\n"
         "assert not compat.HAVE_TRITON\n"
-        "add_norm(torch.ones(2, 8), None, None, None, None, 1e-6, norm='rms_norm', out_dtype=torch.float32,"
-        " residual_dtype=None)\n"
+        "from tpfuse.kernels.call import Call\n"
+        "add_norm(Call(torch.ones(2, 8), norm='rms_norm', eps=1e-6, out_dtype=torch.float32))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -16,22 +16,31 @@ if not torch.cuda.is_available():
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference
 from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.two_shot import two_shot
 
 pytestmark = pytest.mark.gpu
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def reference(xs: list[torch.Tensor], op: Operands, dtype: torch.dtype = torch.float64):
+def reference(xs: list[torch.Tensor], op: Call, dtype: torch.dtype = torch.float64):
     total = torch.stack(xs).double().sum(0).to(dtype)
     vectors = [None if t is None else t.to(dtype) for t in (op.residual, op.pre_bias, op.weight, op.bias)]
     return add_norm_reference(
-        total, *vectors, op.eps, norm=op.norm, weight_offset=op.weight_offset, alpha=op.alpha, post=op.post,
-        out_dtype=dtype, residual_dtype=dtype,
-    )  # fmt: skip
+        Call(
+            total,
+            *vectors,
+            eps=op.eps,
+            norm=op.norm,
+            weight_offset=op.weight_offset,
+            alpha=op.alpha,
+            post=op.post,
+            out_dtype=dtype,
+            hidden_dtype=dtype,
+        )
+    )
 
 
 @pytest.mark.parametrize("H", [8, 100, 2048, 4096, 7168, 16384])
@@ -42,10 +51,24 @@ def test_add_norm(H: int, dtype: torch.dtype, norm: str) -> None:
     weight, bias = (torch.randn(H, device="cuda").to(dtype) for _ in range(2))
     for post in (False, True):
         options = {"norm": norm, "post": post, "weight_offset": 1.0, "alpha": 0.5}
-        out = add_norm(s, residual, weight, weight, bias, torch.tensor(1e-5, device="cuda"), out_dtype=dtype,
-                       residual_dtype=dtype, stats=True, **options)  # fmt: skip
+        out = add_norm(
+            Call(
+                s,
+                residual,
+                weight,
+                weight,
+                bias,
+                eps_tensor=torch.tensor(1e-5, device="cuda"),
+                out_dtype=dtype,
+                hidden_dtype=dtype,
+                stats=True,
+                **options,
+            )
+        )
         wide = [t.double() for t in (s, residual, weight, weight, bias)]
-        truth = add_norm_reference(*wide, 1e-5, out_dtype=torch.float64, residual_dtype=torch.float64, **options)
+        truth = add_norm_reference(
+            Call(*wide, eps=1e-5, out_dtype=torch.float64, hidden_dtype=torch.float64, **options)
+        )
         rounding = torch.finfo(dtype).eps
         assert ((out.y.double() - truth.y).norm() / truth.y.norm()) < 0.6 * rounding + 1e-6
         assert ((out.residual_out.double() - truth.residual_out).norm() / truth.residual_out.norm()) < 0.6 * rounding
@@ -59,10 +82,19 @@ def test_add_norm_of_every_size(H: int, norm: str) -> None:
     for below in (1 << 20, *(band.below - H for band in BANDS[:-1]), 130 << 20):
         s, residual = (torch.randn(below // (2 * H), H, device="cuda").to(BF16) for _ in range(2))
         options = {"norm": norm, "stats": True}
-        out = add_norm(s, residual, None, weight, bias, 1e-5, out_dtype=BF16, residual_dtype=BF16, **options)
+        out = add_norm(Call(s, residual, None, weight, bias, eps=1e-5, out_dtype=BF16, hidden_dtype=BF16, **options))
         wide = [t.double() for t in (s, residual, weight, bias)]
         truth = add_norm_reference(
-            wide[0], wide[1], None, *wide[2:], 1e-5, out_dtype=torch.float64, residual_dtype=torch.float64, **options
+            Call(
+                wide[0],
+                wide[1],
+                None,
+                *wide[2:],
+                eps=1e-5,
+                out_dtype=torch.float64,
+                hidden_dtype=torch.float64,
+                **options,
+            )
         )
         for got, right in ((out.y, truth.y), (out.residual_out, truth.residual_out)):
             assert ((got.double() - right).norm(dim=-1) / right.norm(dim=-1)).max() < 0.6 * torch.finfo(BF16).eps
@@ -86,8 +118,16 @@ class Variant:
         out = []
         for ws in self.workspaces:
             x = self.pool[ws.rank][start : start + rows]
-            op = Operands(x, self.residual[start : start + rows], None, self.weight, None, 1e-6, self.norm, self.dtype,
-                          self.dtype)  # fmt: skip
+            op = Call(
+                x,
+                self.residual[start : start + rows],
+                None,
+                self.weight,
+                norm=self.norm,
+                out_dtype=self.dtype,
+                hidden_dtype=self.dtype,
+                eps=1e-6,
+            )
             if self.kernel == "one_shot":
                 out.append(one_shot(op, ws, self.split))
             elif self.kernel == "two_shot":
@@ -103,8 +143,16 @@ class Variant:
 
     def wrong(self, launches: list, rows: int, start: int) -> torch.Tensor:
         """0 or 1 on the device: any rank's result unequal to the first's, or far from float32."""
-        op = Operands(self.pool[0], self.residual[start : start + rows], None, self.weight, None, 1e-6, self.norm,
-                      self.dtype, self.dtype)  # fmt: skip
+        op = Call(
+            self.pool[0],
+            self.residual[start : start + rows],
+            None,
+            self.weight,
+            norm=self.norm,
+            out_dtype=self.dtype,
+            hidden_dtype=self.dtype,
+            eps=1e-6,
+        )
         truth = reference([p[start : start + rows] for p in self.pool], op, F32)
         first = launches[0].out
         tolerance = 1e-4 if self.dtype == F32 else 2e-2
@@ -197,15 +245,34 @@ def _on_one_device(rank: int) -> dict:
         xs = [torch.randn(rows, hidden, generator=g).to(BF16).cuda() for _ in range(dist.get_world_size())]
         residual, weight = torch.randn(rows, hidden, generator=g).to(BF16).cuda(), torch.ones(hidden).to(BF16).cuda()
         got = all_reduce_add_norm(
-            xs[rank], residual, None, weight, None, 1e-6, group_name=name, norm="rms_norm", out_dtype=BF16,
-            residual_dtype=BF16, want_sum=True, stats=True,
-        )  # fmt: skip
+            Call(
+                xs[rank],
+                residual,
+                None,
+                weight,
+                eps=1e-6,
+                group_name=name,
+                norm="rms_norm",
+                out_dtype=BF16,
+                hidden_dtype=BF16,
+                want_sum=True,
+                stats=True,
+            )
+        )
         assert got is not None
         out, total = got
         truth = add_norm_reference(
-            torch.stack(xs).double().sum(0), residual.double(), None, weight.double(), None, 1e-6, norm="rms_norm",
-            out_dtype=F32, residual_dtype=F32,
-        )  # fmt: skip
+            Call(
+                torch.stack(xs).double().sum(0),
+                residual.double(),
+                None,
+                weight.double(),
+                eps=1e-6,
+                norm="rms_norm",
+                out_dtype=F32,
+                hidden_dtype=F32,
+            )
+        )
         torch.testing.assert_close(out.y.float(), truth.y, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(out.residual_out.float(), truth.residual_out, rtol=2e-2, atol=3e-2)
         torch.testing.assert_close(total.float(), torch.stack(xs).float().sum(0), rtol=2e-2, atol=3e-2)

@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
 
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.bench.virtual import VirtualRanks
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.timeout import GONE, gave_up, late_ranks, raise_if_late, set_timeout
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.words import CHANNELS
@@ -32,9 +32,9 @@ KERNELS = {
 }
 
 
-def operands(rows: int = 4, hidden: int = 2048) -> Operands:
+def operands(rows: int = 4, hidden: int = 2048) -> Call:
     x = torch.randn(rows, hidden, device="cuda").to(BF16)
-    return Operands(x, x.clone(), None, x[0].clone(), None, 1e-6, "rms_norm", BF16, BF16)
+    return Call(x, x.clone(), None, x[0].clone(), norm="rms_norm", out_dtype=BF16, hidden_dtype=BF16, eps=1e-6)
 
 
 def ranks_with(

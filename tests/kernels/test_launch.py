@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tpfuse.errors import OpError
-from tpfuse.kernels.add_norm import AddNormOut
+from tpfuse.kernels.call import AddNormOut, Call
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Launch, Operands
+from tpfuse.kernels.symmetric.operands import Launch
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
@@ -96,4 +96,4 @@ def test_a_kernel_refuses_what_its_workspace_does_not_hold(bind: Any, rows: int,
     ws = virtual_ranks(2, "cpu", 4, 2048)[0]
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
     with pytest.raises(OpError, match=said):
-        bind(Operands(x, x, None, None, None, 1e-6, "rms_norm", x.dtype, x.dtype), ws)
+        bind(Call(x, x, norm="rms_norm", out_dtype=x.dtype, hidden_dtype=x.dtype, eps=1e-6), ws)

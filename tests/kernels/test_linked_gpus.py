@@ -17,11 +17,11 @@ if torch.cuda.device_count() < 2:
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.bench.linked import LinkedRanks
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import workspace_of
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
 from tpfuse.kernels.symmetric.one_shot import one_shot
-from tpfuse.kernels.symmetric.operands import Operands
 from tpfuse.kernels.symmetric.timeout import late_ranks
 from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
 from tpfuse.kernels.symmetric.two_shot import two_shot
@@ -37,17 +37,20 @@ def _group(rank: int) -> dist.ProcessGroup:
     return dist.new_group(backend="nccl")
 
 
-def _operands(seed: int, rank: int, rows: int, hidden: int, norm: str, dtype: torch.dtype) -> tuple[Operands, Operands]:
+def _operands(seed: int, rank: int, rows: int, hidden: int, norm: str, dtype: torch.dtype) -> tuple[Call, Call]:
     """This rank's call, and the same call on the sum of all ranks' x."""
     g = torch.Generator(device="cuda").manual_seed(seed)
     xs = [torch.randn(rows, hidden, generator=g, device="cuda").to(dtype) for _ in range(WORLD)]
     residual = torch.randn(rows, hidden, generator=g, device="cuda").to(dtype)
     weight = torch.randn(hidden, generator=g, device="cuda").to(dtype)
     total = torch.stack(xs).float().sum(0)
-    return tuple(Operands(x, residual, None, weight, None, 1e-6, norm, dtype, dtype) for x in (xs[rank], total))
+    return tuple(
+        Call(x, residual, None, weight, norm=norm, out_dtype=dtype, hidden_dtype=dtype, eps=1e-6)
+        for x in (xs[rank], total)
+    )
 
 
-def _launch(kernel: str, op: Operands, ws) -> object:
+def _launch(kernel: str, op: Call, ws) -> object:
     if kernel == "two_shot" and two_shot_fits(op, ws):
         return two_shot(op, ws)
     if kernel == "one_shot/4" and one_shot_fits(op, ws, 4):
@@ -55,10 +58,11 @@ def _launch(kernel: str, op: Operands, ws) -> object:
     return one_shot(op, ws) if "shot" in kernel else barrier(op, ws, rotate=kernel == "rotating")
 
 
-def _off(out, truth: Operands) -> float:
+def _off(out, truth: Call) -> float:
     wide = [t.float() for t in (truth.x, truth.residual)]
-    right = add_norm_reference(*wide, None, truth.weight.float(), None, truth.eps, norm=truth.norm, out_dtype=F32,
-                               residual_dtype=F32)  # fmt: skip
+    right = add_norm_reference(
+        Call(*wide, None, truth.weight.float(), eps=truth.eps, norm=truth.norm, out_dtype=F32, hidden_dtype=F32)
+    )
     pairs = ((out.y, right.y), (out.residual_out, right.residual_out))
     return max(((a.float() - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
 

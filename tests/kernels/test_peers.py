@@ -17,6 +17,7 @@ from tests.ranks import run_processes
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels import entry, facts
 from tpfuse.kernels import rendezvous as groups
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, injected, limit_waits, workspace_of
 from tpfuse.kernels.symmetric.timeout import GONE, LATE
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
@@ -62,12 +63,13 @@ def test_a_call_raises_where_an_older_workspace_gave_up(four_ranks, meetings, mo
     small = workspace_of("0", CPU)
     workspace_of("0", CPU, LARGE)
     give_up(small)
-    operands = type("Operands", (), {"supported": lambda self: True, "rows": 2})
-    monkeypatch.setattr(entry, "Operands", lambda *_: operands())
-    x = type("OnGpu", (), {"is_cuda": True, "device": CPU})()
+    monkeypatch.setattr(Call, "supported", lambda call: True)
+    monkeypatch.setattr(entry, "on_gpu", lambda x: True)
+    x = torch.ones(2, 8)
     with pytest.raises(PeerTimeoutError):
-        entry.all_reduce_add_norm(x, None, None, None, None, 1e-6, group_name="0", norm="rms_norm",
-                                  out_dtype=torch.bfloat16, residual_dtype=None)  # fmt: skip
+        entry.all_reduce_add_norm(
+            Call(x, eps=1e-6, group_name="0", norm="rms_norm", out_dtype=torch.bfloat16, hidden_dtype=None)
+        )
 
 
 def test_a_limit_reaches_outgrown_workspaces_and_stays_until_another_is_given(four_ranks, meetings):  # noqa: F811

@@ -20,8 +20,9 @@ from tpfuse.errors import OpError, PeerTimeoutError
 from tpfuse.kernels import records
 from tpfuse.kernels import rendezvous as groups
 from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.call import Call as Operation
 from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, injected, workspace_of
-from tpfuse.kernels.symmetric import dispatch, one_shot, operands
+from tpfuse.kernels.symmetric import dispatch, one_shot
 from tpfuse.kernels.symmetric.entries import Entry, Table
 from tpfuse.kernels.symmetric.timeout import GONE
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
@@ -70,9 +71,17 @@ class Call:
         finally:
             _ops.all_reduce_add_norm = own
         out = add_norm_reference(
-            self.x, self.residual, None, self.weight, None, 1e-6, norm="rms_norm", out_dtype=self.x.dtype,
-            residual_dtype=self.x.dtype,
-        )  # fmt: skip
+            Operation(
+                self.x,
+                self.residual,
+                None,
+                self.weight,
+                eps=1e-6,
+                norm="rms_norm",
+                out_dtype=self.x.dtype,
+                hidden_dtype=self.x.dtype,
+            )
+        )
         assert torch.equal(self.y, out.y) and torch.equal(self.hidden, out.residual_out)
         return bool(calls)
 
@@ -225,8 +234,18 @@ def test_threads_that_call_while_the_group_grows_never_get_a_wrong_result(kernel
 
     def calls() -> None:
         tensors = Call()
-        out = add_norm_reference(tensors.x, tensors.residual, None, tensors.weight, None, 1e-6, norm="rms_norm",
-                                 out_dtype=F32, residual_dtype=F32)  # fmt: skip
+        out = add_norm_reference(
+            Operation(
+                tensors.x,
+                tensors.residual,
+                None,
+                tensors.weight,
+                eps=1e-6,
+                norm="rms_norm",
+                out_dtype=F32,
+                hidden_dtype=F32,
+            )
+        )
         while not done.is_set():
             try:
                 torch.ops.tpfuse.all_reduce_norm.lean(
@@ -253,6 +272,7 @@ def test_threads_that_call_while_the_group_grows_never_get_a_wrong_result(kernel
 
 # -- every argument where it belongs ----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_a_replayed_call_with_every_operand_and_output_is_the_first_call(kernel: StubKernel, norm: str) -> None:
     operands = tuple([F32] * 6)
@@ -269,9 +289,21 @@ def test_a_replayed_call_with_every_operand_and_output_is_the_first_call(kernel:
         found.append([t for t in (y, hidden, total, mean, rstd) if t is not None])
     assert len(kernel.launches) == 2 and len(WORKSPACE_REGISTRY["0"].records.known) == 1
     exact = add_norm_reference(
-        x, residual, pre_bias, weight, bias, eps, norm=norm, weight_offset=1.0, alpha=0.5, out_dtype=F32,
-        residual_dtype=F32, stats=True,
-    )  # fmt: skip
+        Operation(
+            x,
+            residual,
+            pre_bias,
+            weight,
+            bias,
+            eps=eps,
+            norm=norm,
+            weight_offset=1.0,
+            alpha=0.5,
+            out_dtype=F32,
+            hidden_dtype=F32,
+            stats=True,
+        )
+    )
     expected = [t for t in (exact.y, exact.residual_out, x, exact.mean, exact.rstd) if t is not None]
     for got in found:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -292,7 +324,7 @@ def test_a_launch_on_other_tensors_than_the_calls_leaves_no_record(kernel: StubK
     call = Call()
     call.run()
     ws = WORKSPACE_REGISTRY["0"].workspace
-    op = operands.Operands(call.x, call.residual, None, call.weight, None, 1e-6, "rms_norm", F32, F32)
+    op = Operation(call.x, call.residual, None, call.weight, norm="rms_norm", out_dtype=F32, hidden_dtype=F32, eps=1e-6)
     launch = one_shot.one_shot(op, ws)
     launch.run()
     tensors = launch.args[: records.TENSORS]

@@ -82,8 +82,9 @@ def test_only_graphs_with_fused_operations_are_touched():
 
 def test_a_spec_says_every_number_bit_for_bit():
     given = BoundarySpec(
-        "layer_norm", 1.1920928955078125e-07, 1.0, 1 / 3, True, torch.bfloat16, None, True, False, "a|b", True,
-        (torch.float32, None, torch.float16, None, torch.bfloat16, None),
+        norm="layer_norm", eps=1.1920928955078125e-07, weight_offset=1.0, alpha=1 / 3, post=True,
+        out_dtype=torch.bfloat16, hidden_dtype=None, want_sum=True, stats=False, group_name="a|b", batch_invariant=True,
+        operands=(torch.float32, None, torch.float16, None, torch.bfloat16, None),
     )  # fmt: skip
     assert read_spec(given.text()) == given and given.outputs == ("y", "total")
     for wrong in ("", given.text().replace("bfloat16", "nn", 1), "rms_norm|1|2"):
@@ -92,7 +93,8 @@ def test_a_spec_says_every_number_bit_for_bit():
 
 
 def test_forms_hold_what_they_are_named_for():
-    assert [form_for(given) for given in ({"x", "y", "spec"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"})] == [*FORMS]
+    each = ({"x", "y", "spec"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"}, {"x", "q"})
+    assert [form_for(given) for given in each] == [*FORMS]
 
 
 @pytest.mark.parametrize(("norm", "read", "dynamic"), [("rms", READ[2], True), ("layer", READ[1], False)])

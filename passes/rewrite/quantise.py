@@ -1,0 +1,84 @@
+"""Rewrite: a fused boundary hands out its normed value quantised as well.
+
+    [y, h] = all_reduce_norm(...);  q, s = a chain on y     becomes     [y, h, q, s] = all_reduce_norm(..., quant=...)
+
+Chains that are equal become one. What else reads y goes on reading it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.graph import argument, fake_result, insert_call, inserting_behind, same_shape, same_size, val
+from ..recognise.quantised import SYMBOLIC, Quantised, find_quantised
+from ..recognise.streams import calls
+
+aten = ops.aten
+_OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm")
+
+
+def quantise(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Let every fused operation quantise whose normed value is quantised; what each of them hands out, in words."""
+    found: dict[fx.Node, str] = {}
+    for fused in [node for node in graph.nodes if any(calls(node, name) for name in _OURS)]:
+        y = next((user for user in fused.users if user.target is ops.operator.getitem and user.args[1] == 0), None)
+        quantised = None if y is None or argument(fused, "quant", "") else find_quantised(y)
+        if quantised is not None and _sizes_known(quantised):
+            _apply(graph, fused, quantised)
+            found[fused] = str(quantised.how)
+    return found
+
+
+def _apply(graph: fx.Graph, fused: fx.Node, quantised: Quantised) -> None:
+    count = len(fused.meta["val"])
+    fused.update_kwarg("quant", quantised.how.text())
+    fused.meta["val"] = fake_result(fused)
+    with inserting_behind(graph, quantised.y):
+        for index, nodes in ((count, quantised.q), (count + 1, quantised.scale)):
+            made = insert_call(graph, ops.operator.getitem, (fused, index), like=fused)
+            for node in nodes:
+                shaped = made
+                if not same_shape(made, node):
+                    shaped = insert_call(graph, aten.reshape.default, (made, _sizes(graph, made, node)), like=node)
+                node.replace_all_uses_with(shaped, propagate_meta=False)
+    _erase_unread(graph, [*quantised.q, *quantised.scale])
+
+
+def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase these, and what only they read, up to what communicates or comes from outside."""
+    open_ = sorted(nodes, reverse=True)
+    while open_:
+        node = open_.pop(0)
+        if node.users or node.op != "call_function" or any(calls(node, name) for name in _OURS):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        open_ = sorted({*open_, *(parent for parent in inputs if not parent.users)}, reverse=True)
+
+
+def _sizes_known(quantised: Quantised) -> bool:
+    return all(_plan_of(quantised.y, node) is not None for node in (*quantised.q, *quantised.scale))
+
+
+def _plan_of(y: fx.Node, node: fx.Node) -> list[int | tuple[str, int]] | None:
+    """Each size of `node`: a number, the dimension of y that has it, or -1 once; None where that does not do."""
+    plan: list[Any] = []
+    for size in val(node).shape:
+        if isinstance(size, int):
+            plan.append(size)
+            continue
+        dim = next((i for i, own in enumerate(val(y).shape) if same_size(own, size)), None)
+        plan.append(-1 if dim is None else ("dim", dim))
+    return plan if plan.count(-1) <= 1 else None
+
+
+def _sizes(graph: fx.Graph, made: fx.Node, node: fx.Node) -> list[int | fx.Node]:
+    plan = _plan_of(made, node)
+    assert plan is not None, SYMBOLIC
+    return [
+        size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, (made, size[1]), like=node)
+        for size in plan
+    ]

@@ -1,0 +1,59 @@
+"""How frameworks quantise a normed row y [..., H], as programs write it: each gives (q, scale)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+
+
+def float8_per_row(y: Tensor) -> tuple[Tensor, Tensor]:
+    """As torchao's inference: the scale in y's dtype, no eps."""
+    scale = (y.abs().amax(-1, keepdim=True) / 448).float()
+    return (y.float() / scale).clamp(-448, 448).to(E4M3), scale
+
+
+def by_hand(y: Tensor) -> tuple[Tensor, Tensor]:
+    """In float32, with an eps on the maximum."""
+    scale = y.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    return (y.float() / scale).clamp(min=-448, max=448).to(E4M3), scale
+
+
+def groups(y: Tensor) -> tuple[Tensor, Tensor]:
+    """As DeepGEMM's per_token_cast_to_fp8: 128 columns share a scale."""
+    rows = y.view(*y.shape[:-1], -1, 128)
+    most = rows.abs().float().amax(-1, keepdim=True).clamp(1e-4)
+    return (rows * (448.0 / most)).to(E4M3).view_as(y), (most / 448.0).squeeze(-1)
+
+
+def int8_per_row(y: Tensor) -> tuple[Tensor, Tensor]:
+    """As torchao's dynamic int8: from the least and the greatest, rounded to y's dtype twice."""
+    zero = torch.zeros((), dtype=y.dtype, device=y.device)
+    least, most = (torch.minimum(y.amin(-1, keepdim=True), zero), torch.maximum(y.amax(-1, keepdim=True), zero))
+    scale = (torch.maximum(-least, most) / 127.5).float().clamp_min(1.1920928955078125e-07).to(y.dtype).float()
+    return torch.clamp(torch.round(y * (1.0 / scale)), -128, 127).to(torch.int8), scale
+
+
+def power_of_two(y: Tensor) -> tuple[Tensor, Tensor]:
+    """As torchao's float8 training by rows: q is multiplied, and the product gets the reciprocal."""
+    most = y.abs().amax(-1, keepdim=True).double().clamp(min=1e-12)
+    scale = torch.exp2(torch.floor(torch.log2((448.0 / most).float())))
+    return (y.float() * scale).clamp(-448.0, 448.0).to(E4M3), 1.0 / scale
+
+
+SPELLINGS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    function.__name__: function for function in (float8_per_row, by_hand, groups, int8_per_row, power_of_two)
+}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN wherever the other has NaN."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(torch.nan_to_num(a.float(), 7.0), torch.nan_to_num(b.float(), 7.0))
+        and torch.equal(a.float().isnan(), b.float().isnan())
+    )

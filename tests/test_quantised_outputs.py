@@ -1,0 +1,74 @@
+"""Boundaries that hand out their normed value quantised, in compiled programs. (On a fake group of ranks an all-reduce
+changes nothing.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+import tpfuse
+from tests.graphs import fake_world
+from tests.quantisations import SPELLINGS, same
+from tpfuse.passes.plan.sites import REWRITES
+
+H, BF16 = 256, torch.bfloat16
+
+
+def compiled(function: Callable, dynamic: bool = False, rewrites: tuple[str, ...] = REWRITES, **more: Any) -> Callable:
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "rewrites": rewrites, **more}
+    return torch.compile(function, backend="tpfuse", fullgraph=True, dynamic=dynamic, options=options)
+
+
+def boundary(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = residual + funcol.all_reduce(x, "sum", dist.group.WORLD)
+    return torch.nn.functional.rms_norm(hidden, (H,), weight, 1e-6), hidden
+
+
+def drawn(rows: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = (torch.randn(2, rows, H).to(BF16) for _ in range(2))
+    return x, residual, torch.randn(H).to(BF16)
+
+
+@pytest.fixture
+def two_ranks():
+    with fake_world(2), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_each_spelling_is_one_with_its_boundary_and_bit_for_bit_that_of_y(two_ranks, name):
+    """Also where the chain is written twice, as for q and k; y is read besides, and is still handed out."""
+    quantise = SPELLINGS[name]
+
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, hidden = boundary(x, residual, weight)
+        return y, hidden, *quantise(y), *quantise(y)
+
+    given = drawn()
+    given[0][0, 1] = given[1][0, 1] = 0.0  # a row of zeros, which some spellings divide by
+    y, hidden, *made = compiled(program, dynamic=name == "float8_per_row")(*given)
+    [verdict] = tpfuse.reports()[-1].boundaries
+    assert verdict.fused and verdict.quantised.startswith("INT8" if "int8" in name else "FP8")
+    torch.testing.assert_close(hidden, program(*given)[1])
+    right = quantise(y)
+    for q, scale in (made[:2], made[2:]):
+        assert same(q, right[0]) and same(scale, right[1])
+
+
+def test_nothing_is_quantised_unless_it_is_asked_for(two_ranks):
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return SPELLINGS["by_hand"](boundary(x, residual, weight)[0])
+
+    given = drawn()
+    without = tpfuse.options.parse_options({}).rewrites
+    assert "quantised_outputs" not in without
+    compiled(program, rewrites=without)(*given)
+    [verdict] = tpfuse.reports()[-1].boundaries
+    assert verdict.fused and not verdict.quantised
