@@ -49,7 +49,7 @@ class StubKernel:
     def __getitem__(self, grid: tuple) -> Callable[..., Compiled]:
         def launch(*args: Any, **constants: Any) -> Compiled:
             self.compiled.append(Compiled(self, args, constants))
-            self.compiled[-1][grid](*args, *(constants[name] for name in self.arg_names[len(args) :]))
+            self.compiled[-1][grid](*args, *(constants.get(name) for name in self.arg_names[len(args) :]))
             return self.compiled[-1]
 
         return launch
