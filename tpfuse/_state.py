@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from .declared import Declaration
     from .errors import PeerTimeoutError
+    from .integrations.transformers import Running
     from .parallel.changes import Part
     from .parallel.owners import Owned
     from .parallel.rows_check import RowsCheck
@@ -50,6 +52,14 @@ SPEC_TEXTS: dict[tuple, str] = {}
 #: What our own operators gave for fake values before, by fake mode and by what tells calls apart.
 #: Owner: tpfuse.passes.facts.fakes. Lock: LOCK.
 FAKE_RESULTS: WeakKeyDictionary[Any, dict[tuple, list[torch.Tensor]]] = WeakKeyDictionary()
+
+#: transformers' own attention functions, by name; filled once.
+#: Owner: tpfuse.integrations.transformers. Lock: LOCK.
+ATTENTIONS: dict[str, Callable[..., Any]] = {}
+
+#: The step of continuous batching that runs; one at a time.
+#: Owner: tpfuse.integrations.transformers. Lock: LOCK.
+BATCH_STEPS: list[Running] = []
 
 # -- around compiled graphs -------------------------------------------------------------------------------------------
 

@@ -23,24 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._state import ATTENTIONS as _ORIGINAL
+from .._state import BATCH_STEPS as _RUNNING
+from .._state import LOCK
+
 #: What the model's own inputs are, and no business of its attention.
 _OF_THE_MODEL = ("input_ids", "attention_mask", "position_ids", "logits_indices", "logits_processor_args", "use_cache",
                  "logits_to_keep")  # fmt: skip
 
 
 @dataclass
-class _Running:
+class Running:
     """The step that runs: its model's attention modules by layer, and what continuous batching hands the attention
     besides its tensors (the cache, indices, lengths)."""
 
     layers: dict[int, nn.Module] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
-
-
-#: REGISTRY: one step runs at a time, between `_around` and its end.
-_RUNNING: list[_Running] = []
-#: REGISTRY: transformers' own attention functions, by name; filled once.
-_ORIGINAL: dict[str, Callable[..., Any]] = {}
 
 
 @torch.library.custom_op("tpfuse_transformers::paged_attention", mutates_args=())
@@ -85,7 +83,8 @@ def keep_paged_attention_whole() -> None:
         )
     for name in ("sdpa", "paged|eager", "flash_attention_2", "flash_attention_3"):
         if name in ALL_ATTENTION_FUNCTIONS:
-            _ORIGINAL[name] = ALL_ATTENTION_FUNCTIONS[name]
+            with LOCK:
+                _ORIGINAL[name] = ALL_ATTENTION_FUNCTIONS[name]
             ALL_ATTENTION_FUNCTIONS.register(name, _attention(name))
     choose = runner._get_forward_fn
 
@@ -121,11 +120,13 @@ def _around(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _running(model: nn.Module, batch: dict[str, Any]) -> Iterator[None]:
     given = {name: value for name, value in batch.items() if name not in _OF_THE_MODEL}
     layers = {m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _attends(m)}
-    _RUNNING.append(_Running(layers, given))
+    with LOCK:
+        _RUNNING.append(Running(layers, given))
     try:
         yield
     finally:
-        _RUNNING.pop()
+        with LOCK:
+            _RUNNING.pop()
 
 
 def _attends(module: nn.Module) -> bool:
