@@ -65,9 +65,9 @@ class Firsts:
     def __enter__(self) -> Firsts:
         self.count, self.own = 0, ops.all_reduce_add_norm
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count += "site" in kwargs
-            return self.own(*args, **kwargs)
+        def counted(call: Any, site: Any = None) -> Any:
+            self.count += site is not None
+            return self.own(call, site)
 
         ops.all_reduce_add_norm = counted
         return self
