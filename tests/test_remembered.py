@@ -20,6 +20,8 @@ ELSEWHERE = {
     ("tpfuse.strict_json", "_hints"): "a cache of a pure function",
     ("tpfuse._torch_private.operators", "defaults_of"): "a cache of a pure function: operators keep their schemas",
     ("kernels.add_norm", "tuning"): "a cache of a pure function",
+    ("kernels.quantise", "encoded"): "a cache of a pure function",
+    ("tpfuse.quantisation", "read_quantisation"): "a cache of a pure function",
     ("kernels.symmetric.operands", "_constants"): "a cache of a pure function",
     ("kernels.symmetric.dispatch", "choose"): "a cache of a function of the process's table",
     ("kernels.symmetric.dispatch", "default_table"): "the user's table is read once, for all groups alike",
