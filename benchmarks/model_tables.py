@@ -103,3 +103,28 @@ def from_python(file: str) -> str:
     for r in records_of(file):
         lines.append([r["provider"], f"{r['ms']:.3f}", f"{r['spread']:.3f}"])
     return table(["decode 1", "ms a step", "spread of the rounds"], lines)
+
+
+def models_from_python(file: str) -> str:
+    """Steps launched from Python and the same under a CUDA graph, beside both of Inductor's ways."""
+    records = records_of(file)
+    lines = []
+    for model, phase, size in dict.fromkeys((r["model"], r["phase"], r["size"]) for r in records):
+        ms = {r["provider"]: r["ms"] for r in records if (r["model"], r["phase"], r["size"]) == (model, phase, size)}
+        line = [model, f"{phase} {size}"]
+        for way in ("", " + CUDA graph"):
+            theirs, other, ours = (ms.get(name + way) for name in ("inductor", "auto_select", "tpfuse"))
+            line += [f"{theirs:.3f}", "–" if other is None else f"{other:.3f}", f"**{ours:.3f}**"]
+            line.append(f"{theirs / ours:.2f}")
+        lines.append(line)
+    head = ["model", "step", "Inductor", "auto_select", "tpfuse", "ratio", "Inductor, CUDA graph",
+            "auto_select, CUDA graph", "tpfuse, CUDA graph", "ratio"]  # fmt: skip
+    return table(head, lines)
+
+
+def generate(file: str) -> str:
+    """Tokens a second of Hugging Face's `generate`."""
+    lines = [
+        [r["provider"], f"{r['tokens_per_s']:.0f}", f"{r['spread']:.0f}", f"{r['fused']}"] for r in records_of(file)
+    ]
+    return table(["generate, batch 1", "tokens/s", "spread of the rounds", "boundaries fused"], lines)
