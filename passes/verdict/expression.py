@@ -21,8 +21,8 @@ from torch import fx
 from tpfuse._torch_private import is_higher_order, is_operator, without_modes
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import is_collective
-from ..facts.graph import FINISHES, is_call, value
+from ..facts.collectives import ResolveGroup, is_collective
+from ..facts.graph import FINISHES, argument, is_call, value
 from ..recognise.streams import calls
 
 #: The fused operators that communicate: one collective each.
@@ -65,7 +65,7 @@ class Expression:
     """`node` is what communicates, `source` what it sends.
 
     order: all that `source` is computed from, in an order that depends on the expression alone. beside: those of it
-    that have to be the same on all ranks.
+    that have to be the same on all ranks. resolve: the ranks of a group, by its name.
     """
 
     node: fx.Node
@@ -73,6 +73,7 @@ class Expression:
     written: Written
     carrying: frozenset[fx.Node]
     owner: torch.nn.Module | None
+    resolve: ResolveGroup
     order: dict[fx.Node, None] = field(default_factory=dict)
     beside: set[fx.Node] = field(default_factory=set)
     _symbols: dict[str, str] = field(default_factory=dict)
@@ -100,11 +101,24 @@ class Expression:
         if calls(node, "tpfuse::rows_norm"):  # rows of a rank's own, and what they are finished with
             return [(node.args[0], False), *((other, True) for other in _others(node))]  # type: ignore[list-item]
         if communicates(node):
+            if beside and not self._reaches_all(node):
+                return [(parent, True) for parent in node.all_input_nodes]
             return [(other, True) for other in _others(node)] if beside and _is_whole(node) else []
         if not beside and node.name in self.written.inputs:
             return []
         alone = not beside and self.source in self.carrying
         return [(parent, beside or (alone and parent not in self.carrying)) for parent in node.all_input_nodes]
+
+    def _reaches_all(self, node: fx.Node) -> bool:
+        """Whether what `node` received is the same on all ranks that compare words. A sum or a gather over some of them
+        is as different as what went into it."""
+        if not _is_whole(node) and not any(kind in str(node.target) for kind in ("all_reduce", "all_gather")):
+            return True
+        theirs, ours = argument(node, "group_name"), argument(self.node, "group_name")
+        if theirs == ours:
+            return True
+        ranks = [self.resolve(group) if isinstance(group, str) else None for group in (theirs, ours)]
+        return ranks[0] is not None and ranks[1] is not None and {*ranks[1]} <= {*ranks[0]}
 
     def _is_known_size(self, node: fx.Node) -> bool:
         return node.target in _SIZES and symbols(node.meta.get("val")) <= self.written.sizes
@@ -165,7 +179,8 @@ class Expression:
             return constant_digest(self.owner, str(node.target))
         if node.op != "call_function":
             return f"{known.get(node, node.op)} {val.dtype if val is not None else ''}"
-        if communicates(node) and not (beside and _is_whole(node)):
+        reaches = not communicates(node) or not beside or self._reaches_all(node)
+        if communicates(node) and reaches and not (beside and _is_whole(node)):
             return "received"
         if beside and self._is_known_size(node):
             return f"size {self._size(node.meta.get('val'))}"
@@ -184,6 +199,9 @@ class Expression:
                 return repr(arg)
             return type(arg).__name__
 
+        if not reaches:  # groups have other names on other ranks
+            group = argument(node, "group_name")
+            return digest([str(node.target), *(word(arg) for arg in node.args if arg is not group), *_options(node)])
         if communicates(node) or calls(node, "tpfuse::rows_norm"):
             return digest(["received", *map(word, node.args[1:]), *_options(node)])
         if node.target is ops.operator.getitem and _gives_several(node.args[0]):

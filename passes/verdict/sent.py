@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.collectives import is_collective
+from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.declared import operator_of
 from ..facts.graph import FINISHES, OWN_ROWS, argument, is_call, value
+from ..facts.groups import resolve_group
 from ..recognise.streams import calls
 from .accounting import origin
 from .expression import FUSED, Expression, Written, communicates, digest, find_carrying, input_index, symbols
@@ -37,8 +38,10 @@ def shifted(sends: str, by: int) -> str:
 class Sent:
     """Words for what is sent, once the collectives `originals` were rewritten."""
 
-    def __init__(self, originals: Sequence[fx.Node], owner: torch.nn.Module | None = None):
-        self.owner = owner
+    def __init__(
+        self, originals: Sequence[fx.Node], owner: torch.nn.Module | None = None, resolve: ResolveGroup = resolve_group
+    ):
+        self.owner, self.resolve = owner, resolve
         self.index = {node.name: i for i, node in enumerate(originals)}
         self.targets = {node.name: node.target for node in originals}
         self.declared = {node.name for node in originals if operator_of(node)}
@@ -102,7 +105,7 @@ class Sent:
 
     def _expression(self, node: fx.Node, source: fx.Node) -> Expression:
         carrying = self._carrying(node.graph) if _sums(node) else frozenset()
-        return Expression(node, source, self.written, carrying, self.owner)
+        return Expression(node, source, self.written, carrying, self.owner, self.resolve)
 
 
 def _sums(node: fx.Node) -> bool:

@@ -22,7 +22,7 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
     """One step for every collective and every fused operation of `graph`, in graph order. `original`: what `graph` was
     before it was rewritten, where it was."""
     written = original or graph
-    sent = Sent(communicating(written), written.owning_module)
+    sent = Sent(communicating(written), written.owning_module, resolve)
     steps = []
     for node in graph.nodes:
         if not communicates(node):

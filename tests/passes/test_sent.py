@@ -166,3 +166,22 @@ def test_numbers_of_a_norm_that_finishes_rows_for_other_ranks_are_part_of_what_i
     assert words(1e-5, 2.0) == words(1e-5, 2.0)
     assert words(1e-5, 2.0) != words(2e-5, 2.0)
     assert words(1e-5, 2.0) != words(1e-5, 3.0)
+
+
+def test_a_sum_over_some_of_the_ranks_is_as_different_as_what_went_into_it(four_ranks):
+    """What finishes rows for four ranks may not be made of a sum over two of them, unless their tensors are compared."""
+    pair = dist.new_group([0, 1])
+
+    def run(group):
+        def program(v, z, y, w):
+            whole = z + all_reduce(v.cos(), group)
+            rows = whole.chunk(4)[0] + funcol.reduce_scatter_tensor(y, "sum", 0, dist.group.WORLD)
+            return funcol.all_gather_tensor(F.rms_norm(rows, (HIDDEN,), w), 0, dist.group.WORLD)
+
+        rows = [torch.randn(8, HIDDEN) for _ in range(3)]
+        _, report = fused(trace(program, *rows, torch.ones(HIDDEN)), alike=True)
+        assert "share_attention_group" in [b.rewrite for b in report.boundaries]
+        return next(step.relies for step in report.steps if step.op == "all_reduce_norm")
+
+    assert len(run(dist.group.WORLD)) == 2, "z and w"
+    assert len(run(pair)) == 3, "v as well"
