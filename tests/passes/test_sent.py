@@ -169,7 +169,7 @@ def test_numbers_of_a_norm_that_finishes_rows_for_other_ranks_are_part_of_what_i
 
 
 def test_a_sum_over_some_of_the_ranks_is_as_different_as_what_went_into_it(four_ranks):
-    """What finishes rows for four ranks may not be made of a sum over two of them, unless their tensors are compared."""
+    """What finishes rows for four ranks is not made of a sum over two of them, unless their tensors are compared."""
     pair = dist.new_group([0, 1])
 
     def run(group):
