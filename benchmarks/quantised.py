@@ -26,14 +26,15 @@ from records import write
 
 import tpfuse
 from tests.quantisations import SPELLINGS, same
+from tpfuse.backend import tpfuse as tpfuse_backend
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, REWRITES
 
 CALLS, ROUNDS = 12, 41
 ROWS, HIDDEN = (1, 4, 8, 16, 32, 64, 128), (4096, 7168, 8192)
 WAYS = {
-    "boundary": ("tpfuse", {"rewrites": DEFAULT_REWRITES}),
-    "fused": ("tpfuse", {"rewrites": REWRITES}),
-    "tpfuse + Inductor": ("tpfuse", {"rewrites": DEFAULT_REWRITES}),
+    "boundary": (tpfuse_backend, {"rewrites": DEFAULT_REWRITES}),
+    "fused": (tpfuse_backend, {"rewrites": REWRITES}),
+    "tpfuse + Inductor": (tpfuse_backend, {"rewrites": DEFAULT_REWRITES}),
     "NCCL + Inductor": ("inductor", None),
 }
 

@@ -179,6 +179,8 @@ class Expression:
             return constant_digest(self.owner, str(node.target))
         if node.op != "call_function":
             return f"{known.get(node, node.op)} {val.dtype if val is not None else ''}"
+        if beside and _gives_each_its_own(node):
+            return f"unknown {uuid.uuid4()}"
         reaches = not communicates(node) or not beside or self._reaches_all(node)
         if communicates(node) and reaches and not (beside and _is_whole(node)):
             return "received"
@@ -234,6 +236,12 @@ def _options(node: fx.Node) -> list[str]:
     """How one of our norms adds and normalises, but for its tensors; none for a plain collective."""
     names = ("norm", "eps", "weight_offset", "alpha", "post", "out_dtype")
     return [repr(node.kwargs[name]) for name in names if name in node.kwargs]
+
+
+def _gives_each_its_own(node: fx.Node) -> bool:
+    """Whether `node` is a collective of the program that gives every rank something else."""
+    alike = ("all_reduce", "all_gather", "broadcast")
+    return is_collective(node) and not any(kind in str(node.target) for kind in alike)
 
 
 def _is_whole(node: fx.Node) -> bool:

@@ -29,8 +29,8 @@ class Call:
         self.weight = torch.empty(shape[-1], device=device, dtype=BF16)
         self.y, self.hidden = torch.empty_like(self.x), torch.empty_like(self.x)
         self.text = BoundarySpec(
-            "rms_norm", 1e-6, 0.0, 1.0, False, BF16, BF16, False, False, group_name, False,
-            (BF16, BF16, None, BF16, None, None),
+            norm="rms_norm", eps=1e-6, out_dtype=BF16, hidden_dtype=BF16, group_name=group_name,
+            operands=(BF16, BF16, None, BF16, None, None),
         ).text()  # fmt: skip
 
     def fill(self, seed: int) -> Call:

@@ -185,3 +185,17 @@ def test_a_sum_over_some_of_the_ranks_is_as_different_as_what_went_into_it(four_
 
     assert len(run(dist.group.WORLD)) == 2, "z and w"
     assert len(run(pair)) == 3, "v as well"
+
+
+def test_what_a_reduce_scatter_gives_finishes_no_rows_of_other_ranks(four_ranks):
+    def run(y, r, v):
+        w = funcol.reduce_scatter_tensor(v, "sum", 0, dist.group.WORLD)
+        rows = r.chunk(4)[0] + funcol.reduce_scatter_tensor(y, "sum", 0, dist.group.WORLD)
+        return funcol.all_gather_tensor(F.rms_norm(rows, (HIDDEN,), w), 0, dist.group.WORLD)
+
+    def words():
+        rows = [torch.randn(8, HIDDEN) for _ in range(2)]
+        _, report = fused(trace(run, *rows, torch.randn(4 * HIDDEN)), alike=True)
+        return next(step.sends for step in report.steps if step.op == "all_reduce_norm")
+
+    assert words() != words(), "as if it were another operation on every rank"
