@@ -222,8 +222,9 @@ def _summed_by_einsum(node: Any) -> fx.Node | None:
     if not is_call(node, aten.einsum.default) or not isinstance(node.args[1], (list, tuple)) or len(node.args[1]) != 1:
         return None
     read, _, given = str(node.args[0]).replace(" ", "").partition("->")
-    last = read[-1:]
-    return node.args[1][0] if last.isalpha() and last not in given and read == f"{given}{last}" else None
+    last, summed = read[-1:], node.args[1][0]
+    whole = last.isalpha() and last not in given and read == f"{given}{last}"
+    return summed if whole and isinstance(summed, fx.Node) else None
 
 
 def _multiplies_values(node: fx.Node) -> bool:

@@ -69,7 +69,8 @@ def _note(name: str, places: list[tuple[fx.Node, str]], resolve: ResolveGroup) -
     if problem:
         return f"{said}; only an operator that returns one new tensor could be declared as an all-reduce, and {problem}"
     line = f'tpfuse.register_all_reduce("{name}", group="{group}")'
-    if resolve(_given(node, group)) is None:
+    given = _given(node, group)
+    if not isinstance(given, str) or resolve(given) is None:
         line = line.removesuffix(")") + ", resolve=...)"
         return f"{said}; if it sums over that group, declare it: {line}; resolve maps that name to a ProcessGroup"
     return f"{said}; if it sums over that group, declare it, and it is treated like torch's own: {line}"

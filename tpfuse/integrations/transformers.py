@@ -119,7 +119,8 @@ def _around(forward: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _running(model: nn.Module, batch: dict[str, Any]) -> Iterator[None]:
     given = {name: value for name, value in batch.items() if name not in _OF_THE_MODEL}
-    layers = {m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _attends(m)}
+    indices = ((getattr(m, "layer_idx", None), m) for m in model.modules() if _attends(m))
+    layers = {index: m for index, m in indices if isinstance(index, int)}
     with LOCK:
         _RUNNING.append(Running(layers, given))
     try:

@@ -142,9 +142,9 @@ def log_summary(model: nn.Module, left: Mapping[str, str]) -> None:
     report = cut_report(model)
     inner = [p for p in (*report.cut, *report.whole) if not re.search(r"embed|lm_head|wte", p.pattern)]
     total = sum(p.whole_bytes for p in inner)
-    left = sum(p.whole_bytes for p in inner if p.how.startswith("whole"))
+    uncut = sum(p.whole_bytes for p in inner if p.how.startswith("whole"))
     record: Any = model._tpfuse
-    mostly = total > 0 and left > total / 2 and record.groups.whole.size > 1
+    mostly = total > 0 and uncut > total / 2 and record.groups.whole.size > 1
     log.log(logging.WARNING if mostly else logging.INFO, "parallelized %s", report.summary())
 
 
