@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -294,3 +295,29 @@ def test_keywords_that_are_torch_compiles_own_are_taken_and_others_are_refused()
         backend(copy.deepcopy(gm), [torch.ones(2)], options={"inner": "aot_eager"}, dynamic=None, fullgraph=True)
     with pytest.raises(tpfuse.OptionError, match="polcy=3"):
         backend(gm, [torch.ones(2)], options={"inner": "aot_eager"}, polcy=3)
+
+
+def test_a_graph_that_torch_wants_to_trace_again_runs_as_written_without_a_compiler(monkeypatch):
+    """Ranks find out at the first run that they disagree, and then nobody traces the program again."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    backend, kept = importlib.import_module("tpfuse.backend"), {}
+    guarded = backend.guard
+
+    def watched(compiled, report, options, written, place):
+        run = guarded(compiled, report, options, written, place)
+        kept["written"] = written
+        return lambda *args: kept.update(args=args) or run(*args)
+
+    def restarts(*_):
+        raise TensorifyScalarRestartAnalysis
+
+    monkeypatch.setattr(backend, "guard", watched)
+    fn, model, x = compiled({"inner": "aot_eager"})
+    with torch.no_grad():
+        fn(x)
+        monkeypatch.setitem(backend._INNER, "aot_eager", restarts)
+        with pytest.warns(UserWarning, match="without a compiler"):
+            again, report = kept["written"]()
+        torch.testing.assert_close(again(*kept["args"])[0], model(x))
+    assert report.fused_forward == 0 and {b.code for b in report.boundaries} == {"as_written"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ from .runtime.guard import guard
 
 log = logging.getLogger(__name__)
 
+#: Why a graph runs without a compiler.
+UNCOMPILED = (
+    "the ranks of a group run graphs that differ here, and torch cannot compile this one as it was written, because a "
+    "number of the program is symbolic in it (pass it as a tensor, or compile with dynamic=False)"
+)
 #: Why a graph is compiled a second time, at its first run.
 DIFFER = "the ranks of a group run graphs that differ here, so what they send stays as it was written"
 
@@ -88,8 +94,13 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         # A rank without a kernel at a boundary cannot take part in its peers'.
         kernels = any(step.kernel for step in report.steps)
         as_written = replace(options, as_written=DIFFER, rewrites=() if kernels else options.rewrites)
-        with tracing():
-            again, its_report = _compiled(copy_graph(spare), example_inputs, as_written, around)
+        try:
+            with tracing():
+                again, its_report = _compiled(copy_graph(spare), example_inputs, as_written, around)
+        except private.restarts_tracing():
+            warnings.warn(f"tpfuse runs a graph without a compiler: {UNCOMPILED}", stacklevel=2)
+            again, its_report = copy_graph(spare), _uncompiled(report)
+            record(its_report)
         return checking(again, spare, marks), its_report
 
     place = Place(*private.compilation())
@@ -117,6 +128,13 @@ def _compiled(
     record(report)
     check(report, options)
     return compiled, report
+
+
+def _uncompiled(report: Report) -> Report:
+    """The report on a graph that runs as the program wrote it, operation by operation."""
+    kept: dict[str, Any] = {"fused": False, "rewrite": None, "runs": "", "kernel": False}
+    kept |= {"reason": UNCOMPILED, "code": Code.AS_WRITTEN.value}
+    return replace(report, boundaries=[replace(b, **kept, after=b.before) for b in report.boundaries], steps=[])
 
 
 def check(report: Report, options: Options) -> None:

@@ -209,6 +209,19 @@ def compilation() -> tuple[int | None, int]:
     return number.frame_id, number.frame_compile_id or 0
 
 
+def restarts_tracing() -> type[Exception]:
+    """What torch raises while it compiles a graph to have Dynamo trace the program once more, with a number that was
+    symbolic as a constant; only while Dynamo compiles does somebody catch it.
+
+    If `TensorifyScalarRestartAnalysis` goes: a class that nobody raises.
+    """
+    try:
+        from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    except ImportError:
+        return type("NeverRaised", (Exception,), {})
+    return TensorifyScalarRestartAnalysis
+
+
 def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]:
     """Called while Dynamo has a graph with these inputs compiled: what makes a later compilation of that graph see the
     same symbols for its sizes and numbers. Without it a graph of symbolic sizes fits those of its first inputs alone.
