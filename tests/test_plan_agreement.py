@@ -54,6 +54,19 @@ def test_a_plan_that_sends_the_programs_tensors_in_their_order_is_as_written():
     assert not records(one)[PAIR].as_written, "a peer's plain all-reduce cannot take part in a kernel"
 
 
+def test_a_plan_that_sends_over_another_group_first_is_not_as_written():
+    """A peer that keeps the program's order would wait for the one sum, and this rank for the other."""
+    mine, theirs = a_report("#0 #2"), a_report("#1 #3", group=(0, 2))
+    boundaries = [b for pair in zip(mine.boundaries, theirs.boundaries, strict=True) for b in pair]
+    first, second, third, fourth = (s for pair in zip(mine.steps, theirs.steps, strict=True) for s in pair)
+    plans = [
+        records(Report(boundaries, steps=steps))
+        for steps in ([first, second, third, fourth], [second, first, third, fourth], [first, second, fourth, third])
+    ]
+    assert [plan[PAIR].as_written for plan in plans] == [True, False, False]
+    assert len({plan[PAIR].sent for plan in plans}) == 3, "and no two of them go together"
+
+
 def test_what_a_rank_hands_out_and_how_it_fuses_are_no_part_of_what_is_sent():
     report = a_report(WRITTEN)
     other = Report(

@@ -2,18 +2,20 @@
 
 What must be equal on all ranks of a group is what is *sent*: which partial tensors, added up or changed in which way,
 in which order. What a rank hands out besides (the sum itself, hidden states, statistics) is its own affair. A plan is
-`as_written` over a group where every operation sends just what the program said, in its order: it fits every peer that
-does the same, whatever else their graphs do. Any other plan changes what is sent, and needs peers with the same plan
-(`ballots`).
+`as_written` over a group where every operation sends just what the program said, in its order, also among those of
+other groups: it fits every peer that does the same, whatever else their graphs do. Any other plan changes what is
+sent, and needs peers with the same plan (`ballots`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -31,7 +33,8 @@ class Record(StrictJson):
 
     graph: a digest of the group's collectives as the program wrote them. ballot: which graph this is, by a name that
     all ranks of the group give it (`ballots`). as_written: whether what is sent is unchanged; changed: over how many of
-    the graph's groups it is not. values: a digest of the inputs that the plan takes for equal on all ranks.
+    the graph's groups it is not. values: a digest of the inputs that the plan takes for equal on all ranks. order: in
+    which order the graph sends what the program sent, over all groups.
     """
 
     graph: str
@@ -41,6 +44,7 @@ class Record(StrictJson):
     steps: list[Step] = field(default_factory=list)
     as_written: bool = True
     changed: int = 0
+    order: str = ""
     ballot: str = ""
     values: str = ""
 
@@ -54,7 +58,8 @@ class Record(StrictJson):
         """The same without the values: equal for two compilations of one rank that send alike."""
         if self.as_written:
             return f"{self.graph} as written"
-        return _digest([self.graph, self.changed, [(_on_the_wire(s), s.sends, s.kernel) for s in self.steps]])
+        steps = [(_on_the_wire(step), step.sends, step.kernel) for step in self.steps]
+        return _digest([self.graph, self.changed, self.order, steps])
 
 
 def _on_the_wire(step: Step) -> str:
@@ -67,6 +72,7 @@ def records(report: Report) -> dict[Ranks, Record]:
     from .. import __version__
 
     found = {}
+    overtaken = _overtaken(report.steps)
     groups = {boundary.group for boundary in report.boundaries} | {step.group for step in report.steps}
     for group in sorted(groups):
         if len(group) < 2:
@@ -83,10 +89,30 @@ def records(report: Report) -> dict[Ranks, Record]:
             torch.__version__,
             [_what_counts(b) for _, b in written],
             steps,
-            unchanged and not any(step.kernel for step in steps),
+            unchanged and group not in overtaken and not any(step.kernel for step in steps),
         )
     changed = sum(not record.as_written for record in found.values())
-    return {group: replace(record, changed=changed) for group, record in found.items()}
+    order = ";".join(",".join(map(str, _written_as(step))) for step in report.steps)
+    return {group: replace(record, changed=changed, order=order) for group, record in found.items()}
+
+
+def _written_as(step: Step) -> list[int]:
+    """Which collectives of the program, by number, an operation performs."""
+    return [int(number) for number in re.findall(r"#(\d+)", step.sends)]
+
+
+def _overtaken(steps: Sequence[Step]) -> set[Ranks]:
+    """The groups of operations that another one overtook, or that overtook one: a peer that keeps the program's order
+    waits for the one while the other waits for it."""
+    numbers = [_written_as(step) for step in steps]
+    before = list(accumulate((max(each, default=-1) for each in numbers), max, initial=-1))
+    last = len(steps) + max(before)
+    behind = list(accumulate((min(each, default=last) for each in reversed(numbers)), min, initial=last))[::-1]
+    return {
+        step.group
+        for at, (step, each) in enumerate(zip(steps, numbers, strict=True))
+        if each and (before[at] > min(each) or behind[at + 1] < max(each))
+    }
 
 
 def _what_counts(b: Boundary) -> Boundary:
