@@ -27,7 +27,7 @@ from tpfuse._torch_private import operator_schema, storage_identity
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import insert_call, same_shape, same_size, same_strides, use_positions, val, value
+from ..facts.graph import insert_call, last_dim, same_shape, same_size, same_strides, use_positions, val, value
 
 
 def normalise(graph: fx.Graph) -> None:
@@ -103,7 +103,9 @@ def expand_beside_sums(graph: fx.Graph) -> None:
             continue
         for position, (child, other) in enumerate((read, read[::-1])):
             rows = value(child)
-            if same_shape(other, node) and not same_shape(child, node) and rows is not None and rows.dim() > 1:
+            if rows is None or rows.dim() < 2 or not same_size(last_dim(child), last_dim(node)):
+                continue  # a number a row is a statistic, and no sum of rows
+            if same_shape(other, node) and not same_shape(child, node):
                 expanded = _expanded(graph, child, node)
                 if expanded is not None:
                     node.update_arg(position, expanded)
