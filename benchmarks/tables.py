@@ -347,6 +347,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "overhead_slope": lambda _: model_tables.overhead_slope("op_overhead.json"),
     "from_python": lambda _: model_tables.from_python("end_to_end_python_h200_x2.json"),
     "models_four": lambda _: model_tables.models_from_python("end_to_end_h200_x4.json"),
+    "own_rows": lambda _: model_tables.models_from_python("own_rows_h200_x2.json"),
     "generate": lambda _: model_tables.generate("generate_h200_x4.json"),
     "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
