@@ -210,8 +210,11 @@ def run_rows(rank, model, policy, batches, backend, dynamic):
 @compiles_in_threads
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [(tpfuse_backend, False), ("aot_eager", False)]
-    + [pytest.param(backend, True, marks=pytest.mark.nightly) for backend in (tpfuse_backend, "aot_eager")],
+    [(tpfuse_backend, False)]
+    + [
+        pytest.param(*way, marks=pytest.mark.nightly)
+        for way in ((tpfuse_backend, True), ("aot_eager", True), ("aot_eager", False))
+    ],
 )
 def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic):
     torch._dynamo.reset()

@@ -180,7 +180,8 @@ def run_inference(rank: int, how: str) -> dict:
     return {"errors": relative_error([got], [expected.double()]), "fused": [b.fused for b in report.boundaries]}
 
 
-@pytest.mark.parametrize("how", ["by_hand", pytest.param("torchao", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["by_hand", "torchao"])
 def test_quantised_linears(how):
     if how == "torchao":
         pytest.importorskip("torchao")

@@ -157,7 +157,7 @@ def test_a_users_own_pass_still_runs():
     assert mine.calls == 1 and len(last().fused) == 4
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_training_gives_the_gradients_of_eager(inner):
     """Gradients of plain funcol collectives, right or wrong as they may be for training, are kept as they are."""
     torch.manual_seed(0)

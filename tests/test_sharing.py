@@ -89,9 +89,10 @@ def test_compiled_equals_the_unsharded_model(tp, dp, dense):
     assert max(run_threads(tp, lambda r: run_inference(r, models[r], policy, batches, want))) < 1e-11
 
 
+@pytest.mark.nightly
 @compiles_in_threads
-@pytest.mark.parametrize("residual", ["scattered", pytest.param("replicated", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("dense", [2, *(pytest.param(d, marks=pytest.mark.nightly) for d in (1, 4))])
+@pytest.mark.parametrize("residual", ["scattered", "replicated"])
+@pytest.mark.parametrize("dense", [1, 2, 4])
 def test_either_layout_of_the_residual_gives_the_same_numbers(dense, residual):
     torch._dynamo.reset()
     plain = build(lambda: Model(routed=False)).eval()
