@@ -22,9 +22,7 @@ is profiled: time in boundary kernels (NCCL or fused, and kernels with a norm in
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import os
 import re
 import statistics
 import sys
@@ -41,7 +39,7 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from auto_select import auto_select
-from machine import machine
+from machine import join_ranks, machine
 from models import Run, Step, build
 from records import write
 
@@ -249,13 +247,8 @@ def main() -> None:
         return
     if arguments.auto_select and len(arguments.models) * len(arguments.decode + arguments.prefill) != 1:
         parser.error("--auto-select is for one model and one size: --models llama --decode 1 --prefill")
-    cuda = torch.cuda.is_available()
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    limit = datetime.timedelta(seconds=120)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=limit)
+    rank, device = join_ranks(120)
+    cuda = device.type == "cuda"
     records: list[Record] = []
     for run in runs_of(arguments, dist.get_world_size()):
         try:

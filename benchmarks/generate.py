@@ -16,9 +16,7 @@ way; time is the slowest rank's, of the whole call, prefill included; figures ar
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import machine
+from machine import join_ranks, machine
 from models import Run, hugging_face_config
 from records import write
 
@@ -137,13 +135,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes: a rehearsal")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    limit = datetime.timedelta(seconds=300)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=limit)
+    rank, device = join_ranks(300)
+    cuda = device.type == "cuda"
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
         dist.broadcast_object_list(folder, src=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import sys
@@ -10,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+
+def join_ranks(seconds: float) -> tuple[int, torch.device]:
+    """Join the process group that torchrun tells of, NCCL's with GPUs and gloo's without: (this rank's number on its
+    host, its device). seconds: how long a collective may wait."""
+    cuda, rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=seconds)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=limit)
+    return rank, device
 
 
 def machine(setting: str) -> dict[str, Any]:

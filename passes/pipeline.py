@@ -283,7 +283,8 @@ def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
     """Let fused boundaries hand out their normed values quantised, where the graph quantises them."""
     if not context.rewritten or "quantised_outputs" not in context.options.rewrites:
         return {}
-    done = quantise(graph)
+    done, notes = quantise(graph)
+    context.notes = [*context.notes, *notes]
     context.edited = bool(done)
     if done:
         graph.lint()

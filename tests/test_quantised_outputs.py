@@ -72,3 +72,16 @@ def test_nothing_is_quantised_unless_it_is_asked_for(two_ranks):
     compiled(program, rewrites=without)(*given)
     [verdict] = tpfuse.reports()[-1].boundaries
     assert verdict.fused and not verdict.quantised
+
+
+def test_a_second_quantisation_of_one_value_stays_and_is_said(two_ranks):
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y = boundary(x, residual, weight)[0]
+        return y, *SPELLINGS["by_hand"](y), *SPELLINGS["int8_per_row"](y)
+
+    y, *made = compiled(program)(*drawn())
+    report = tpfuse.reports()[-1]
+    assert [b.quantised != "" for b in report.boundaries] == [True]
+    assert any("a second quantisation" in note for note in report.notes)
+    for got, right in zip(made, (*SPELLINGS["by_hand"](y), *SPELLINGS["int8_per_row"](y)), strict=True):
+        assert same(got, right)

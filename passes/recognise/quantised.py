@@ -43,15 +43,7 @@ _BINARY = {
     aten.clamp_max.Tensor: "min",
 }
 _REDUCTIONS = {aten.amax.default: "amax", aten.amin.default: "amin"}
-_RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    *ops.COPIES_OF_VALUES,
-}
+_RESHAPES = ops.VIEWS - ops.REORDERINGS
 SECOND = "a second quantisation of one normed value stays behind it, since a boundary hands out one"
 SYMBOLIC = "the quantised rows are viewed in sizes that only the graph knows"
 

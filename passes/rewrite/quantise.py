@@ -15,21 +15,30 @@ from ..facts import aten_ops as ops
 from ..facts.graph import argument, fake_result, insert_call, inserting_behind, same_shape, same_size, val
 from ..recognise.quantised import SYMBOLIC, Quantised, find_quantised
 from ..recognise.streams import calls
+from ..verdict.names import module_name
 
 aten = ops.aten
 _OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm")
 
 
-def quantise(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Let every fused operation quantise whose normed value is quantised; what each of them hands out, in words."""
+def quantise(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
+    """Let every fused operation quantise whose normed value is quantised: what each of them hands out, in words, and
+    sentences on what stays behind one."""
     found: dict[fx.Node, str] = {}
+    notes: list[str] = []
     for fused in [node for node in graph.nodes if any(calls(node, name) for name in _OURS)]:
         y = next((user for user in fused.users if user.target is ops.operator.getitem and user.args[1] == 0), None)
         quantised = None if y is None or argument(fused, "quant", "") else find_quantised(y)
-        if quantised is not None and _sizes_known(quantised):
+        if quantised is None:
+            continue
+        known = _sizes_known(quantised)
+        if known:
             _apply(graph, fused, quantised)
             found[fused] = str(quantised.how)
-    return found
+        stays = quantised.left if known else SYMBOLIC
+        if stays:
+            notes.append(f"{module_name(fused) or 'a boundary'}: {stays}")
+    return found, notes
 
 
 def _apply(graph: fx.Graph, fused: fx.Node, quantised: Quantised) -> None:

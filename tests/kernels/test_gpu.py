@@ -114,20 +114,16 @@ class Variant:
         self.norm, self.dtype = norm, dtype
         self.workspaces = [replace(ws, max_blocks=8) for ws in ranks.workspaces]
 
+    def call(self, x: torch.Tensor, rows: int, start: int) -> Call:
+        return Call(
+            x, self.residual[start : start + rows], None, self.weight, norm=self.norm, out_dtype=self.dtype,
+            hidden_dtype=self.dtype, eps=1e-6,
+        )  # fmt: skip
+
     def launches(self, rows: int, start: int = 0) -> list:
         out = []
         for ws in self.workspaces:
-            x = self.pool[ws.rank][start : start + rows]
-            op = Call(
-                x,
-                self.residual[start : start + rows],
-                None,
-                self.weight,
-                norm=self.norm,
-                out_dtype=self.dtype,
-                hidden_dtype=self.dtype,
-                eps=1e-6,
-            )
+            op = self.call(self.pool[ws.rank][start : start + rows], rows, start)
             if self.kernel == "one_shot":
                 out.append(one_shot(op, ws, self.split))
             elif self.kernel == "two_shot":
@@ -143,16 +139,7 @@ class Variant:
 
     def wrong(self, launches: list, rows: int, start: int) -> torch.Tensor:
         """0 or 1 on the device: any rank's result unequal to the first's, or far from float32."""
-        op = Call(
-            self.pool[0],
-            self.residual[start : start + rows],
-            None,
-            self.weight,
-            norm=self.norm,
-            out_dtype=self.dtype,
-            hidden_dtype=self.dtype,
-            eps=1e-6,
-        )
+        op = self.call(self.pool[0], rows, start)
         truth = reference([p[start : start + rows] for p in self.pool], op, F32)
         first = launches[0].out
         tolerance = 1e-4 if self.dtype == F32 else 2e-2
