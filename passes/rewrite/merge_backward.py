@@ -82,11 +82,14 @@ def find_sums(known: Known) -> list[tuple[Part, ...]]:
 
 
 def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
-    """The linear nodes that `result` runs through, as long as each value has one reader."""
+    """The linear nodes that `result` runs through, as long as each value has one reader and none is repeated: what is
+    repeated before it is summed over the ranks takes more bytes than it saves."""
     chain: list[fx.Node] = []
     node = result
     while len(node.users) == 1:
         (user,) = node.users
+        if is_call(user, ops.SPREADS):
+            break
         inputs = [child for child, _, _ in linear_inputs(user)]
         broadcasts = len(inputs) > 1 and not all(same_shape(child, user) for child in inputs)
         if inputs.count(node) != 1 or broadcasts:
@@ -190,11 +193,13 @@ def _all_reduced(graph: fx.Graph, merge: Merge) -> fx.Node:
 
 def _along_the_chain(graph: fx.Graph, part: Part, dtype: torch.dtype) -> fx.Node:
     """The partial gradient with the chain's views and numbers applied to it, in `dtype`."""
-    scale, at = 1.0, part.collective.result
+    scale, steps, at = 1.0, list[Step](), part.collective.result
     for node in part.chain:
-        scale *= next(factor for child, factor, _ in linear_inputs(node) if child is at)
+        _, factor, step = next(found for found in linear_inputs(node) if found[0] is at)
+        scale *= factor
+        if step is not None and not is_call(node, ops.CASTS):
+            steps.append(step)
         at = node
-    steps = [Step(node) for node in part.chain if is_call(node, ops.VIEWS | ops.SELECTIONS | ops.ROW_SUMS)]
     if val(part.collective.input).dtype is torch.float16:
         node = replay(graph, steps, _cast(graph, part.collective.input, dtype))
     else:

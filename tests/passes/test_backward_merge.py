@@ -91,6 +91,18 @@ def test_rows_that_are_added_up(four_ranks, dtype):
     assert collective.meta["val"].shape == (6, HIDDEN)
 
 
+def test_rows_that_are_repeated_before_they_meet_are_merged_before_that_or_not_at_all(four_ranks):
+    def run(tangents, k, v):
+        return ((all_reduce(tangents)[:1].expand(6, HIDDEN) + all_reduce(tangents * 2 + k + v)[1:2].expand(6, HIDDEN)).sum(0),)
+
+    assert rewrites(judged(run, 3, 2)) == [None] * 2
+
+    def same(tangents, k):
+        return ((all_reduce(tangents) + all_reduce(tangents * 3 + k))[:1].expand(6, HIDDEN).sum(0),)
+
+    assert rewrites(judged(same, 2, 1)) == [RESULT] * 2
+
+
 def test_the_wider_dtype_is_the_one_summed_in(four_ranks):
     def run(tangents, b):
         return (all_reduce((tangents * 1).to(torch.bfloat16)).float() + all_reduce(tangents * b),)
