@@ -1,8 +1,9 @@
 """A row's quantisation, step by step as `tpfuse.quantisation` has it. Triton device code, and its encoding.
 
 A value is held in float32 (float64 where a step says so), rounded after each step to the dtype of the step, so results
-are bit for bit those of the same steps in plain PyTorch on the same device. A program is a tuple of steps
-(operator, first, second, constant, dtype): numbers of values, of which -1 is the constant.
+are bit for bit those of the same steps in plain PyTorch on the same device. A program is a flat tuple, because Triton
+takes no tuple in a constant tuple: the numbers of the values that are q and scale, the group, the count of steps, and
+five entries a step: (operator, first, second, constant, dtype), numbers of values, of which -1 is the constant.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _LEAST = tl.constexpr(-(1 << 31))
 
 @lru_cache(maxsize=256)
 def encoded(how: Quantisation, on_gpu: bool) -> tuple:
-    """`how` as the kernels take it: (q, scale, group, steps). `on_gpu`: eager mode divides by a number as it does
+    """`how` as the kernels take it. `on_gpu`: eager mode divides by a number as it does
     there, by its reciprocal in the dtype that it computes in."""
-    steps = []
+    program: list[int | float] = [how.q, how.scale, how.group, len(how.steps)]
     for step in how.steps:
         op, given = step.op, [-1 if isinstance(arg, float) else arg for arg in step.args]
         constants = [arg for arg in step.args if isinstance(arg, float)]
@@ -39,8 +40,8 @@ def encoded(how: Quantisation, on_gpu: bool) -> tuple:
             wide = torch.float64 if step.dtype == torch.float64 else torch.float32
             op, constant = "mul", float(torch.tensor(1.0, dtype=wide) / torch.tensor(constant, dtype=wide))
         first, second = (*given, 0)[:2]
-        steps.append((_OPS.index(op), first, second, constant, _DTYPES.index(step.dtype)))
-    return how.q, how.scale, how.group, tuple(steps)
+        program += (_OPS.index(op), first, second, constant, _DTYPES.index(step.dtype))
+    return tuple(program)
 
 
 @triton.jit
@@ -161,29 +162,37 @@ def _step(OP: tl.constexpr, a, b, mask, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _next(values, mask, GROUP: tl.constexpr, PROGRAM: tl.constexpr, i: tl.constexpr):
+    """What step `i` of the program makes of the values so far."""
+    OP: tl.constexpr = PROGRAM[4 + 5 * i]
+    A: tl.constexpr = PROGRAM[5 + 5 * i]
+    B: tl.constexpr = PROGRAM[6 + 5 * i]
+    C: tl.constexpr = PROGRAM[7 + 5 * i]
+    DTYPE: tl.constexpr = PROGRAM[8 + 5 * i]
+    if A == -1:
+        b = values[B]
+        a = _of_constant(C, b)
+    else:
+        a = values[A]
+        b = _of_constant(C, a) if B == -1 else values[B]
+    return _rounded(_step(OP, a, b, mask, GROUP), DTYPE)
+
+
+@triton.jit
 def quantise_row(y, mask, cols, row, q_ptr, scale_ptr, H: tl.constexpr, PROGRAM: tl.constexpr):
     """Store q and scale of one whole row `y`, float32 numbers that are as y is handed out."""
     Q: tl.constexpr = PROGRAM[0]
     S: tl.constexpr = PROGRAM[1]
     GROUP: tl.constexpr = PROGRAM[2]
-    STEPS: tl.constexpr = PROGRAM[3]
     if GROUP != 0:
         COUNT: tl.constexpr = y.shape[0] // GROUP
         y = y.reshape(COUNT, GROUP)
         mask = mask.reshape(COUNT, GROUP)
         cols = cols.reshape(COUNT, GROUP)
     values = (y,)
-    for i in tl.static_range(len(STEPS)):
-        OP: tl.constexpr = STEPS[i][0]
-        A: tl.constexpr = STEPS[i][1]
-        B: tl.constexpr = STEPS[i][2]
-        if A == -1:
-            b = values[B]
-            a = _of_constant(STEPS[i][3], b)
-        else:
-            a = values[A]
-            b = _of_constant(STEPS[i][3], a) if B == -1 else values[B]
-        values = values + (_rounded(_step(OP, a, b, mask, GROUP), STEPS[i][4]),)  # type: ignore[assignment]  # noqa: RUF005
+    STEPS: tl.constexpr = PROGRAM[3]
+    for i in tl.static_range(STEPS):
+        values = values + (_next(values, mask, GROUP, PROGRAM, i),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(q_ptr + row * H + cols, values[Q], mask=mask)
     if GROUP == 0:
         tl.store(scale_ptr + row, values[S].to(scale_ptr.dtype.element_ty))

@@ -18,6 +18,7 @@ NAMES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float64: "*fp64",
+    torch.int8: "*i8",
 }
 
 
@@ -37,6 +38,10 @@ def compile_sm90(kernel: Any, args: tuple, constants: dict[str, Any], num_warps:
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     for name, value in constants.items():
+        if isinstance(value, torch.Tensor):  # given by name
+            signature[name] = NAMES[value.dtype]
+            attrs[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+            continue
         signature[name] = "constexpr"
         constexprs[(kernel.arg_names.index(name),)] = value
     source = ASTSource(kernel, signature, constexprs, attrs)

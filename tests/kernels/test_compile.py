@@ -15,11 +15,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tpfuse.kernels.add_norm import _add_norm_kernel
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.compat import next_power_of_2
+from tpfuse.kernels.quantise import encoded
 from tpfuse.kernels.symmetric.barrier import _barrier_kernel, barrier
 from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
 from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
+from ..passes.test_quantised import recognised
+from ..quantisations import SPELLINGS
 from .sm90 import compile_sm90, stack_bytes
 
 BF16 = torch.empty(0, dtype=torch.bfloat16)
@@ -126,6 +129,20 @@ def test_barrier_loads_a_row_ahead_where_registers_hold_it(H: int, world: int, a
                  "ROTATE": True, "AHEAD": ahead}  # fmt: skip
     compiled = compile_sm90(_barrier_kernel, (*COMMON, 3 << 22, 1 << 20, 1 << 22, 8, 0, 8, 0), constants, warps)
     assert not scalar_accesses(compiled.asm["ptx"]) and not stack_bytes(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_each_quantisation_compiles(name: str) -> None:
+    how = recognised(SPELLINGS[name], torch.bfloat16)
+    constants = {
+        "H": 1024, "BLOCK": 1024, "NORM": 0, "POST": False, "STRIDED": False, "PIECES": 1, "LATE": True, "EVICT": "",
+        "STORE": "", "q_ptr": torch.empty(0, dtype=torch.int8), "scale_ptr": torch.empty(0, dtype=how.scale_dtype),
+        "QUANT": encoded(how, on_gpu=True),
+    }  # fmt: skip
+    args = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, 1e-6, None, None, 1024, 1024)
+    ptx = compile_sm90(_add_norm_kernel, args, constants, 2).asm["ptx"]
+    assert "local.depot" not in ptx
+    assert not scalar_accesses(ptx) or how.group  # rows in groups are laid out by groups, whatever is stored
 
 
 def test_kernel_files_can_be_imported_without_triton() -> None:

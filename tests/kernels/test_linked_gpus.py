@@ -55,7 +55,9 @@ def _launch(kernel: str, op: Call, ws) -> object:
         return two_shot(op, ws)
     if kernel == "one_shot/4" and one_shot_fits(op, ws, 4):
         return one_shot(op, ws, 4)
-    return one_shot(op, ws) if "shot" in kernel else barrier(op, ws, rotate=kernel == "rotating")
+    if "shot" in kernel and one_shot_fits(op, ws, 1):
+        return one_shot(op, ws)
+    return barrier(op, ws, rotate=kernel == "rotating")  # of 4 ranks, 280 rows of float32 are more than a slot holds
 
 
 def _off(out, truth: Call) -> float:
