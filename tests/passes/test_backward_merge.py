@@ -93,7 +93,8 @@ def test_rows_that_are_added_up(four_ranks, dtype):
 
 def test_rows_that_are_repeated_before_they_meet_are_merged_before_that_or_not_at_all(four_ranks):
     def run(tangents, k, v):
-        return ((all_reduce(tangents)[:1].expand(6, HIDDEN) + all_reduce(tangents * 2 + k + v)[1:2].expand(6, HIDDEN)).sum(0),)
+        one, other = all_reduce(tangents)[:1], all_reduce(tangents * 2 + k + v)[1:2]
+        return ((one.expand(6, HIDDEN) + other.expand(6, HIDDEN)).sum(0),)
 
     assert rewrites(judged(run, 3, 2)) == [None] * 2
 
