@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 
 from .graphs import fake_world
 
 # Two cores are enough for tiny tensors, and several test processes share them.
 torch.set_num_threads(1)
+
+
+# The first process of a run makes the store; those that it starts inherit all three. A compiler of the user's choice
+# stays the one that is used.
+COMPILER = Path(__file__).parent / "cxx" / "g++"
+can_share = sys.platform == "linux" and shutil.which("g++") and os.access(COMPILER, os.X_OK)
+if can_share and not {"CXX", "TPFUSE_TESTS_COMPILED"} & set(os.environ):
+    os.environ["TPFUSE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="compiled-for-tests-")
+    os.environ["TPFUSE_TESTS_PYTHON"] = sys.executable
+    os.environ["CXX"] = str(COMPILER)
+if "TPFUSE_TESTS_COMPILED" in os.environ:
+    torch._inductor.config.cpp.cxx = (None, os.environ["CXX"])
+
+
+def pytest_unconfigure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ and "TPFUSE_TESTS_COMPILED" in os.environ:
+        shutil.rmtree(os.environ["TPFUSE_TESTS_COMPILED"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

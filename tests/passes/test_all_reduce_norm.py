@@ -40,11 +40,11 @@ def assert_error_rule(run, world: int, dtype: torch.dtype, draw=inputs, seeds: i
     partials, *rest = draw(0, dtype)
     before = trace(run, partials[0], *rest, **trace_options)
     after, report = fused(before)
+    exact = trace(run, partials[0].double(), *(t.double() for t in rest))
     rounding = torch.finfo(dtype).eps / 2
     old, new = [], []
     for seed in range(seeds):
         partials, *rest = draw(seed, dtype)
-        exact = trace(run, partials[0].double(), *(t.double() for t in rest))
         reference = on_ranks(exact, world, [p.double() for p in partials], *(t.double() for t in rest))
         for errors, graph in ((old, before), (new, after)):
             got = on_ranks(graph, world, partials, *rest)
