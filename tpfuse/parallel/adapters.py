@@ -9,6 +9,9 @@ Both parts of a row-wise projection's output are partial then, and one sum over 
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
+
 import torch.nn as nn
 
 from tpfuse._torch_private import own_modules
@@ -59,3 +62,34 @@ def _plain_lora(adapter: nn.Module) -> bool:
     own = any(True for _ in adapter.parameters(recurse=False))
     linear = [base_of(adapter), *a.values(), *b.values()]
     return known and not own and all(type(one) is nn.Linear for one in linear)
+
+
+def adapters_in(module: nn.Module) -> list[nn.Module]:
+    """Every adapter in a module."""
+    return [part for part in module.modules() if base_of(part) is not part]
+
+
+def chosen(adapters: Sequence[nn.Module]) -> tuple[int, int]:
+    """Which adapters are in use now, as two numbers to compare with other ranks': one of everything that counts (which
+    are active, merged or switched off, and how they are scaled), and the bits of the active ones' names."""
+    if not adapters:
+        return 0, 0
+    uses = [(*_used(one), sorted(getattr(one, "scaling", {}).items())) for one in adapters]
+    active = {name for names, merged, *_ in uses for name in (*names, *merged)}
+    bits = sum(1 << at for at, name in enumerate(_names(adapters)) if name in active)
+    return zlib.crc32(repr(uses).encode()), bits
+
+
+def named(adapters: Sequence[nn.Module], bits: int) -> str:
+    """The names that `chosen` made the bits of."""
+    return " and ".join(name for at, name in enumerate(_names(adapters)) if bits >> at & 1) or "none"
+
+
+def _used(adapter: nn.Module) -> tuple[list[str], list[str]]:
+    active = getattr(adapter, "active_adapters", [])
+    off = getattr(adapter, "disable_adapters", False)
+    return [] if off else list(active), list(getattr(adapter, "merged_adapters", []))
+
+
+def _names(adapters: Sequence[nn.Module]) -> list[str]:
+    return sorted({name for one in adapters for name, _, _ in pairs_of(one)})[:62]

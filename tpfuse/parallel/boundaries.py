@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from tpfuse.parallel.adapters import base_of, pairs_of
+from tpfuse.parallel.adapters import adapters_in, base_of, pairs_of
 from tpfuse.parallel.after_sum import ends_with_sum
 from tpfuse.parallel.cut_modules import ModuleCut
 from tpfuse.parallel.hf_plan import Planned, join, routed_block_of
@@ -95,6 +95,7 @@ def _hook(
     share = ShareOut(group) if goes_on else None
     if group != groups.attention and groups.dp.size > 1 and role.kind != "attention":
         site = check.number_of(name)
+        check.adapters.extend(adapters_in(module))
         alone = role.kind == "dense_mlp"
         install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share, alone))
         module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)))

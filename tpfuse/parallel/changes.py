@@ -16,7 +16,7 @@ from tpfuse import _state as state
 from tpfuse._torch_private import forward_hooks, own_modules
 from tpfuse.errors import PlanError
 from tpfuse.parallel.adapters import base_of
-from tpfuse.parallel.gradient_sums import SumGradient, Total
+from tpfuse.parallel.gradient_sums import SumGradient, Total, differentiable, hook_gradient
 from tpfuse.parallel.hooks import PartialLinear, ReduceOut, RowwiseLinear
 from tpfuse.parallel.owners import own
 from tpfuse.parallel.record import Parallelized
@@ -74,10 +74,10 @@ def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
 def _sum(name: str, module: nn.Module, record: Parallelized) -> None:
     """Outside of cut modules every replica sees its own rows."""
     for leaf, parameter in module.named_parameters():
-        if any(ref() is parameter for ref in record.used.parameters) or not parameter.requires_grad:
+        if any(ref() is parameter for ref in record.used.parameters) or not differentiable(parameter):
             continue
         total = Total(record.groups.dp)
-        parameter.register_hook(SumGradient(record.used, record.used.add(f"{name}.{leaf}", parameter, total)))
+        hook_gradient(parameter, SumGradient(record.used, record.used.add(f"{name}.{leaf}", parameter, total)))
         owner, _, own_name = leaf.rpartition(".")
         own(module.get_submodule(owner), own_name, parameter, None, record.groups)
 

@@ -84,7 +84,7 @@ def sum_gradients(model: nn.Module) -> None:
     replace_total_norm(total_norm)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own(owner_of(model, name), name.rpartition(".")[2], parameter, state.cuts.get(name), state.groups)
-        if not parameter.requires_grad or (total := _total_of(name, state)) is None:
+        if not differentiable(parameter) or (total := _total_of(name, state)) is None:
             continue
         if id(parameter) not in numbers:
             numbers[id(parameter)] = state.used.add(name, parameter, total)
@@ -104,9 +104,25 @@ def _total_of(name: str, state: Parallelized) -> Total | None:
     return Total(state.groups.of(owed)) if owed and state.groups.of(owed).size > 1 else None
 
 
+def differentiable(parameter: Tensor) -> bool:
+    """Whether it can ever have a gradient; quantised weights cannot."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def hook_gradient(parameter: Tensor, hook: SumGradient) -> None:
+    """Registers the hook, also on a parameter that is frozen now: adapters are switched on and off, and layers thawed,
+    by `requires_grad` alone."""
+    if parameter.requires_grad:
+        parameter.register_hook(hook)
+        return
+    parameter.requires_grad_(True)
+    parameter.register_hook(hook)
+    parameter.requires_grad_(False)
+
+
 def _sum_once(parameter: Tensor, hook: SumGradient) -> None:
     if not any(isinstance(known, SumGradient) for known in backward_hooks(parameter).values()):
-        parameter.register_hook(hook)
+        hook_gradient(parameter, hook)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def parallelize(
     Roles come from the decorators (`tpfuse.attention`, ...), else from `plan`, else from a Hugging Face model's own
     tp plan. Modules without a role stay replicated. All ranks of one attention group give the model the same input,
     dp replicas give their own rows, and each gets the output for its rows. Each rank calls backward on its replica's
-    loss; parameters then hold the gradient of the sum of all replicas' losses, as in the unsharded model. Parameters
-    that require no gradient when this is called get no such sum.
+    loss; parameters then hold the gradient of the sum of all replicas' losses, as in the unsharded model, those that
+    are frozen now and thawed later as well.
 
     Args:
         model: with whole weights, the same on all ranks (or on the meta device, to be loaded afterwards).

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tpfuse import _state as state
 from tpfuse._torch_private import process_group, under_dispatch_mode
 from tpfuse.errors import PolicyError
+from tpfuse.parallel.adapters import chosen, named
 from tpfuse.parallel.collectives import all_gather
 from tpfuse.parallel.mailbox import Mailbox
 from tpfuse.parallel.mesh import Group
@@ -60,6 +61,8 @@ class RowsCheck:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.site: int | None = None
+        #: Adapters in modules that work on all replicas' rows: none of them may be another's.
+        self.adapters: list[nn.Module] = []
         #: From the second meeting on; None as long as nobody was met.
         self.mailbox: Mailbox | None = None
         self.key = state.ROWS_CHECKS.add(self)
@@ -92,7 +95,7 @@ class RowsCheck:
     def alone(self, rows: int, site: int, says: Says) -> None:
         """Raises for a fault of this replica's where nobody is met."""
         if says.fault:
-            raise PolicyError(self._wrong([[rows, says.padded, says.fault, says.limit, site]]))
+            raise PolicyError(self._wrong([[rows, says.padded, says.fault, says.limit, site, 0, 0]]))
 
     def meet(self, rows: int, group_name: str, device: torch.device, site: int, says: Says) -> bool:
         """Exchange it, if `site` is the place to; all replicas do. Raises as `__call__`. Returns whether it was."""
@@ -101,7 +104,7 @@ class RowsCheck:
         group = process_group(group_name)
         assert group is not None
         fake = dist.get_backend(group) == "fake"
-        own = [rows, says.padded, says.fault, says.limit, site]
+        own = [rows, says.padded, says.fault, says.limit, site, *chosen(self.adapters)]
         if self.site is not None and fake:
             return False  # nobody answers
         if self.mailbox is not None:
@@ -127,7 +130,7 @@ class RowsCheck:
     def _wrong(self, said: list[list[int]]) -> str:
         """What is wrong with the replicas' rows, the same sentence on all of them; or ''."""
         rows, padded = [one[0] for one in said], [one[1] for one in said]
-        for replica, (own, _, fault, limit, site) in enumerate(said):
+        for replica, (own, _, fault, limit, site, *_) in enumerate(said):
             name = self.names[site]
             which = f"of dp replica {replica} " if len(said) > 1 else ""
             if fault == TOO_MANY:
@@ -145,6 +148,13 @@ class RowsCheck:
             return (
                 f"the dp replicas came to {places} at once; modules that work on all replicas' rows must be called by "
                 "all of them, in one order"
+            )
+        if len({one[5] for one in said}) > 1:
+            use = ", ".join(f"{named(self.adapters, one[6])} on {at}" for at, one in enumerate(said))
+            return (
+                f"the dp replicas use different adapters ({use}), but {self.names[said[0][4]]} and others work on all "
+                "replicas' rows, each rank with its own slices; use the same adapters on all replicas, or cut MLPs "
+                "over the attention group (moe_dense_tp_size=attn_tp_size)"
             )
         if len(set(padded)) > 1:
             return (

@@ -40,7 +40,9 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         PlanError: without a `state_dict`, and for one that holds slices of cut weights.
     """
     original = type(model).save_pretrained
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments.get("state_dict")
+    given = kwargs.get("state_dict")  # peft's has no parameter of that name
+    if given is None:
+        given = inspect.signature(original).bind(model, *args, **kwargs).arguments.get("state_dict")
     if given is None:
         raise PlanError(
             f"save_pretrained: this {type(model).__name__} is cut, and this rank's slices would be written as if they "

@@ -57,6 +57,13 @@ def refuse_computed(name: str, module: nn.Module) -> None:
     stored = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
     for leaf in ("weight", "bias"):
         if isinstance(getattr(module, leaf, None), Tensor) and leaf not in stored:
+            if not stored:
+                raise PlanError(
+                    f"{name} is a {type(module).__name__} ({type(module).__module__}), which has no {leaf} of its own "
+                    f"and hands on that of {' or '.join(n for n, _ in module.named_children())}; parallelize without "
+                    "it (with peft: without this module in modules_to_save), or leave the module around it whole "
+                    "(plan={...} without it)"
+                )
             raise PlanError(
                 f"{join(name, leaf)} is neither parameter nor buffer, but computed from {', '.join(stored)}; make it "
                 "a plain parameter before parallelize (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
