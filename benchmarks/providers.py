@@ -2,7 +2,6 @@
 
 `baselines(ranks)` gives those that the machine can run:
 
-    barrier                           our pull kernel in its plain form, two rounds of flags a call
     unfused                           a plain all-reduce by our own fastest kernel on the same pointers
     nccl                              NCCL on the current stream                                    (several GPUs)
     symm_mem one-shot, two-shot       PyTorch's own, on an x that already lies in symmetric memory  (several GPUs)
@@ -194,7 +193,6 @@ def baselines(ranks: Any) -> list[Provider]:
     out = [
         Provider("dispatched", lambda op, ws: dispatched(op, ws, device, group_name)),
         Provider("unfused", lambda op, ws: unfused(op, ws, device) if barrier_fits(op, ws) else None),
-        Provider("barrier", lambda op, ws: barrier(op, ws, rotate=False) if barrier_fits(op, ws) else None),
         Provider("one_shot portable", portable),
     ]
     if group_name:

@@ -53,7 +53,7 @@ KERNELS = (
     Kernel(one_shot, 520, F32, "layer_norm"),
     Kernel(two_shot, 1024, F16, "rms_norm"),
     Kernel(barrier, 1024, BF16, "rms_norm"),
-    Kernel(lambda op, ws: barrier(op, ws, rotate=False), 520, F32, "rms_norm"),
+    Kernel(barrier, 520, F32, "rms_norm"),
 )
 
 

@@ -259,15 +259,15 @@ def virtual(card: Card) -> str:
     for (hidden, world, rows), us in _times(card.virtual + card.peers).items():
         best = [_us(min(us[p] for p in us if p.startswith(k))) for k in ("one_shot s", "two_shot")]
         ratio = f"{us['dispatched'] / us['best peer']:.2f}" if "best peer" in us else "–"
-        lines.append([f"{hidden}", f"{world}", f"{rows}", *(_us(us[p]) for p in ("empty", "barrier", "unfused")), *best,
+        lines.append([f"{hidden}", f"{world}", f"{rows}", *(_us(us[p]) for p in ("empty", "unfused")), *best,
                       f"**{us['dispatched']:.1f}**", _us(us.get("best peer")), ratio])  # fmt: skip
-    head = ["hidden", "N", "rows", "empty", "barrier", "unfused", "best one-shot", "two-shot", "dispatched",
+    head = ["hidden", "N", "rows", "empty", "unfused", "best one-shot", "two-shot", "dispatched",
             "best peer", "dispatched / peer"]  # fmt: skip
     return table(head, lines)
 
 
 def virtual_summary(card: Card) -> str:
-    peers, from_best, unfused, barrier, portable = [], [], [], [], []
+    peers, from_best, unfused, portable = [], [], [], []
     for size, us in _times(card.virtual + card.peers).items():
         mine = us["dispatched"]
         from_best.append((us[_picked(f"virtual {card.device}", size)] / min(_ours(us).values()), size))
@@ -275,8 +275,6 @@ def virtual_summary(card: Card) -> str:
         portable.append((us["one_shot portable"] / min(us[p] for p in us if p.startswith("one_shot s1")), size))
         if "best peer" in us:
             peers.append((mine / us["best peer"], size))
-        if size[2] <= 32:
-            barrier.append(((us["barrier"] - us["empty"]) / (mine - us["empty"]), size))
     ends = f"{sorted(peers)[:1]} to {sorted(peers)[-1:]}"
     mean = f"{statistics.geometric_mean(ratio for ratio, _ in peers):.3f}" if peers else "–"
     return "\n".join([
@@ -284,8 +282,6 @@ def virtual_summary(card: Card) -> str:
         f"the shipped table's kernel against the best: {sorted(from_best)[-3:]}",
         *_dispatched(card.virtual),
         f"unfused / dispatched: {min(unfused)} to {max(unfused)}",
-        f"above empty, barrier / dispatched, up to 32 rows: {min(barrier)} to {max(barrier)}; "
-        f"at least 1.3 at {sum(ratio >= 1.3 for ratio, _ in barrier)} of {len(barrier)}",
         f"portable wait / PTX wait of whole rows: {min(portable)} to {max(portable)}",
     ])  # fmt: skip
 

@@ -42,7 +42,7 @@ CALL_BYTES = 2 << 20  # the most that x of one call takes
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a kernel is compiled for. `kernel`: one_shot, two_shot, barrier, or barrier_twice (without rotation)."""
+    """What a kernel is compiled for. `kernel`: one_shot, two_shot or barrier."""
 
     kernel: str
     hidden: int
@@ -66,13 +66,13 @@ RECIPES = (
     Recipe("barrier", 1024, BF16, "rms_norm"),
     Recipe("barrier", 4096, F32, "layer_norm"),
     Recipe("barrier", 8192, BF16, "rms_norm"),
-    Recipe("barrier_twice", 1024, BF16, "layer_norm"),
-    Recipe("barrier_twice", 4096, F16, "rms_norm"),
+    Recipe("barrier", 1024, BF16, "layer_norm"),
+    Recipe("barrier", 4096, F16, "rms_norm"),
 )
 #: For the interpreter, which runs the programs of a split row in turn: none is split.
 TINY_RECIPES = tuple(
     Recipe(kernel, hidden, dtype, norm)
-    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("barrier_twice", 64))
+    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("barrier", 64))
     for dtype, norm in ((BF16, "rms_norm"), (F32, "layer_norm"))
 )
 ROWS = (0, 1, 1, 2, 3, 5, 8, 16, 33, 64, 150)
@@ -313,7 +313,7 @@ def bind(call: Call, op: Operation, ws: Workspace) -> Any:
         return one_shot(op, ws)
     if not barrier_fits(op, ws):
         raise ValueError(f"{call} does not fit")
-    return barrier(op, ws, rotate=recipe.kernel != "barrier_twice")
+    return barrier(op, ws)
 
 
 def make_batch(ws: Workspace, ledger: Ledger, calls: Sequence[Call], seed: int, *, plant: str = "",

@@ -43,7 +43,7 @@ def name_of(entry: Entry) -> str:
 def entry_of(provider: str, device: str, world: int, hidden: int, rows: int) -> Entry | None:
     """The table entry that runs a benchmark's provider; None for those that dispatch cannot pick."""
     found = _NAME.match(provider)
-    if found is None or provider == "barrier":
+    if found is None or provider == "barrier":  # so older results name a barrier with two rounds of flags
         return None
     return Entry(device, world, hidden, rows, found["kernel"], int(found["split"] or 1), int(found["warps"] or 0))
 

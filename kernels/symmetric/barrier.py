@@ -5,9 +5,6 @@ reserved as a sentinel. Each program copies its rows into the stage, raises one 
 and reads. When it copies, and where registers allow (AHEAD) also when it reads, it loads a row before it is done with
 the one before. Flags carry the epoch, so they are never lowered. Two stages take turns: a rank writes the stage of call
 k again in call k+2, which it reaches only after every peer has signalled call k+1, hence left call k.
-
-Without ROTATE a second round of flags ends each call, as a kernel with one stage would need it. (It takes turns all the
-same: a rotating call before it may still be read.)
 """
 
 from __future__ import annotations
@@ -18,12 +15,12 @@ from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_addends, load_eps, load_scales, nothing
 from ..patience import POLLS, out_of_patience, report
-from ..words import CHANNELS, advance_epoch, as_words, begin_call, count_of, peer, unpack
+from ..words import advance_epoch, as_words, begin_call, count_of, peer, unpack
 from .kernel import Kernel
 from .operands import Launch, constants, default_warps, launch_options, prepare
 from .workspace import Workspace
 
-_CHANNELS, _POLLS = tl.constexpr(CHANNELS), tl.constexpr(POLLS)
+_POLLS = tl.constexpr(POLLS)
 
 
 @triton.jit
@@ -91,7 +88,7 @@ def _barrier_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, stages, stage_words, flags, rows, rank,
     programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
-    NORM: tl.constexpr, POST: tl.constexpr, ROTATE: tl.constexpr, AHEAD: tl.constexpr,
+    NORM: tl.constexpr, POST: tl.constexpr, AHEAD: tl.constexpr,
     q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
 ):  # fmt: skip
     pid = tl.program_id(0) + first
@@ -142,8 +139,6 @@ def _barrier_kernel(
             parts = following
             residual = following_residual
         row = later
-    if not ROTATE:
-        _meet(peers_ptr, flags + _CHANNELS * WORLD, pid, rank, epoch, watch_ptr, WORLD)
     advance_epoch(state_ptr, epoch, pid, programs)
 
 
@@ -168,8 +163,8 @@ def _fits_ahead(call: Call, world: int, warps: int) -> bool:
     return (world + 4) * words <= min(65536 // (32 * warps), 256) // 2
 
 
-def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0, *, rotate: bool = True) -> Launch:
-    """The kernel bound to this rank's operands, as `one_shot` binds its own. `rotate`: which of the two ways above."""
+def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0) -> Launch:
+    """The kernel bound to this rank's operands, as `one_shot` binds its own."""
     if said := refusal(call, ws):
         raise OpError(f"barrier: {said}")
     ready = prepare(call)
@@ -182,7 +177,7 @@ def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0, *, ro
     fewer = min(usual, 16)
     warps = warps or (fewer if _fits_ahead(call, ws.world, fewer) else usual)
     settings = constants(call, ws.world, 1, False, False)
-    settings |= {"ROTATE": rotate, "AHEAD": _fits_ahead(call, ws.world, warps)}
+    settings["AHEAD"] = _fits_ahead(call, ws.world, warps)
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
     settings |= launch_options(warps, registers)
     settings |= quantised_arguments(call, ready.out)

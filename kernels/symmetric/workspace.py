@@ -4,7 +4,7 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
 
     3 slots of slot_words          written by peers, read and emptied by the owner (one-shot and two-shot, `lamport`)
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
-    2 sets of CHANNELS x world     flags: word [block][source], written by peers    (barrier kernel); 1 before that
+    CHANNELS x world               flags: word [block][source], written by peers    (barrier kernel); 1 before that
 
 `state` is the owner's alone: CHANNELS pairs of an epoch (always equal to each other; the slot in the low two bits, the
 count of calls above) and a dead mark (not 0 once a kernel of this rank gave up a wait; the rank sends only NaN from
@@ -69,7 +69,7 @@ def stage_words_of(slot_words: int, world: int) -> int:
 
 
 def buffer_words(slot_words: int, world: int) -> int:
-    return SLOTS * slot_words + 2 * stage_words_of(slot_words, world) + 2 * CHANNELS * world
+    return SLOTS * slot_words + 2 * stage_words_of(slot_words, world) + CHANNELS * world
 
 
 def initialise(buffer: Tensor, state: Tensor, slot_words: int) -> None:

@@ -16,7 +16,7 @@ from tpfuse.kernels.words import EPOCHS, MARKS, POISON
 from .case_protocol import Call, launch
 from .protocol import Seat, run
 
-KERNELS = ["one_shot", "split", "two_shot", "barrier", "barrier_twice"]
+KERNELS = ["one_shot", "split", "two_shot", "barrier"]
 CASES = [
     *((2, kernel) for kernel in KERNELS),
     *(pytest.param(4, kernel, marks=pytest.mark.nightly) for kernel in ("one_shot", "two_shot")),

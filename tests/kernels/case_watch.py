@@ -18,7 +18,7 @@ from .case_protocol import Call, equal_on_all_ranks, play
 from .protocol import Seat, run
 
 PATIENCE = 2e-3  # two units, which the interpreter takes for 64 polls
-KERNELS = ["one_shot", "two_shot", "barrier", "barrier_twice"]
+KERNELS = ["one_shot", "two_shot", "barrier"]
 
 
 def launch(kernel: str, call: Call, seat: Seat):
@@ -27,7 +27,7 @@ def launch(kernel: str, call: Call, seat: Seat):
         return one_shot(op, ws).run()[0]
     if kernel == "two_shot":
         return two_shot(op, ws).run()[0]
-    return barrier(op, ws, rotate=kernel == "barrier").run()[0]
+    return barrier(op, ws).run()[0]
 
 
 def desert(seat: Seat, kernel: str, calls: int, deserter: int) -> dict:
@@ -102,7 +102,7 @@ def first_barrier_before_the_wrap(seat: Seat, epoch: int) -> tuple[list, bool]:
     seat.ws.state[EPOCHS] = epoch
     if seat.ws.rank == 1:
         time.sleep(0.3)
-    return play(seat, [Call("barrier", 3, seed=1), Call("barrier_twice", 2, seed=2), Call("barrier", 5, seed=3)])
+    return play(seat, [Call("barrier", 3, seed=1), Call("barrier", 2, seed=2), Call("barrier", 5, seed=3)])
 
 
 @pytest.mark.parametrize("count", [-2, -1, 0])

@@ -126,7 +126,7 @@ def test_barrier_loads_a_row_ahead_where_registers_hold_it(H: int, world: int, a
     warps = launch.constants["num_warps"]
     assert launch.constants["AHEAD"] == ahead and warps == (16 if ahead else 32)
     constants = {"H": H, "ROW_WORDS": words, "W": words, "EL": H, "WORLD": world, "NORM": 0, "POST": False,
-                 "ROTATE": True, "AHEAD": ahead}  # fmt: skip
+                 "AHEAD": ahead}  # fmt: skip
     compiled = compile_sm90(_barrier_kernel, (*COMMON, 3 << 22, 1 << 20, 1 << 22, 8, 0, 8, 0), constants, warps)
     assert not scalar_accesses(compiled.asm["ptx"]) and not stack_bytes(compiled, tmp_path)
 

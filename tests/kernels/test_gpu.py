@@ -129,7 +129,7 @@ class Variant:
             elif self.kernel == "two_shot":
                 out.append(two_shot(op, ws))
             else:
-                out.append(barrier(op, ws, rotate=self.kernel == "rotating"))
+                out.append(barrier(op, ws))
         return out
 
     def load(self) -> None:
@@ -167,7 +167,7 @@ def test_stress_random_shapes_and_delays(world: int) -> None:
         Variant(ranks, "one_shot", 2048, BF16, "rms_norm", split=4),
         Variant(ranks, "one_shot", 520, F32, "layer_norm"),
         Variant(ranks, "two_shot", 1024, F16, "rms_norm"),
-        Variant(ranks, "rotating", 1024, BF16, "rms_norm"),
+        Variant(ranks, "barrier", 1024, BF16, "rms_norm"),
         Variant(ranks, "barrier", 520, F32, "rms_norm"),
     ]
     for variant in variants:

@@ -28,7 +28,6 @@ KERNELS = {
     "one_shot, portable": lambda op, ws: one_shot(op, ws, spin=False),
     "two_shot": two_shot,
     "barrier": barrier,
-    "barrier, two rounds": lambda op, ws: barrier(op, ws, rotate=False),
 }
 
 

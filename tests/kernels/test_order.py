@@ -114,7 +114,7 @@ def compiled(kernel: str, world: int, many: bool = False) -> str:
         more = {"SPIN": True, "MANY": many, "C": words // world}
         return compile_sm90(_two_shot_kernel, (*COMMON, *tail), {**shared, **more}, 8).asm["ptx"]
     tail = (3 << 22, 1 << 20, 1 << 22, 8, 0, 8, 0)
-    return compile_sm90(_barrier_kernel, (*COMMON, *tail), {**shared, "ROTATE": True, "AHEAD": False}, 8).asm["ptx"]
+    return compile_sm90(_barrier_kernel, (*COMMON, *tail), {**shared, "AHEAD": False}, 8).asm["ptx"]
 
 
 READ, PUSH, WAIT, CLEAR, WRITE = "read epoch and mark", "push", "wait", "clear", "write epoch"
