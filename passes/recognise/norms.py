@@ -7,7 +7,7 @@ anchored on their statistics, because everything else varies between models:
     layer_norm   y = (x - mean(x)) * rsqrt(var(x) + eps) [* weight] [+ bias]
 
 with `1/sqrt(...)`, `x / sqrt(...)` and `pow(..., -0.5)` for rsqrt, casts anywhere, the weight before or after the last
-cast, and Gemma's `1 + weight`.
+cast, on x (`weight * x * rsqrt(...)`) or on the root (`x * (rsqrt(...) * weight)`), and Gemma's `1 + weight`.
 """
 
 from __future__ import annotations
@@ -145,6 +145,9 @@ def written_out_norm(node: fx.Node) -> Norm | None:
     rstd = None if divides or found.total or not _of_rows(node, scaled.source) else node
     mean = found.mean if found.mean is not None and _of_rows(found.mean, scaled.source) else None
     norm = Norm(found.kind, scaled.source, scaled.output, eps, mean=mean, rstd=rstd, problem=found.problem)
+    if scaled.weight is not None:
+        weight, offset = _split_offset(scaled.weight)
+        norm = replace(norm, weight=weight, weight_offset=offset)
     return _with_affine(norm, factor)
 
 
@@ -197,53 +200,82 @@ def _of_rows(statistic: fx.Node, source: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """`output` = source (or what is centred) * `factor` / root; `least`: where the root is max(root, least), else 0."""
+    """`output` = source (or what is centred) * `factor` / root, and times `weight` where that stands before `output`;
+    `least`: where the root is max(root, least), else 0."""
 
     output: fx.Node
     source: fx.Node
     factor: float
     least: float = 0.0
+    weight: fx.Node | None = None
 
 
 def _scaled_by(inverse: fx.Node, found: Moments, divides: bool) -> _Scaled | None:
-    """Where `found.centred` is multiplied by `inverse`, or divided by it, over casts, views and numbers."""
-    pending: list[tuple[fx.Node, float, float]] = [(inverse, 1.0, 0.0)]
+    """Where `found.centred` is multiplied by `inverse`, or divided by it, over casts, views, numbers and one weight."""
+    pending: list[tuple[fx.Node, float, float, fx.Node | None]] = [(inverse, 1.0, 0.0, None)]
     while pending:
-        node, factor, least = pending.pop(0)
-        further = []
+        node, factor, least, weight = pending.pop(0)
+        further: list[tuple[fx.Node, float, float, fx.Node | None]] = []
         for user in node.users:
             times = _times_number(user)
             if is_call(user, TRANSPARENT) or keeps_order(user) or repeats_over_rows(user):
-                further.append((user, factor, least))
+                further.append((user, factor, least, weight))
             elif times is not None:
-                further.append((user, factor * times[1], least))
+                further.append((user, factor * times[1], least, weight))
             elif divides and is_call(user, aten.clamp_min.default) and factor > 0 and is_number(user.args[1]):
-                further.append((user, factor, float(user.args[1]) / factor))
-            elif (output := _scales(user, node, found, divides)) is not None:
-                source, number = output
-                return _Scaled(user, source, number / factor if divides else number * factor, least)
+                further.append((user, factor, float(user.args[1]) / factor, weight))
+            elif (output := _scales(user, node, found, divides, weight)) is not None:
+                number = output.factor / factor if divides else output.factor * factor
+                return replace(output, factor=number, least=least)
+            elif not divides and weight is None and one_a_row(node, found.source):
+                further += [(user, factor, least, vector) for _, vector in _times_weight(user, found.source, of=node)]
         pending = further + pending
     return None
 
 
-def _scales(user: fx.Node, factor: fx.Node, found: Moments, divides: bool) -> tuple[fx.Node, float] | None:
-    """(what is normalised, the number it was multiplied by before) if `user` scales `found.centred` by `factor`."""
+def _scales(
+    user: fx.Node, factor: fx.Node, found: Moments, divides: bool, weight: fx.Node | None = None
+) -> _Scaled | None:
+    """What `user` scales by `factor`, if that is `found.centred`, times a number and a weight before; `weight`: what
+    `factor` was multiplied by."""
     if not is_call(user, ops.DIVS if divides else ops.MULS) or len(user.args) < 2:
         return None
     left, right = user.args[:2]
     other = left if right is factor else right
     if not isinstance(other, fx.Node) or (divides and right is not factor):
         return None
-    if not found.problem and not one_a_row(factor, other):
+    broadcasts = one_a_row(factor, other) if weight is None else same_shape(user, other)
+    if not found.problem and not broadcasts:
         return None
-    rows, times = strip(other, TRANSPARENT), 1.0
-    while not _same_value(rows, found.centred):
+    pending = [(other, 1.0, weight)]
+    while pending:
+        rows, times, weight = pending.pop()
+        rows = strip(rows, TRANSPARENT)
+        if _same_value(rows, found.centred):
+            return _Scaled(user, found.source, times, weight=weight)
         below = _times_number(rows)
-        if below is None:
-            alike = found.centred is found.source and same_size(last_dim(rows), last_dim(found.source))
-            return (rows, times) if alike and strip_views(rows) is strip_views(found.source) else None
-        rows, times = strip(below[0], TRANSPARENT), times * below[1]
-    return found.source, times
+        if below is not None:
+            pending.append((below[0], times * below[1], weight))
+            continue
+        alike = found.centred is found.source and same_size(last_dim(rows), last_dim(found.source))
+        if alike and strip_views(rows) is strip_views(found.source):
+            return _Scaled(user, rows, times, weight=weight)
+        if weight is None:
+            pending += [(inner, times, vector) for inner, vector in _times_weight(rows, found.source)]
+    return None
+
+
+def _times_weight(node: fx.Node, source: fx.Node, of: fx.Node | None = None) -> list[tuple[fx.Node, fx.Node]]:
+    """(x, weight) for either way to read `node` as x times one value per hidden unit; `of`: x is that node."""
+    if not is_call(node, ops.MULS) or len(node.args) < 2:
+        return []
+    pairs = (node.args[:2], node.args[1::-1])
+    return [
+        (x, weight)
+        for x, weight in pairs
+        if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and x is not weight
+        if (of is None or x is of) and same_shape(node, x if of is None else source) and _is_row_vector(weight, source)
+    ]
 
 
 def _times_number(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -75,6 +75,17 @@ def rms_vector_norm(x, weight, bias):
     return (h / torch.sqrt(length**2 / x.shape[-1] + EPS)).to(x.dtype) * weight
 
 
+def rms_weight_times_value(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (weight * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def rms_weight_times_root(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (1.0 + weight) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (h * scale).to(x.dtype)
+
+
 def rms_with_bias(x, weight, bias):
     return rms_llama(x, weight, bias) + bias
 
@@ -109,6 +120,12 @@ def layer_with_variance(x, weight, bias):
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     h = (h - h.mean(-1, keepdim=True)) * torch.rsqrt(h.var(-1, keepdim=True, unbiased=False) + EPS)
     return (h * weight + bias).to(x.dtype)
+
+
+def layer_weight_before_root(x, weight, bias):
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance = h.var(-1, keepdim=True, unbiased=False)
+    return (weight * (h - h.mean(-1, keepdim=True)) / torch.sqrt(variance + EPS) + bias).to(x.dtype)
 
 
 def layer_einsum(x, weight, bias):

@@ -109,6 +109,25 @@ def test_what_only_looks_like_a_norm(norm):
     assert not fuse(run).fused
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda h, r, weight, squares: h * r * torch.rsqrt(squares + 1e-5),
+        lambda h, r, weight, squares: h * (r * torch.rsqrt(squares + 1e-5)),
+        lambda h, r, weight, squares: weight * h * (weight * torch.rsqrt(squares + 1e-5)),
+        lambda h, r, weight, squares: h / (weight * torch.sqrt(squares + 1e-5)),
+        lambda h, r, weight, squares: (weight + h) * torch.rsqrt(squares + 1e-5),
+    ],
+    ids=["rows before", "rows on the root", "two weights", "divided by the weight", "added before"],
+)
+def test_what_stands_before_the_root_and_is_no_weight(norm):
+    def run(x, r, weight, bias):
+        h = all_reduce(x) + r
+        return norm(h, r, weight, h.pow(2).mean(-1, keepdim=True)), h
+
+    assert "in a spelling that is not recognised" in fuse(run).reason
+
+
 @pytest.mark.parametrize("made_of", ["sum", "input"])
 def test_an_eps_that_is_computed(made_of):
     def run(x, r, weight, bias):
