@@ -157,9 +157,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """One step. `invalidates`: the facts that may not hold any more once it edited the graph."""
+    """One step. `rewrite`: its name among the options' rewrites, without which it does not run; '': it always runs.
+    `invalidates`: the facts that may not hold any more once it edited the graph."""
 
     run: Callable[[fx.Graph, Context], Verdicts]
+    rewrite: str = ""
     invalidates: tuple[str, ...] = Known.FACTS
 
 
@@ -172,6 +174,8 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
     changed.owning_module = graph.owning_module  # whose graphs it calls
     context = Context(Known(changed, resolve), options)
     for step in STEPS:
+        if step.rewrite and step.rewrite not in options.rewrites:
+            continue
         context.edited = False
         context.boundaries |= step.run(changed, context)
         if context.edited:
@@ -249,8 +253,7 @@ def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
 
 def _merge(graph: fx.Graph, context: Context) -> Verdicts:
     """Make the backward pass's all-reduces one where their sums are added up."""
-    options = context.options
-    if not context.known.backward or options.as_written or "merge_all_reduces" not in options.rewrites:
+    if not context.known.backward or context.options.as_written:
         return {}
     found: Verdicts = {}
     for name, refusal in merge_all_reduces(context.known).items():
@@ -281,7 +284,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
 
 def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
     """Let fused boundaries hand out their normed values quantised, where the graph quantises them."""
-    if not context.rewritten or "quantised_outputs" not in context.options.rewrites:
+    if not context.rewritten:
         return {}
     done, notes = quantise(graph)
     context.notes = [*context.notes, *notes]
@@ -313,9 +316,9 @@ STEPS = (
     Step(_normalise),
     Step(_relayout),
     Step(_fuse),
-    Step(_merge),
+    Step(_merge, rewrite="merge_all_reduces"),
     Step(_settle),
-    Step(_quantise),
+    Step(_quantise, rewrite="quantised_outputs"),
     Step(_account, invalidates=()),
 )
 
