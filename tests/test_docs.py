@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tpfuse.options import GIVEN, Options
+from tpfuse.passes.plan.sites import REWRITES
 
 pytestmark = pytest.mark.docs  # `make docs-check` runs these
 
@@ -41,6 +42,10 @@ def test_the_guide_names_every_option_with_its_default():
         if field.name in GIVEN and field.name not in ("inductor", "rewrites"):
             shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
             assert f"| `{field.name}` | {shown} |" in text("docs/guide.md")
+
+
+def test_the_readme_names_every_rewrite():
+    assert [name for name in REWRITES if f"`{name}`" not in text("README.md")] == []
 
 
 def test_the_kernels_page_names_every_file():
