@@ -1,6 +1,7 @@
 """Time a boundary with the quantisation behind it: fused by tpfuse, left to Inductor by tpfuse, and Inductor alone.
 
     torchrun --nproc-per-node 2 benchmarks/quantised.py --out benchmarks/results/quantised.json
+    python benchmarks/quantised.py --virtual 2         the kernels alone, of virtual ranks on one GPU
 
 One compiled program a way: all-reduce, residual, RMSNorm and a chain of tests/quantisations.py; "boundary" is ours
 without the chain. Microseconds a call, the medians of CUDA-graph replays of 12 calls in which all ways take turns.
@@ -10,10 +11,13 @@ Every way's quantised rows are first checked: bit for bit those of the y that it
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +29,12 @@ from machine import machine
 from records import write
 
 import tpfuse
+from tests.passes.test_quantised import recognised
 from tests.quantisations import SPELLINGS, same
 from tpfuse.backend import tpfuse as tpfuse_backend
+from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
+from tpfuse.kernels.call import Call
+from tpfuse.kernels.symmetric.dispatch import bind, choose
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, REWRITES
 
 CALLS, ROUNDS = 12, 41
@@ -108,27 +116,74 @@ def measure(name: str, hidden: int, rows: int) -> list[dict]:
     ]  # fmt: skip
 
 
+class Behind:
+    """A kernel's launch, and Inductor's quantisation of the y that it gives."""
+
+    def __init__(self, launch: Any, quantise: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.launch, self.quantise = launch, quantise
+
+    def run(self) -> None:
+        self.quantise(self.launch.run()[0].y)
+
+
+def measure_virtual(ranks: VirtualRanks, name: str, hidden: int, rows: int) -> list[dict]:
+    """The same ways but the last, of the kernel that the table has for this size."""
+    torch.manual_seed(7)
+    xs = [torch.randn(rows, hidden, device="cuda").bfloat16() for _ in range(ranks.world)]
+    residual = torch.randn(rows, hidden, device="cuda").bfloat16()
+    weight = torch.randn(hidden, device="cuda").bfloat16()
+    how = recognised(SPELLINGS[name], torch.bfloat16)
+    quantise = torch.compile(SPELLINGS[name], dynamic=False)
+
+    def launches(quant: str) -> list[Any]:
+        shared = {"norm": "rms_norm", "eps": 1e-6, "out_dtype": torch.bfloat16, "hidden_dtype": torch.bfloat16}
+        calls = [Call(x, residual, None, weight, quant=quant, **shared) for x in xs]
+        entry = choose(ranks.device_name, ranks.world, hidden, 2, rows)
+        return ranks.bind(lambda ws: bind(entry, calls[ws.rank], ws))
+
+    plain, fused = launches(""), launches(how.text())
+    ranks.run(plain)
+    quantise(plain[0].out.y)
+    ways = {"boundary": plain, "fused": fused, "tpfuse + Inductor": [Behind(launch, quantise) for launch in plain]}
+    ranks.run(fused)
+    torch.cuda.synchronize()
+    right = SPELLINGS[name](fused[0].out.y)
+    made = fused[0].out.q, fused[0].out.scale.reshape(right[1].shape)
+    wrong = {"fused": not all(same(a, b) for a, b in zip(made, right, strict=True))}
+    times = time_graphs({way: ranks.capture(each) for way, each in ways.items()}, rounds=21)
+    return [
+        {"quantisation": name, "hidden": hidden, "rows": rows, "way": way, "us": round(us, 2),
+         "of_boundary": round(us / times["boundary"][0], 3), "other_bits_than_eager": wrong.get(way, False)}
+        for way, (us, _) in times.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--quantisation", nargs="+", choices=SPELLINGS, default=["float8_per_row", "int8_per_row"])
+    parser.add_argument("--virtual", type=int, default=0, metavar="RANKS", help="so many ranks on one GPU")
     arguments = parser.parse_args()
-    dist.init_process_group("nccl")
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    sizes = itertools.product(arguments.quantisation, arguments.hidden, arguments.rows)
+    if arguments.virtual:
+        ranks = VirtualRanks(arguments.virtual)
+        setting, first, take = f"{arguments.virtual} {ranks.setting}", True, partial(measure_virtual, ranks)
+    else:
+        dist.init_process_group("nccl")
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+        setting, first, take = f"{dist.get_world_size()} linked GPUs", dist.get_rank() == 0, measure
     found: list[dict] = []
     with torch.no_grad():
-        for name in arguments.quantisation:
-            for hidden in arguments.hidden:
-                for rows in arguments.rows:
-                    here = measure(name, hidden, rows)
-                    found += here
-                    if dist.get_rank() == 0:
-                        for record in here:
-                            print(*record.values(), flush=True)
-                        if arguments.out:
-                            write(arguments.out, {"machine": machine("2 linked GPUs"), "records": found})
+        for size in sizes:
+            here = take(*size)
+            found += here
+            if first:
+                for record in here:
+                    print(*record.values(), flush=True)
+                if arguments.out:
+                    write(arguments.out, {"machine": machine(setting), "records": found})
 
 
 if __name__ == "__main__":
