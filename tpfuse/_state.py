@@ -111,6 +111,19 @@ class Watching:
 #: Owner: tpfuse.parallel.changes. Lock: LOCK.
 WATCHING = Watching()
 
+
+class CutModels:
+    """count: how many models were cut in this process; seen_by: how many there were when an optimizer was last looked
+    at."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seen_by: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+#: Owner: tpfuse.parallel.earlier_state. Lock: LOCK.
+CUT_MODELS = CutModels()
+
 #: Meshes of one dimension, by their process group and their kind of device.
 #: Owner: tpfuse.parallel.cut_tensor. Lock: LOCK.
 MESHES: WeakKeyDictionary[dist.ProcessGroup, dict[str, DeviceMesh]] = WeakKeyDictionary()

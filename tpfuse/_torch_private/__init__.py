@@ -95,6 +95,7 @@ from .tensors import (
     storage_identity,
     tensor_leaves,
     under_dispatch_mode,
+    under_transform,
     without_modes,
 )
 
@@ -175,6 +176,7 @@ __all__ = [
     "trace_on_fakes",
     "tracing_again",
     "under_dispatch_mode",
+    "under_transform",
     "when_backward_ends",
     "without_cse",
     "without_modes",

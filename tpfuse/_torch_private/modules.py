@@ -122,8 +122,8 @@ def wrapped_in_ddp() -> bool:
 
 
 def wrap_optimizer_state(saved: Any, loaded: Any) -> None:
-    """Let every optimizer's state_dict() pass through `saved(optimizer, state)` and what load_state_dict is given
-    through `loaded(optimizer, state)`; once.
+    """Let `saved(optimizer, original)` answer for every optimizer's state_dict(), and what load_state_dict is given
+    pass through `loaded(optimizer, state)`; once.
 
     If the class's methods can no longer be replaced: `register_state_dict_post_hook` and
     `register_load_state_dict_pre_hook` of each optimizer do the same.
@@ -135,7 +135,7 @@ def wrap_optimizer_state(saved: Any, loaded: Any) -> None:
 
     @functools.wraps(save)
     def state_dict(self: Any) -> dict[str, Any]:
-        return saved(self, save(self))
+        return saved(self, save)
 
     @functools.wraps(load)
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:

@@ -99,6 +99,18 @@ def runs_as_it_stands(tensors: Sequence[torch.Tensor]) -> bool:
     return torch._C._functorch.maybe_current_level() is None and torch.autograd.forward_ad._current_level < 0
 
 
+def under_transform(x: torch.Tensor) -> str | None:
+    """What transforms x or differentiates it forward, by the name that users know; None otherwise.
+
+    If one of these looks goes: answer None, and torch's own errors are raised.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func (grad, vmap, jvp, ...)"
+    if torch.autograd.forward_ad._current_level < 0 or torch.autograd.forward_ad.unpack_dual(x).tangent is None:
+        return None
+    return "forward-mode differentiation"
+
+
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 

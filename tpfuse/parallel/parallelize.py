@@ -17,6 +17,7 @@ from tpfuse.parallel.changes import watch
 from tpfuse.parallel.cut_modules import ModuleCut, NotByRole, cut_edge, cut_module
 from tpfuse.parallel.cut_report import log_summary
 from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.earlier_state import cut_gradient, watch_optimizers
 from tpfuse.parallel.generation import sync_generation
 from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
 from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
@@ -25,7 +26,7 @@ from tpfuse.parallel.mesh import Groups, check_mesh, create_whole_group, describ
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.router_loss import RefuseRouterLoss
-from tpfuse.parallel.saving import guard_saving
+from tpfuse.parallel.saving import guard_copies, guard_saving
 from tpfuse.parallel.state_hooks import keep_state
 from tpfuse.parallel.structure import inferred_roles
 from tpfuse.parallel.used import UsedParameters
@@ -90,7 +91,9 @@ def parallelize(
     if any(isinstance(getattr(module, "_tpfuse_boundary", None), AllRows) for module in model.modules()):
         sync_generation(model, groups)
     keep_state(model)
+    watch_optimizers()
     guard_saving(model)
+    guard_copies(model)
     if groups.dp.size > 1 and any(site.kind == "moe" for site in sites):
         model.register_forward_pre_hook(RefuseRouterLoss(), with_kwargs=True)
     log_summary(model, left)
@@ -333,3 +336,4 @@ def _apply(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
         if id(tensor) not in done:
             done.add(id(tensor))
             tensor.data = cut.take(tensor.data)  # in place: ties and optimizers keep seeing this Parameter
+            cut_gradient(tensor, cut)

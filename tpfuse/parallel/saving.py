@@ -1,8 +1,13 @@
-"""`save_pretrained` and `push_to_hub` of a cut Hugging Face model: whole weights, or a word on what to give them."""
+"""What a cut model cannot do as its class would: each method does it right, or says what to do in its place.
+
+`save_pretrained` and `push_to_hub` take whole weights, `resize_token_embeddings` comes before the cut, and a model is
+saved by its state and not by pickling the object.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from typing import Any
 
@@ -31,6 +36,45 @@ def guard_saving(model: nn.Module) -> None:
             module.save_pretrained = types.MethodType(save_pretrained, module)  # type: ignore[assignment]
             if callable(getattr(type(module), "push_to_hub", None)):
                 module.push_to_hub = types.MethodType(push_to_hub, module)  # type: ignore[assignment]
+        if own and callable(getattr(type(module), "resize_token_embeddings", None)):
+            module.resize_token_embeddings = types.MethodType(resize_token_embeddings, module)  # type: ignore[assignment]
+
+
+def guard_copies(model: nn.Module) -> None:
+    """Lets no part of the model be pickled; copy.deepcopy goes on working."""
+    for module in model.modules():
+        module.__reduce_ex__ = types.MethodType(reduce_for_copies, module)  # type: ignore[method-assign]
+
+
+def reduce_for_copies(module: nn.Module, protocol: Any) -> Any:
+    """What copy.copy and copy.deepcopy ask for.
+
+    Raises:
+        PlanError: for pickle, torch.save and whoever else asks.
+    """
+    if sys._getframe(1).f_globals.get("__name__") != "copy":
+        raise PlanError(
+            f"this {type(module).__name__} belongs to a model that parallelize cut; it holds this process's groups and "
+            "cannot be pickled or saved as an object. Save its state: torch.save(tpfuse.full_state_dict(model), path) "
+            "(on all ranks) for whole weights, torch.distributed.checkpoint or torch.save(model.state_dict(), path of "
+            "this rank) for slices; to load, build the model, parallelize it, and load the state"
+        )
+    return type(module).__reduce_ex__(module, protocol)
+
+
+def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Without arguments the embedding, as the class's own.
+
+    Raises:
+        PlanError: for a new size.
+    """
+    new = args[0] if args else kwargs.get("new_num_tokens")
+    if new is None:
+        return type(model).resize_token_embeddings(model, *args, **kwargs)
+    raise PlanError(
+        f"resize_token_embeddings({new}): this {type(model).__name__} is cut, and new rows would be drawn by each rank "
+        "for itself; resize the whole model, with the same random seed on all ranks, and parallelize it then"
+    )
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

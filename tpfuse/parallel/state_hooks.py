@@ -19,6 +19,7 @@ from tpfuse._torch_private import own_tensors, part_of, process_group, wrap_opti
 from tpfuse.errors import PlanError
 from tpfuse.parallel.cut_tensor import CutTensor, Held, SavedSlice, held, saved_slice
 from tpfuse.parallel.cuts import Cut
+from tpfuse.parallel.earlier_state import cut_moments
 from tpfuse.parallel.gradient_sums import sum_gradients
 from tpfuse.parallel.mesh import Group
 from tpfuse.parallel.owners import owned_tensors
@@ -126,13 +127,15 @@ def _local(given: CutTensor | SavedSlice) -> Tensor:
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
-def _save_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _save_optimizer(optimizer: Any, save_state: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    cut_moments(optimizer)
+
     def save(name: str, value: Tensor, parameter: Tensor, cut: Cut, group: Group) -> Tensor:
         if value.shape == parameter.shape:
             return placed(value, cut, group)
         return value if value.numel() == 1 else UnplacedState.of(value, name)
 
-    return _each_state(optimizer, state_dict, save)
+    return _each_state(optimizer, save_state(optimizer), save)
 
 
 def _load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

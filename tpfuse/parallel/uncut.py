@@ -16,6 +16,10 @@ from tpfuse.parallel.generation import SyncedGenerate
 from tpfuse.parallel.hooks import AROUND, PartialLinear, RowwiseLinear, VocabEmbedding
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.recorded_policy import RECORD
+from tpfuse.parallel.saving import guard_saving
+
+#: The module whose functions stand on cut modules in the place of their classes' methods.
+SAVING = guard_saving.__module__
 
 
 @torch.no_grad()
@@ -64,6 +68,8 @@ def _plain(module: nn.Module) -> None:
         module.forward = inner
     if isinstance(vars(module).get("generate"), SyncedGenerate):
         del module.generate
+    for own in [n for n, v in vars(module).items() if getattr(getattr(v, "__func__", v), "__module__", "") == SAVING]:
+        delattr(module, own)
     for attribute, value in vars(module).pop("_tpfuse_whole", {}).items():
         setattr(module, attribute, value)
     for hooks in (forward_pre_hooks(module), forward_hooks(module)):

@@ -27,7 +27,7 @@ from tpfuse._torch_private import (
     wrapped_in_ddp,
 )
 from tpfuse.errors import PolicyError
-from tpfuse.parallel.collectives import all_gather
+from tpfuse.parallel.collectives import all_gather, first_order
 from tpfuse.parallel.mesh import Group
 
 #: What a replica says of itself besides its parameters, as the first number of its message.
@@ -78,6 +78,7 @@ class UsedParameters:
 
     def gradient(self, number: int, grad: Tensor | None) -> Tensor:
         """What a hook on the parameter gives: the sum, or zeros where the sum is added when backward is over."""
+        first_order()
         if grad is None:  # of an operation that reaches the parameter, and gives it nothing
             parameter = self.parameters[number]()
             assert parameter is not None
