@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-# Processes that run tests side by side; 0 for one after the other.
+# Processes that run tests side by side; 0 for one after the other. Each begins with one half of the files, so that what
+# the tests of a file share is made once, and ends with what is left of the other half.
 JOBS ?= 2
 
 ifeq ($(strip $(VENV)),)
@@ -46,11 +47,11 @@ docs-check: $(READY)
 
 test: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test: $(READY)
-	$(RUN) -m pytest tests -m "not nightly and not docs" $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
+	$(RUN) -m pytest tests -m "not nightly and not docs" $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 test-nightly: NEEDS := torch dataclasses_json transformers accelerate safetensors pytest pytest_timeout hypothesis expecttest
 test-nightly: $(READY)
-	$(RUN) -m pytest tests $(if $(filter-out 0,$(JOBS)),-n $(JOBS))
+	$(RUN) -m pytest tests $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 # One environment for each release of torch (.venv-2.11, ..., .venv-newest; about 5 GB each) and the suite in each.
 # MATRIX="--torch 2.12 tests/passes" runs a part of it.

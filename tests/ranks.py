@@ -29,6 +29,7 @@ PRELOADED = [
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",
     "tpfuse.backend",
+    "tests.warm",
 ]
 
 

@@ -3,6 +3,8 @@
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from .interpreter import patch_once_a_launch
+    from . import interpreter
 
-    patch_once_a_launch()
+    interpreter.patch_once_a_launch()
+    interpreter.check_overflow_in_debug_mode_only()
+    interpreter.rest_between_polls()

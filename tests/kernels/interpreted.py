@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import pytest
 import tpfuse.kernels.symmetric.dispatch  # noqa: F401
 
 from .. import graphs  # noqa: F401
-from . import protocol  # noqa: F401
+from . import interpreter, protocol  # noqa: F401
 
 HERE = Path(__file__).parent
 
@@ -40,5 +41,8 @@ def run(case: str, markexpr: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    interpreter.rewrite_all()
+    gc.collect()
+    gc.freeze()  # no fork's collections look at what was imported
     for line in sys.stdin:
         print(json.dumps(run(line.strip(), sys.argv[1])), flush=True)
