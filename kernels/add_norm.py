@@ -36,7 +36,7 @@ from .device import (
     row_statistics,
     store_statistics,
 )
-from .quantise import encoded, quantise_row
+from .quantise import converts_fp8, encoded, quantise_row
 
 
 @triton.jit(do_not_specialize=["s_stride", "r_stride"], do_not_specialize_on_alignment=["eps_ptr"])
@@ -113,7 +113,8 @@ def quantised_arguments(call: Call, out: AddNormOut) -> dict[str, Any]:
     if call.quantisation is None or out.q is None:
         return {}
     bytes_of_q = out.q.view(torch.int8)
-    return {"q_ptr": bytes_of_q, "scale_ptr": out.scale, "QUANT": encoded(call.quantisation, on_gpu=call.x.is_cuda)}
+    program = encoded(call.quantisation, on_gpu=call.x.is_cuda, converts=converts_fp8(call.x.device))
+    return {"q_ptr": bytes_of_q, "scale_ptr": out.scale, "QUANT": program}
 
 
 def add_norm(call: Call) -> AddNormOut:

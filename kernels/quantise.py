@@ -23,14 +23,15 @@ else:
 _OPS = ("to", "abs", "neg", "amax", "amin", "max", "min", "mul", "div", "add", "reciprocal", "round", "floor", "ceil",
         "log2", "exp2")  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8)
+_CONVERTED = len(_DTYPES)  # FP8 where the card has an instruction for it
 _FINE = tl.constexpr(not INTERPRETED)  # the device's own library, whose logarithm is that of eager mode
 _LEAST = tl.constexpr(-(1 << 31))
 
 
 @lru_cache(maxsize=256)
-def encoded(how: Quantisation, on_gpu: bool) -> tuple:
-    """`how` as the kernels take it. `on_gpu`: eager mode divides by a number as it does
-    there, by its reciprocal in the dtype that it computes in."""
+def encoded(how: Quantisation, on_gpu: bool, converts: bool = False) -> tuple:
+    """`how` as the kernels take it. `on_gpu`: eager mode divides by a number as it does there, by its reciprocal in the
+    dtype that it computes in. `converts`: the card has an instruction from float32 to FP8."""
     program: list[int | float] = [how.q, how.scale, how.group, len(how.steps)]
     for step in how.steps:
         op, given = step.op, [-1 if isinstance(arg, float) else arg for arg in step.args]
@@ -40,8 +41,18 @@ def encoded(how: Quantisation, on_gpu: bool) -> tuple:
             wide = torch.float64 if step.dtype == torch.float64 else torch.float32
             op, constant = "mul", float(torch.tensor(1.0, dtype=wide) / torch.tensor(constant, dtype=wide))
         first, second = (*given, 0)[:2]
-        program += (_OPS.index(op), first, second, constant, _DTYPES.index(step.dtype))
+        dtype = _DTYPES.index(step.dtype)
+        if converts and step.dtype is torch.float8_e4m3fn:
+            dtype = _CONVERTED
+        program += (_OPS.index(op), first, second, constant, dtype)
     return tuple(program)
+
+
+@lru_cache(maxsize=64)
+def converts_fp8(device: torch.device) -> bool:
+    """Whether `device` converts float32 to FP8 by itself: NVIDIA's cards from compute capability 8.9 on."""
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -72,6 +83,10 @@ def _rounded(v, DTYPE: tl.constexpr):
         out = _e4m3(v.to(tl.float32))
     elif DTYPE == 5:
         out = tl.where(v != v, 0.0, v).to(tl.int32).to(tl.int8)
+    elif DTYPE == 6:
+        wide = v.to(tl.float32)
+        out = wide.to(tl.float8e4nv).to(tl.int8, bitcast=True)  # which stops at 448, where PyTorch's has NaN past 464
+        out = tl.where(tl.abs(wide) > 464.0, ((wide.to(tl.int32, bitcast=True) >> 24) | 0x7F).to(tl.int8), out)
     else:
         out = v.to(tl.float32)
     return out
