@@ -209,18 +209,18 @@ def run_rows(rank, model, policy, batches, backend, dynamic):
 
 @compiles_in_threads
 @pytest.mark.parametrize(
-    ("backend", "dynamic"),
-    [(tpfuse_backend, False)]
+    ("backend", "dynamic", "tp"),
+    [(tpfuse_backend, False, 2)]
     + [
-        pytest.param(*way, marks=pytest.mark.nightly)
-        for way in ((tpfuse_backend, True), ("aot_eager", True), ("aot_eager", False))
+        pytest.param(*way, 4, marks=pytest.mark.nightly)
+        for way in ((tpfuse_backend, False), (tpfuse_backend, True), ("aot_eager", True), ("aot_eager", False))
     ],
 )
-def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic):
+def test_unannounced_unequal_rows_are_refused_in_compiled_code(backend, dynamic, tp):
     torch._dynamo.reset()
-    models = [build(lambda: Model(routed=False)) for _ in range(4)]
+    models, policy = [build(lambda: Model(routed=False)) for _ in range(tp)], SharingPolicy(tp, 2, None)
     with pytest.raises(RuntimeError, match=r"replicas hold \[6, 3\] rows.*tpfuse.rows\(\(6, 3\)\)"):
-        run_threads(4, lambda r: run_rows(r, models[r], SharingPolicy(4, 2, 4), [batches_of((2, 1))], backend, dynamic))
+        run_threads(tp, lambda r: run_rows(r, models[r], policy, [batches_of((2, 1))], backend, dynamic))
 
 
 def run_too_many(rank, model, policy, batches, backend):
@@ -236,12 +236,15 @@ def run_too_many(rank, model, policy, batches, backend):
 
 
 @compiles_in_threads
-@pytest.mark.parametrize("backend", [tpfuse_backend, pytest.param("aot_eager", marks=pytest.mark.nightly)])
-def test_too_many_rows_on_one_replica_are_one_error_in_compiled_code(backend):
+@pytest.mark.parametrize(
+    ("backend", "tp"),
+    [(tpfuse_backend, 2), *(pytest.param(b, 4, marks=pytest.mark.nightly) for b in (tpfuse_backend, "aot_eager"))],
+)
+def test_too_many_rows_on_one_replica_are_one_error_in_compiled_code(backend, tp):
     torch._dynamo.reset()
-    models = [build(lambda: Model(routed=False)) for _ in range(4)]
-    policy, batches = SharingPolicy(4, 2, 4, max_rows=7), [batches_of((2, 1)), batches_of((2, 3))]
-    run_threads(4, lambda r: run_too_many(r, models[r], policy, batches, backend))
+    models = [build(lambda: Model(routed=False)) for _ in range(tp)]
+    policy, batches = SharingPolicy(tp, 2, None, max_rows=7), [batches_of((2, 1)), batches_of((2, 3))]
+    run_threads(tp, lambda r: run_too_many(r, models[r], policy, batches, backend))
 
 
 def test_the_check_leaves_nothing_in_the_graph():

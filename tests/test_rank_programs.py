@@ -8,14 +8,26 @@ import torch.nn.functional as F
 
 import tpfuse
 
-from .rank_programs import DIFFERING, all_reduce, same_on_all_ranks, worst_error
+from .rank_programs import (
+    DIFFERING,
+    a_statistic_of_the_other_sum,
+    all_reduce,
+    norm_on_one_rank,
+    one_of_two_sums,
+    same_on_all_ranks,
+    sum_for_a_log,
+    worst_error,
+)
 from .ranks import run_processes
 
+#: One of each kind, whose gradients every run compares: another output, a part of one, a statistic, another norm.
+TRAINED = (sum_for_a_log, one_of_two_sums, a_statistic_of_the_other_sum, norm_on_one_rank, same_on_all_ranks)
 
-def errors(rank: int, options: dict) -> dict:
+
+def errors(rank: int, options: dict, trained: tuple = (*DIFFERING, same_on_all_ranks)) -> dict:
     found = {}
     for program in (*DIFFERING, same_on_all_ranks):
-        for train in (False, True):
+        for train in (False, True) if program in trained else (False,):
             found[program.__name__, train] = worst_error(program, rank, train, **options)
     found["merged"] = [b.rewrite for b in tpfuse.reports()[-1].boundaries if b.direction == "forward"]
     return found
@@ -30,16 +42,22 @@ def assert_right(ranks: list[dict]) -> list[list]:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "trained"),
     [
-        {"inner": "aot_eager", "plan_timeout": 20.0},
-        pytest.param({"inner": "aot_eager", "check_plans": False}, marks=pytest.mark.nightly),
-        pytest.param({"inner": "inductor", "plan_timeout": 100.0}, marks=pytest.mark.nightly),
+        ({"inner": "aot_eager", "plan_timeout": 20.0}, TRAINED),
+        *(
+            pytest.param(options, (*DIFFERING, same_on_all_ranks), marks=pytest.mark.nightly)
+            for options in (
+                {"inner": "aot_eager", "plan_timeout": 20.0},
+                {"inner": "aot_eager", "check_plans": False},
+                {"inner": "inductor", "plan_timeout": 100.0},
+            )
+        ),
     ],
-    ids=["agreed", "unchecked", "inductor"],
+    ids=["agreed", "agreed-all-trained", "unchecked", "inductor"],
 )
-def test_ranks_that_read_different_values_of_a_boundary_get_right_numbers(options):
-    merged = list(assert_right(run_processes(2, errors, options)))
+def test_ranks_that_read_different_values_of_a_boundary_get_right_numbers(options, trained):
+    merged = list(assert_right(run_processes(2, errors, options, trained)))
     # Where all ranks do the same they agree on more than what the program wrote; unasked they change nothing.
     expected = ["all_reduce_norm", None] if "check_plans" in options else ["merge_all_reduces"] * 2
     assert all(sorted(found, key=str) == sorted(expected, key=str) for found in merged), merged

@@ -21,7 +21,7 @@ import tpfuse
 from .policy_harness import VOCAB, Model, build, loss_of
 from .ranks import run_processes
 
-STEPS, PIECES, CLIP = 3, 2, 0.5
+STEPS, PIECES, CLIP = 2, 2, 0.5
 
 
 class Checkpointed(nn.Module):
