@@ -68,6 +68,28 @@ class BothSides(Base):
         return self.scale * self.mlp(self.scale * self.norm(x))
 
 
+class Hooked(Plain):
+    """Hooks that others registered before the cut: on a projection, on the module, on a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.down.register_forward_hook(lambda module, args, y: torch.tanh(y) + 1)
+        self.register_forward_hook(lambda module, args, y: y + self.scale * args[0])
+        self.scale.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+
+
+class SharedDown(nn.Module):
+    """Two modules with one row-wise projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Plain(), Tanh()
+        self.two.down = self.one.down
+
+    def forward(self, x):
+        return x + self.two(self.one(x))
+
+
 class Net(nn.Module):
     def __init__(self, block):
         super().__init__()
@@ -84,7 +106,7 @@ def errors(rank: int, dp: int, dense: int | None) -> dict:
     policy = tpfuse.SharingPolicy(WORLD, dp, dense)
     mesh = init_device_mesh("cpu", (dp, WORLD // dp), mesh_dim_names=("dp", "attn_tp"))
     replica, found = rank // (WORLD // dp), {}
-    for form in FORMS:
+    for form in (*FORMS, Hooked, SharedDown):
         torch.manual_seed(1)
         ref = Net(form).double()
         torch.manual_seed(1)

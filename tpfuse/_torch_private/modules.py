@@ -26,6 +26,20 @@ def backward_hooks(owner: nn.Module | torch.Tensor) -> dict[int, Any]:
     return owner._backward_hooks or {}
 
 
+def first_of(hooks: dict[int, Any], number: int) -> None:
+    """Lets the hook of this number run before the others.
+
+    If hooks are no dict any more: do nothing; hooks that others put on parameters then see partial gradients.
+    """
+    if number in hooks:
+        # Autograd reads the plain dict in there, whose order `move_to_end` does not change.
+        others = [(key, hook) for key, hook in hooks.items() if key != number]
+        first = hooks[number]
+        hooks.clear()
+        hooks[number] = first
+        hooks.update(others)
+
+
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
     """The hooks in front of a module's forward.
 

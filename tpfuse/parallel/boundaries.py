@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from tpfuse._torch_private import forward_hooks
 from tpfuse.parallel.adapters import adapters_in, base_of, pairs_of
 from tpfuse.parallel.after_sum import ends_with_sum
 from tpfuse.parallel.cut_modules import ModuleCut
@@ -44,11 +45,13 @@ def put_boundaries(
     modules, roles = dict(model.named_modules()), {name: role for name, role, _ in done}
     check = RowsCheck()
     classes: dict[type, type] = {}
+    shared = _of_several(done)
     sites = []
     for name, role, cut in done:
         cut.rewrite()
         in_block = routed_block_of(name, roles) is not None
-        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block)
+        several = any(child in shared for child in _children(cut))
+        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block, several)
         if planned.trusted and role.kind == "attention":
             install(modules[name], IdleAttention())
         if not in_block:
@@ -66,12 +69,12 @@ def put_boundaries(
 
 def _hook(
     name: str, module: nn.Module, role: Role, cut: ModuleCut, groups: Groups, policy: SharingPolicy, check: RowsCheck,
-    used: UsedParameters, nested: bool,
+    used: UsedParameters, nested: bool, several: bool,
 ) -> None:  # fmt: skip
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
             install(module, OwnRows(name, groups.attention))
-            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS, weakref.ref(module)))
+            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS, weakref.ref(module)), prepend=True)
         return
     group = groups.of(cut.over)
     for leaf, parameter in module.named_parameters():
@@ -81,13 +84,15 @@ def _hook(
         install(norm, WideNorm(group, count, weight.shape[0]))
     # A routed block pays once, at its output; the parts of other modules in it pay nothing at all.
     goes_on = not nested and not role.spread and not cut.sum_at_output and not ends_with_sum(module, role)
+    # Others' hooks may do anything behind the sum, and a projection of two modules stands in both of them alike.
+    goes_on = goes_on or ((bool(forward_hooks(module)) or several) and not nested and not role.spread)
     for child in cut.summed_children:
-        child.register_forward_hook(ReduceOut(group, goes_on))
+        _pay_once(child, ReduceOut(group, goes_on))
     for child in cut.rowwise_modules:
         _hook_rowwise(child, group, goes_on, partial=nested or role.kind == "moe")
     if nested:
         return
-    owes = ReduceOut(group) if cut.sum_at_output else None
+    owes = ReduceOut(group, goes_on) if cut.sum_at_output else None
     if role.spread:
         for leaf in role.colwise:
             module.get_submodule(leaf).register_forward_pre_hook(CopyIn(group), with_kwargs=True)
@@ -98,12 +103,30 @@ def _hook(
         check.adapters.extend(adapters_in(module))
         alone = role.kind == "dense_mlp"
         install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share, alone))
-        module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)))
+        module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)), prepend=True)
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-    if after := owes or share:
-        module.register_forward_hook(after)
-    module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)))
+    if share is not None:
+        module.register_forward_hook(share)
+    module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)), prepend=share is None)
+    if owes is not None:
+        module.register_forward_hook(owes, prepend=True)
+
+
+def _children(cut: ModuleCut) -> list[nn.Module]:
+    return [*cut.summed_children, *cut.rowwise_modules]
+
+
+def _of_several(done: list[Done]) -> set[nn.Module]:
+    """Projections that stand in several modules with a role, and pay the sum in each."""
+    seen: dict[nn.Module, str] = {}
+    return {child for name, _, cut in done for child in set(_children(cut)) if seen.setdefault(child, name) != name}
+
+
+def _pay_once(child: nn.Module, pay: ReduceOut) -> None:
+    """In front of others' hooks, which then see the whole sum; once for a module under two names."""
+    if not any(isinstance(known, ReduceOut) for known in forward_hooks(child).values()):
+        child.register_forward_hook(pay, prepend=True)
 
 
 def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:
@@ -114,13 +137,13 @@ def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) 
                 linear.__class__ = PartialLinear
                 linear.tpfuse_group = group  # type: ignore[attr-defined]
         if not partial:
-            child.register_forward_hook(ReduceOut(group, goes_on))
+            _pay_once(child, ReduceOut(group, goes_on))
     elif getattr(child, "bias", None) is not None:
         child.__class__ = PartialLinear if partial else RowwiseLinear
         child.tpfuse_group = group  # type: ignore[assignment]
         child.tpfuse_scaled = goes_on  # type: ignore[assignment]
     elif not partial:
-        child.register_forward_hook(ReduceOut(group, goes_on))
+        _pay_once(child, ReduceOut(group, goes_on))
 
 
 def _hook_edge(module: nn.Module, edge: ModuleCut, group: Group) -> None:

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tpfuse._torch_private import backward_hooks, forward_pre_hooks, replace_total_norm
+from tpfuse._torch_private import backward_hooks, first_of, forward_pre_hooks, replace_total_norm
 from tpfuse.parallel.clip import total_norm
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cuts import Cut
@@ -111,13 +111,11 @@ def differentiable(parameter: Tensor) -> bool:
 
 def hook_gradient(parameter: Tensor, hook: SumGradient) -> None:
     """Registers the hook, also on a parameter that is frozen now: adapters are switched on and off, and layers thawed,
-    by `requires_grad` alone."""
-    if parameter.requires_grad:
-        parameter.register_hook(hook)
-        return
-    parameter.requires_grad_(True)
-    parameter.register_hook(hook)
-    parameter.requires_grad_(False)
+    by `requires_grad` alone. It comes before others' hooks, which then see the sum."""
+    wanted = parameter.requires_grad
+    handle = parameter.requires_grad_(True).register_hook(hook)
+    parameter.requires_grad_(wanted)
+    first_of(backward_hooks(parameter), handle.id)
 
 
 def _sum_once(parameter: Tensor, hook: SumGradient) -> None:

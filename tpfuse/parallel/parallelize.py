@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tpfuse._torch_private import backward_hooks
 from tpfuse.errors import PlanError, PolicyError
 from tpfuse.parallel.boundaries import put_boundaries
 from tpfuse.parallel.changes import watch
@@ -78,6 +79,7 @@ def parallelize(
     roles = {name: role for name, role in roles.items() if name not in left}
     _refuse_nothing_but_edges(model, roles, edges, left, groups)
     cuts = _one_cut_each(model, [cut for _, _, cut in done] + edges)
+    _refuse_hooked(model, cuts)
 
     # Nothing was changed up to here, and nothing is refused from here on.
     groups = create_whole_group(mesh, groups)
@@ -325,6 +327,18 @@ def _one_cut_each(model: nn.Module, module_cuts: list[ModuleCut]) -> dict[str, C
                 "cut both alike"
             )
     return cuts
+
+
+def _refuse_hooked(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    """A hook on the gradient of a weight that is to be cut was written for the whole one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, cut in cuts.items():
+        if cut.size > 1 and name in parameters and backward_hooks(parameters[name]):
+            raise PlanError(
+                f"{name} has a hook on its gradient (Tensor.register_hook), which would be given this rank's slice of "
+                f"it (one of {cut.size}) from now on; take it off, and register one after parallelize that "
+                "expects a slice"
+            )
 
 
 @torch.no_grad()
