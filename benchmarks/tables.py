@@ -1,8 +1,8 @@
 """Markdown tables from the results files, as docs/performance.md has them.
 
     python benchmarks/tables.py [--card h100] linked | shipped | four | side_by_side | brings | four_summary |
-        virtual | virtual_summary | norm | norm_summary | variants | layers | models | models_short | reduce_overhead |
-        overhead | policy_families
+        virtual | virtual_summary | quantised | norm | norm_summary | variants | layers | models | models_short |
+        reduce_overhead | overhead | policy_families
 
 Where a card was measured in several runs, times are means over them.
 """
@@ -286,6 +286,21 @@ def virtual_summary(card: Card) -> str:
     ])  # fmt: skip
 
 
+def quantised(card: Card) -> str:
+    """A boundary whose kernel quantises the rows as well, beside one with Inductor's quantisation behind it."""
+    sizes: dict[tuple[str, int, int], Times] = {}
+    for r in records_of("quantised_virtual_h200.json"):
+        sizes.setdefault((r["quantisation"], r["hidden"], r["rows"]), {})[r["way"]] = r["us"]
+    lines = [
+        [name.replace("_", " "), f"{hidden}", f"{rows}", *(f"{us[way]:.2f}" for way in us),
+         f"{us['fused'] / us['boundary']:.2f}", f"{us['tpfuse + Inductor'] / us['fused']:.2f}"]
+        for (name, hidden, rows), us in sizes.items()
+    ]  # fmt: skip
+    head = ["quantisation", "hidden", "rows", "boundary alone", "fused", "boundary + Inductor", "fused / alone",
+            "Inductor / fused"]  # fmt: skip
+    return table(head, lines)
+
+
 def norm(card: Card) -> str:
     records = records_of(card.norm)
     lines = []
@@ -333,7 +348,8 @@ def variants(card: Card) -> str:
 
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
-    linked, shipped, four, side_by_side, brings, four_summary, virtual, virtual_summary, norm, norm_summary, variants
+    linked, shipped, four, side_by_side, brings, four_summary, virtual, virtual_summary, quantised, norm, norm_summary,
+    variants
 )} | {
     "layers": lambda card: model_tables.layers(card.layers),
     "models": lambda card: model_tables.models(card.models),
