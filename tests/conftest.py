@@ -23,7 +23,9 @@ torch.set_num_threads(1)
 # stays the one that is used.
 COMPILER = Path(__file__).parent / "cxx" / "g++"
 can_share = sys.platform == "linux" and shutil.which("g++") and os.access(COMPILER, os.X_OK)
+made_by = 0
 if can_share and not {"CXX", "TPFUSE_TESTS_COMPILED"} & set(os.environ):
+    made_by = os.getpid()
     os.environ["TPFUSE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="compiled-for-tests-")
     os.environ["TPFUSE_TESTS_PYTHON"] = sys.executable
     os.environ["CXX"] = str(COMPILER)
@@ -32,7 +34,7 @@ if "TPFUSE_TESTS_COMPILED" in os.environ:
 
 
 def pytest_unconfigure(config):
-    if "PYTEST_XDIST_WORKER" not in os.environ and "TPFUSE_TESTS_COMPILED" in os.environ:
+    if made_by == os.getpid():  # and not a run inside a test
         shutil.rmtree(os.environ["TPFUSE_TESTS_COMPILED"], ignore_errors=True)
 
 

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
         status = subprocess.call(["g++", *arguments])
         if status:
             return status
+        os.makedirs(STORE, exist_ok=True)
         shutil.copyfile(output, f"{kept}.{os.getpid()}")
         os.replace(f"{kept}.{os.getpid()}", kept)  # whole, whoever else writes it
     else:
