@@ -80,3 +80,26 @@ def test_it_is_saved_and_loaded_in_a_fresh_process_that_imports_tpfuse(exported,
     torch.export.save(exported[1], path)
     ran = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, timeout=200)
     assert ran.stdout.strip() == "[(5, 16), (5, 16)]", ran.stderr[-2000:]
+
+
+LOAD_COMPILED = """
+import sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import tpfuse
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+compiled = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save(compiled(torch.arange(80.0).reshape(5, 16) / 80), sys.argv[2])
+"""
+
+
+@pytest.mark.nightly
+def test_it_is_compiled_ahead_of_time_and_loaded_in_a_fresh_process_that_imports_tpfuse(exported, tmp_path):
+    with torch.no_grad():
+        program = exported[1].run_decompositions()
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+        right = program.module()(torch.arange(80.0).reshape(5, 16) / 80)
+    command = [sys.executable, "-c", LOAD_COMPILED, path, str(tmp_path / "made")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for made, expected in zip(torch.load(tmp_path / "made"), right, strict=True):
+        torch.testing.assert_close(made, expected)
