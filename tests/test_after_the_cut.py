@@ -102,3 +102,20 @@ def test_training_goes_on_with_an_optimizer_and_gradients_from_before_the_cut():
     for state, kept in run_threads(2, trained, models, optimizers):
         assert max(relative(state[name], want[name]) for name in want) < 1e-9
         assert torch.equal(kept, moment)
+
+
+def router_loss(rank, models):
+    model = cut(models[rank])
+    model(IDS, labels=IDS, output_router_logits=True, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if name not in model._tpfuse.cuts}
+
+
+def test_a_loss_on_the_routers_outputs_is_counted_once():
+    models = [model_of("qwen3_moe") for _ in range(3)]
+    for model in models:
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.5
+    models[2](IDS, labels=IDS, output_router_logits=True, use_cache=False).loss.backward()
+    want = {name: p.grad for name, p in models[2].named_parameters()}
+    for grads in run_threads(2, router_loss, models[:2]):
+        assert any(name.endswith("mlp.gate.weight") for name in grads)
+        assert max(relative(grad, want[name]) for name, grad in grads.items() if grad is not None) < 1e-4

@@ -26,7 +26,7 @@ from tpfuse.parallel.hooks import AllRows
 from tpfuse.parallel.mesh import Groups, check_mesh, create_whole_group, describe_groups
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role, policy_of, role_of
-from tpfuse.parallel.router_loss import RefuseRouterLoss
+from tpfuse.parallel.router_loss import RefuseRouterLoss, ShareRouterLogits, holder_of_layers
 from tpfuse.parallel.saving import guard_copies, guard_saving
 from tpfuse.parallel.state_hooks import keep_state
 from tpfuse.parallel.structure import inferred_roles
@@ -98,6 +98,9 @@ def parallelize(
     guard_copies(model)
     if groups.dp.size > 1 and any(site.kind == "moe" for site in sites):
         model.register_forward_pre_hook(RefuseRouterLoss(), with_kwargs=True)
+    blocks = [site for site in sites if site.kind == "moe" and site.size > 1]
+    for holder in {holder_of_layers(model, site.name) for site in blocks}:
+        holder.register_forward_hook(ShareRouterLogits(blocks[0].size))
     log_summary(model, left)
     if verify:
         from tpfuse.parallel.verify import verify as check

@@ -20,7 +20,8 @@ from tpfuse.parallel.record import Parallelized
 from tpfuse.parallel.uncut import uncut
 
 #: |cut - uncut| / |uncut| that other orders of summation explain; a sum that is missing or paid twice gives 0.1 to 3.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
+#: Routers and norms of many models compute in float32 whatever the model's dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
