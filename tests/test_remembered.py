@@ -21,6 +21,7 @@ ELSEWHERE = {
     ("tpfuse._torch_private.operators", "defaults_of"): "a cache of a pure function: operators keep their schemas",
     ("kernels.add_norm", "tuning"): "a cache of a pure function",
     ("kernels.quantise", "encoded"): "a cache of a pure function",
+    ("kernels.quantise", "converts_fp8"): "a cache of a pure function: a card keeps its capability",
     ("tpfuse.quantisation", "read_quantisation"): "a cache of a pure function",
     ("kernels.symmetric.operands", "_constants"): "a cache of a pure function",
     ("kernels.symmetric.dispatch", "choose"): "a cache of a function of the process's table",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from tpfuse._torch_private import forward_hooks
+from tpfuse._torch_private import first_of, forward_hooks
 from tpfuse.parallel.adapters import adapters_in, base_of, pairs_of
 from tpfuse.parallel.after_sum import ends_with_sum
 from tpfuse.parallel.cut_modules import ModuleCut
@@ -74,7 +74,7 @@ def _hook(
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
             install(module, OwnRows(name, groups.attention))
-            module.register_forward_hook(OnlyByArguments(name, OWN_ROWS, weakref.ref(module)), prepend=True)
+            _register_first(module, OnlyByArguments(name, OWN_ROWS, weakref.ref(module)))
         return
     group = groups.of(cut.over)
     for leaf, parameter in module.named_parameters():
@@ -103,14 +103,17 @@ def _hook(
         check.adapters.extend(adapters_in(module))
         alone = role.kind == "dense_mlp"
         install(module, AllRows(name, site, groups.dp, policy.max_rows, check, used, CopyIn(group), owes, share, alone))
-        module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)), prepend=True)
+        _register_first(module, OnlyByArguments(name, ENTRY, weakref.ref(module)))
         return
     module.register_forward_pre_hook(CopyIn(group), with_kwargs=True)
-    if share is not None:
+    by_arguments = OnlyByArguments(name, ENTRY, weakref.ref(module))
+    if share is None:
+        _register_first(module, by_arguments)
+    else:
         module.register_forward_hook(share)
-    module.register_forward_hook(OnlyByArguments(name, ENTRY, weakref.ref(module)), prepend=share is None)
+        module.register_forward_hook(by_arguments)
     if owes is not None:
-        module.register_forward_hook(owes, prepend=True)
+        _register_first(module, owes)
 
 
 def _children(cut: ModuleCut) -> list[nn.Module]:
@@ -126,7 +129,13 @@ def _of_several(done: list[Done]) -> set[nn.Module]:
 def _pay_once(child: nn.Module, pay: ReduceOut) -> None:
     """In front of others' hooks, which then see the whole sum; once for a module under two names."""
     if not any(isinstance(known, ReduceOut) for known in forward_hooks(child).values()):
-        child.register_forward_hook(pay, prepend=True)
+        _register_first(child, pay)
+
+
+def _register_first(module: nn.Module, hook: Any) -> None:
+    """As `prepend=True`, which moves the hook in the ordered dict alone: Dynamo of torch 2.11 reads the plain one."""
+    handle = module.register_forward_hook(hook)
+    first_of(forward_hooks(module), handle.id)
 
 
 def _hook_rowwise(child: nn.Module, group: Group, goes_on: bool, partial: bool) -> None:

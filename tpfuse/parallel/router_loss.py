@@ -36,6 +36,8 @@ class ShareRouterLogits:
     size: int
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, (Tensor, tuple)):  # Dynamo breaks a graph where a tensor is asked for what it may lack
+            return output
         logits = getattr(output, "router_logits", None)
         if isinstance(logits, tuple) and any(isinstance(one, Tensor) for one in logits):
             output.router_logits = tuple(

@@ -7,7 +7,6 @@ saved by its state and not by pickling the object.
 from __future__ import annotations
 
 import inspect
-import sys
 import types
 from typing import Any
 
@@ -52,7 +51,9 @@ def reduce_for_copies(module: nn.Module, protocol: Any) -> Any:
     Raises:
         PlanError: for pickle, torch.save and whoever else asks.
     """
-    if sys._getframe(1).f_globals.get("__name__") != "copy":
+    here = inspect.currentframe()
+    asker = here.f_back if here is not None else None
+    if asker is None or asker.f_globals.get("__name__") != "copy":
         raise PlanError(
             f"this {type(module).__name__} belongs to a model that parallelize cut; it holds this process's groups and "
             "cannot be pickled or saved as an object. Save its state: torch.save(tpfuse.full_state_dict(model), path) "
