@@ -100,7 +100,8 @@ def parallelize(
         model.register_forward_pre_hook(RefuseRouterLoss(), with_kwargs=True)
     blocks = [site for site in sites if site.kind == "moe" and site.size > 1]
     for holder in {holder_of_layers(model, site.name) for site in blocks}:
-        holder.register_forward_hook(ShareRouterLogits(blocks[0].size))
+        if hasattr(holder, "config"):  # Hugging Face's; another's hook would only be one more graph of a compiled model
+            holder.register_forward_hook(ShareRouterLogits(blocks[0].size))
     log_summary(model, left)
     if verify:
         from tpfuse.parallel.verify import verify as check
