@@ -34,6 +34,7 @@ from ..facts.graph import (
     is_call,
     region_between,
     same_shape,
+    same_size,
     scaled,
     val,
 )
@@ -306,11 +307,28 @@ def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
-    """The sizes of `node`, with a node of its own for each symbolic one."""
+    """The sizes of `node`, with a node for each symbolic one: of an input of the graph that has it, where there is one,
+    because `node` itself may be about to go."""
     return [
-        size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, (node, dim), like=node)
+        size if isinstance(size, int) else _input_size(graph, size, node) or _size(graph, node, dim, node)
         for dim, size in enumerate(val(node).shape)
     ]
+
+
+def _input_size(graph: fx.Graph, size: torch.SymInt, like: fx.Node) -> fx.Node | None:
+    for node in graph.find_nodes(op="placeholder"):
+        known = node.meta.get("val")
+        if isinstance(known, torch.SymInt) and same_size(known, size):
+            return node
+        dims = enumerate(known.shape) if isinstance(known, torch.Tensor) else ()
+        at = next((dim for dim, one in dims if isinstance(one, torch.SymInt) and same_size(one, size)), None)
+        if at is not None:
+            return _size(graph, node, at, like)
+    return None
+
+
+def _size(graph: fx.Graph, node: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+    return insert_call(graph, aten.sym_size.int, (node, dim), like=like)
 
 
 def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:
