@@ -128,6 +128,7 @@ class Behind:
 
 def measure_virtual(ranks: VirtualRanks, name: str, hidden: int, rows: int) -> list[dict]:
     """The same ways but the last, of the kernel that the table has for this size."""
+    torch.compiler.reset()  # a program compiled for too many sizes runs eagerly
     torch.manual_seed(7)
     xs = [torch.randn(rows, hidden, device="cuda").bfloat16() for _ in range(ranks.world)]
     residual = torch.randn(rows, hidden, device="cuda").bfloat16()

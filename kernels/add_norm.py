@@ -36,7 +36,8 @@ from .device import (
     row_statistics,
     store_statistics,
 )
-from .quantise import converts_fp8, encoded, quantise_row
+from .quantise import quantise_row
+from .quantise_program import converts_fp8, encoded
 
 
 @triton.jit(do_not_specialize=["s_stride", "r_stride"], do_not_specialize_on_alignment=["eps_ptr"])
@@ -113,7 +114,7 @@ def quantised_arguments(call: Call, out: AddNormOut) -> dict[str, Any]:
     if call.quantisation is None or out.q is None:
         return {}
     bytes_of_q = out.q.view(torch.int8)
-    program = encoded(call.quantisation, on_gpu=call.x.is_cuda, converts=converts_fp8(call.x.device))
+    program = encoded(call.quantisation, out.y.dtype, on_gpu=call.x.is_cuda, converts=converts_fp8(call.x.device))
     return {"q_ptr": bytes_of_q, "scale_ptr": out.scale, "QUANT": program}
 
 

@@ -1,18 +1,12 @@
-"""A row's quantisation, step by step as `tpfuse.quantisation` has it. Triton device code, and its encoding.
+"""A row's quantisation, step by step as `tpfuse.quantisation` has it. Triton device code.
 
 A value is held in float32 (float64 where a step says so), rounded after each step to the dtype of the step, so results
-are bit for bit those of the same steps in plain PyTorch on the same device. A program is a flat tuple, because Triton
-takes no tuple in a constant tuple: the numbers of the values that are q and scale, the group, the count of steps, and
-five entries a step: (operator, first, second, constant, dtype), numbers of values, of which -1 is the constant.
+are bit for bit those of the same steps in plain PyTorch on the same device. The steps come as the flat program of
+quantise_program.py.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
-
-from ..quantisation import Quantisation
 from .compat import INTERPRETED, tl, triton
 
 if not INTERPRETED and getattr(triton, "language", None) is not None:
@@ -20,39 +14,8 @@ if not INTERPRETED and getattr(triton, "language", None) is not None:
 else:
     libdevice = None
 
-_OPS = ("to", "abs", "neg", "amax", "amin", "max", "min", "mul", "div", "add", "reciprocal", "round", "floor", "ceil",
-        "log2", "exp2")  # fmt: skip
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int8)
-_CONVERTED = len(_DTYPES)  # FP8 where the card has an instruction for it
 _FINE = tl.constexpr(not INTERPRETED)  # the device's own library, whose logarithm is that of eager mode
 _LEAST = tl.constexpr(-(1 << 31))
-
-
-@lru_cache(maxsize=256)
-def encoded(how: Quantisation, on_gpu: bool, converts: bool = False) -> tuple:
-    """`how` as the kernels take it. `on_gpu`: eager mode divides by a number as it does there, by its reciprocal in the
-    dtype that it computes in. `converts`: the card has an instruction from float32 to FP8."""
-    program: list[int | float] = [how.q, how.scale, how.group, len(how.steps)]
-    for step in how.steps:
-        op, given = step.op, [-1 if isinstance(arg, float) else arg for arg in step.args]
-        constants = [arg for arg in step.args if isinstance(arg, float)]
-        constant = constants[0] if constants else 0.0
-        if on_gpu and op == "div" and given[-1] == -1:
-            wide = torch.float64 if step.dtype == torch.float64 else torch.float32
-            op, constant = "mul", float(torch.tensor(1.0, dtype=wide) / torch.tensor(constant, dtype=wide))
-        first, second = (*given, 0)[:2]
-        dtype = _DTYPES.index(step.dtype)
-        if converts and step.dtype is torch.float8_e4m3fn:
-            dtype = _CONVERTED
-        program += (_OPS.index(op), first, second, constant, dtype)
-    return tuple(program)
-
-
-@lru_cache(maxsize=64)
-def converts_fp8(device: torch.device) -> bool:
-    """Whether `device` converts float32 to FP8 by itself: NVIDIA's cards from compute capability 8.9 on."""
-    on_nvidia = device.type == "cuda" and torch.version.hip is None
-    return on_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -64,16 +27,30 @@ def _ordered(v):
 
 @triton.jit
 def _greatest(v, mask, GROUP: tl.constexpr):
-    keys = tl.where(mask, _ordered(v), _LEAST)
+    keys = _ordered(v)
+    if mask is not None:
+        keys = tl.where(mask, keys, _LEAST)
     most = tl.max(keys, axis=0) if GROUP == 0 else tl.max(keys, axis=1, keep_dims=True)
     bits = most ^ ((most >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def _greatest_magnitude(v, mask, GROUP: tl.constexpr):
+    """The same of |v|, whose bits are in order as they are, NaN above all."""
+    keys = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if mask is not None:
+        keys = tl.where(mask, keys, 0)
+    most = tl.max(keys, axis=0) if GROUP == 0 else tl.max(keys, axis=1, keep_dims=True)
+    return most.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _rounded(v, DTYPE: tl.constexpr):
     """A value as a step of this dtype leaves it. FP8 and INT8 come last, as bytes."""
-    if DTYPE == 1:
+    if DTYPE == -1:
+        out = v
+    elif DTYPE == 1:
         out = v.to(tl.float32).to(tl.bfloat16).to(tl.float32) if _FINE else _bf16(v.to(tl.float32))
     elif DTYPE == 2:
         out = v.to(tl.float32).to(tl.float16).to(tl.float32)
@@ -87,6 +64,8 @@ def _rounded(v, DTYPE: tl.constexpr):
         wide = v.to(tl.float32)
         out = wide.to(tl.float8e4nv).to(tl.int8, bitcast=True)  # which stops at 448, where PyTorch's has NaN past 464
         out = tl.where(tl.abs(wide) > 464.0, ((wide.to(tl.int32, bitcast=True) >> 24) | 0x7F).to(tl.int8), out)
+    elif DTYPE == 7:
+        out = v.to(tl.float8e4nv).to(tl.int8, bitcast=True)
     else:
         out = v.to(tl.float32)
     return out
@@ -132,13 +111,47 @@ def _of_constant(C: tl.constexpr, like):
 
 
 @triton.jit
+def _extreme(a, b, LARGER: tl.constexpr):
+    """The larger or the smaller one, NaN where either is."""
+    if a.dtype == tl.float64 or b.dtype == tl.float64:
+        first = a > b if LARGER else a < b
+        out = tl.where((a != a) | first, a, b)
+        out = tl.where(b != b, b, out)
+    elif LARGER:
+        out = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        out = tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return out
+
+
+@triton.jit
 def _divided(a, b):
     wide: tl.constexpr = a.dtype == tl.float64 or b.dtype == tl.float64
     return a.to(tl.float64) / b.to(tl.float64) if wide else tl.div_rn(a, b)
 
 
 @triton.jit
-def _step(OP: tl.constexpr, a, b, mask, GROUP: tl.constexpr):
+def _quotient(a, b, most, SHORT: tl.constexpr):
+    """a / b for e4m3 or INT8, of one b a row; no |a| is above `most`.
+
+    q = a (1/b), corrected by its remainder: q - (b q - a) (1/b). Two corrections give what the division gives
+    (Markstein), where it is not too small to count. Of 16-bit a and b one is enough: in the middle between two results,
+    numbers of few bits, a quotient is exact after it, and elsewhere it is far from the middle. Numbers near the ends of
+    the range, NaN and infinities are divided.
+    """
+    inverse = tl.div_rn(1.0, b)
+    if (b > 1e-25) & (b < 1e25) & (most * inverse < 1e18):
+        q = a * inverse  # and what is added to it below is -0 where it is exact, so -0 stays -0
+        q = tl.fma(tl.fma(b, q, -a), -inverse, q)
+        if not SHORT:
+            q = tl.fma(tl.fma(b, q, -a), -inverse, q)
+    else:
+        q = tl.div_rn(a, b)
+    return q
+
+
+@triton.jit
+def _step(OP: tl.constexpr, a, b, c, mask, GROUP: tl.constexpr):
     if OP == 0:
         out = a
     elif OP == 1:
@@ -150,11 +163,9 @@ def _step(OP: tl.constexpr, a, b, mask, GROUP: tl.constexpr):
     elif OP == 4:
         out = -_greatest(-a, mask, GROUP)
     elif OP == 5:
-        out = tl.where((a != a) | (a > b), a, b)
-        out = tl.where(b != b, b, out)
+        out = _extreme(a, b, True)
     elif OP == 6:
-        out = tl.where((a != a) | (a < b), a, b)
-        out = tl.where(b != b, b, out)
+        out = _extreme(a, b, False)
     elif OP == 7:
         out = a * b
     elif OP == 8:
@@ -164,33 +175,38 @@ def _step(OP: tl.constexpr, a, b, mask, GROUP: tl.constexpr):
     elif OP == 10:
         out = _divided(tl.where(a != a, a, 1.0), a)
     elif OP == 11:
-        out = _to_even(a)
+        out = libdevice.rint(a) if _FINE else _to_even(a)
     elif OP == 12:
         out = tl.floor(a)
     elif OP == 13:
         out = tl.ceil(a)
     elif OP == 14:
         out = libdevice.log2(a) if _FINE else tl.log2(a)
-    else:
+    elif OP == 15:
         out = libdevice.exp2(a) if _FINE else tl.exp2(a)
+    elif OP == 16:
+        out = _greatest_magnitude(a, mask, GROUP)
+    else:
+        out = _quotient(a, b, c, OP == 18)
     return out
 
 
 @triton.jit
 def _next(values, mask, GROUP: tl.constexpr, PROGRAM: tl.constexpr, i: tl.constexpr):
     """What step `i` of the program makes of the values so far."""
-    OP: tl.constexpr = PROGRAM[4 + 5 * i]
-    A: tl.constexpr = PROGRAM[5 + 5 * i]
-    B: tl.constexpr = PROGRAM[6 + 5 * i]
-    C: tl.constexpr = PROGRAM[7 + 5 * i]
-    DTYPE: tl.constexpr = PROGRAM[8 + 5 * i]
+    OP: tl.constexpr = PROGRAM[4 + 6 * i]
+    A: tl.constexpr = PROGRAM[5 + 6 * i]
+    B: tl.constexpr = PROGRAM[6 + 6 * i]
+    C: tl.constexpr = PROGRAM[7 + 6 * i]
+    CONSTANT: tl.constexpr = PROGRAM[8 + 6 * i]
+    ROUNDING: tl.constexpr = PROGRAM[9 + 6 * i]
     if A == -1:
         b = values[B]
-        a = _of_constant(C, b)
+        a = _of_constant(CONSTANT, b)
     else:
         a = values[A]
-        b = _of_constant(C, a) if B == -1 else values[B]
-    return _rounded(_step(OP, a, b, mask, GROUP), DTYPE)
+        b = _of_constant(CONSTANT, a) if B == -1 else values[B]
+    return _rounded(_step(OP, a, b, values[C], mask, GROUP), ROUNDING)
 
 
 @triton.jit
@@ -204,10 +220,11 @@ def quantise_row(y, mask, cols, row, q_ptr, scale_ptr, H: tl.constexpr, PROGRAM:
         y = y.reshape(COUNT, GROUP)
         mask = mask.reshape(COUNT, GROUP)
         cols = cols.reshape(COUNT, GROUP)
+    within = None if GROUP == 0 and y.shape[0] == H else mask
     values = (y,)
     STEPS: tl.constexpr = PROGRAM[3]
     for i in tl.static_range(STEPS):
-        values = values + (_next(values, mask, GROUP, PROGRAM, i),)  # type: ignore[assignment]  # noqa: RUF005
+        values = values + (_next(values, within, GROUP, PROGRAM, i),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(q_ptr + row * H + cols, values[Q], mask=mask)
     if GROUP == 0:
         tl.store(scale_ptr + row, values[S].to(scale_ptr.dtype.element_ty))

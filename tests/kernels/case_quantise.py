@@ -10,9 +10,11 @@ from tests.quantisations import SPELLINGS, same
 from tpfuse.kernels.add_norm import add_norm
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.compat import next_power_of_2, tl, triton
-from tpfuse.kernels.quantise import encoded, quantise_row
+from tpfuse.kernels.quantise import quantise_row
+from tpfuse.kernels.quantise_program import converts_fp8, encoded
 from tpfuse.kernels.symmetric.dispatch import bind
 from tpfuse.kernels.symmetric.entries import Entry
+from tpfuse.quantisation import Quantisation
 
 from .protocol import Seat, run
 
@@ -24,6 +26,17 @@ def _kernel(y_ptr, q_ptr, scale_ptr, H: tl.constexpr, BLOCK: tl.constexpr, PROGR
     mask = cols < H
     y = tl.load(y_ptr + row * H + cols, mask=mask, other=0.0).to(tl.float32)
     quantise_row(y, mask, cols, row, q_ptr, scale_ptr, H, PROGRAM)
+
+
+def quantised(y: torch.Tensor, how: Quantisation) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, scale) of the rows y [N, H], by the kernels' device code."""
+    (rows, hidden), on_gpu = y.shape, y.is_cuda
+    q = torch.empty(y.shape, dtype=how.q_dtype, device=y.device)
+    scale = torch.empty(how.scales_of(y.shape), dtype=how.scale_dtype, device=y.device)
+    program = encoded(how, y.dtype, on_gpu=on_gpu, converts=converts_fp8(y.device))
+    block = next_power_of_2(hidden)
+    _kernel[(rows,)](y, q.view(torch.int8), scale, H=hidden, BLOCK=block, PROGRAM=program)
+    return q, scale
 
 
 def special_rows(hidden: int, dtype: torch.dtype) -> torch.Tensor:
@@ -40,9 +53,7 @@ def special_rows(hidden: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_each_spelling_is_quantised_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     y = special_rows(384, dtype)
-    how = recognised(SPELLINGS[name], dtype)
-    q, scale = torch.empty(y.shape, dtype=how.q_dtype), torch.empty(how.scales_of(y.shape), dtype=how.scale_dtype)
-    _kernel[(9,)](y, q.view(torch.int8), scale, H=384, BLOCK=next_power_of_2(384), PROGRAM=encoded(how, on_gpu=False))
+    q, scale = quantised(y, recognised(SPELLINGS[name], dtype))
     right, right_scale = SPELLINGS[name](y)
     assert same(scale, right_scale.reshape(scale.shape))
     assert same(q, right)

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tpfuse.kernels.add_norm import _add_norm_kernel
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.compat import next_power_of_2
-from tpfuse.kernels.quantise import encoded
+from tpfuse.kernels.quantise_program import encoded
 from tpfuse.kernels.symmetric.barrier import _barrier_kernel, barrier
 from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
 from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
@@ -137,7 +137,7 @@ def test_each_quantisation_compiles(name: str) -> None:
     constants = {
         "H": 1024, "BLOCK": 1024, "NORM": 0, "POST": False, "STRIDED": False, "PIECES": 1, "LATE": True, "EVICT": "",
         "STORE": "", "q_ptr": torch.empty(0, dtype=torch.int8), "scale_ptr": torch.empty(0, dtype=how.scale_dtype),
-        "QUANT": encoded(how, on_gpu=True, converts=True),
+        "QUANT": encoded(how, torch.bfloat16, on_gpu=True, converts=True),
     }  # fmt: skip
     args = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, 1e-6, None, None, 1024, 1024)
     ptx = compile_sm90(_add_norm_kernel, args, constants, 2).asm["ptx"]

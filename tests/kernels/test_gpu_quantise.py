@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from tests.kernels.case_quantise import quantised
 from tests.passes.test_quantised import recognised
 from tests.quantisations import SPELLINGS, same
 from tpfuse.kernels.add_norm import add_norm
@@ -56,3 +57,20 @@ def test_the_kernels_of_ranks(name: str, kernel: str, rows: int) -> None:
     for launch in launches:
         q, scale = SPELLINGS[name](launch.out.y)
         assert same(launch.out.scale, scale.reshape(launch.out.scale.shape)) and same(launch.out.q, q)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["float8_per_row", "by_hand", "int8_per_row"])
+def test_a_quotient_is_the_division_s_to_the_last_bit_and_sign(name: str, dtype: torch.dtype) -> None:
+    """Rows of every size, and numbers near the middle between two quantised ones."""
+    generator = torch.Generator(device="cuda").manual_seed(11)
+    y = torch.randn(8192, 4096, device="cuda", generator=generator)
+    y *= torch.logspace(-30, 4, 8192, device="cuda")[:, None]
+    most = y[1::2].abs().amax(-1, keepdim=True)
+    halves = torch.randint(-1792, 1793, y[1::2].shape, device="cuda", generator=generator) / 4
+    y[1::2] = (most / (448 if "int8" not in name else 127.5)).to(dtype).float() * halves
+    y = y.to(dtype)
+    q, scale = quantised(y, recognised(SPELLINGS[name], dtype))
+    right, right_scale = SPELLINGS[name](y)
+    assert same(scale, right_scale.reshape(scale.shape))
+    assert torch.equal(q.view(torch.int8), right.view(torch.int8))
