@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ import tpfuse
 from .graphs import fake_world
 
 HIDDEN = 16
+
+#: Another tool's operators, one with a norm's name.
+others = torch.library.Library("tpfuse_others", "DEF")
+for name in ("add_rms", "look"):
+    others.define(f"{name}(Tensor x, Tensor r) -> Tensor")
+    others.impl(name, lambda x, r: x + r, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tpfuse_others::{name}", lambda x, r: torch.empty_like(x), lib=others)
 
 
 def all_reduce(x, op="sum"):
@@ -65,6 +73,38 @@ def norm_in_a_branch(self, x, z):
     return torch.cond(x.sum() > 0, lambda a, b: self.norm(a + b), lambda a, b: self.norm(a - b), (x, z))
 
 
+def norm_by_a_learned_power(self, x, z):
+    h = x + z
+    return h * (h.square().mean(-1, keepdim=True) + 1e-6).pow(-self.norm.weight[0] / 2)
+
+
+def norm_by_a_quantile(self, x, z):
+    h = x + z
+    return h / h.abs().quantile(0.9, dim=-1, keepdim=True)
+
+
+def norm_by_magnitudes(self, x, z):
+    h = x + z
+    return h / (h.abs().mean(-1, keepdim=True) + 1e-6)
+
+
+def norm_by_standard_deviation_and_mean(self, x, z):
+    deviation, mean = torch.std_mean(x + z, -1, keepdim=True)
+    return (x + z - mean) / (deviation + 1e-6)
+
+
+def norm_of_numbers_only(self, x, z):
+    return self.norm(torch.nan_to_num(x + z))
+
+
+def norm_behind_a_branch(self, x, z):
+    return self.norm(x + torch.cond(x.sum() > 0, lambda y: all_reduce(y), lambda y: all_reduce(2 * y), (x,)))
+
+
+def norm_in_an_operator(self, x, z):
+    return torch.ops.tpfuse_others.add_rms(z, x)
+
+
 def norm_of_integers(self, x, z):
     return self.norm(x + z.int().float())
 
@@ -81,6 +121,13 @@ def norm_of_one_sum_for_all(self, x, z):
         (norm_of_the_batch, "what the program calls BatchNorm1d"),
         (norm_by_a_part, "other units than those of each row"),
         (norm_in_a_branch, "a region of its own, which cond"),
+        (norm_by_a_learned_power, "scales each row by a measure of its units: aten.mul.Tensor"),
+        (norm_by_a_quantile, "scales each row by a measure of its units: aten.div.Tensor"),
+        (norm_by_magnitudes, "scales each row by a measure of its units: aten.div.Tensor"),
+        (norm_by_standard_deviation_and_mean, "by a root of aten.var_mean.correction"),
+        (norm_of_numbers_only, "stands between the all-reduce and the norm"),
+        (norm_behind_a_branch, "the graph 'false_graph_0' of cond"),
+        (norm_in_an_operator, "tpfuse_others.add_rms.default"),
         (norm_of_integers, "prims.convert_element_type.default"),
         (norm_of_one_sum_for_all, f"spreads the all-reduced value of shape [3, {HIDDEN}] to [2, 3, {HIDDEN}]"),
     ],
@@ -90,6 +137,22 @@ def test_a_norm_that_is_not_fused_is_named_and_strict_sees_it(after, said):
     boundary = report.unfused[-1]
     assert said in boundary.reason and "test_true_reasons.py:" in boundary.reason, boundary.reason
     assert boundary in report.missed
+
+
+def softmaxed(self, x, z):
+    return torch.softmax(x + z, -1)
+
+
+def seen_by_an_operator(self, x, z):
+    return torch.ops.tpfuse_others.look(z, x)
+
+
+@pytest.mark.parametrize(
+    "after, said", [(softmaxed, "aten.div.Tensor"), (seen_by_an_operator, "tpfuse cannot see what that computes")]
+)
+def test_what_is_no_norm_is_not_missed(after, said):
+    (report,) = reports_of(Block(after), strict=True)
+    assert said in report.unfused[0].reason and not report.missed
 
 
 def squashed(self, x, z):
@@ -128,13 +191,24 @@ def printing(self, x, z):
     return self.norm(x + z)
 
 
+def sleeping(self, x, z):
+    time.sleep(0)
+    return self.norm(x + z)
+
+
+def logging_by_name(self, x, z):
+    logging.getLogger("model").debug("slow")
+    return self.norm(x + z)
+
+
 def broadcasting(self, x, z):
     dist.broadcast(z, 0)
     return self.norm(x + z)
 
 
 @pytest.mark.parametrize(
-    "after, said", [(branching, "torch.where or torch.cond"), (printing, "reorderable_logging_functions.add(print)"),
+    "after, said", [(sleeping, "ignore_logging_functions.add(...)"), (logging_by_name, "out of compiled code"),
+                    (branching, "torch.where or torch.cond"), (printing, "reorderable_logging_functions.add(print)"),
                     (broadcasting, "its twin in torch.distributed._functional_collectives")],
 )  # fmt: skip
 def test_a_break_has_its_own_remedy(after, said):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from torch import fx
+
 
 class Code(str, Enum):
     """What kind of reason it is. Reports carry the value (`Boundary.code`)."""
@@ -50,10 +52,12 @@ class Code(str, Enum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason. sentence: complete, in plain words, about something a user can act on."""
+    """One reason. sentence: complete, in plain words, about something a user can act on. at: the operator that it
+    speaks of, whose place in the program a report adds."""
 
     code: Code
     sentence: str
+    at: fx.Node | None = None
 
     def worded(self, sentence: str) -> Refusal:
         """The same refusal in other words."""

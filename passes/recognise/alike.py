@@ -4,25 +4,26 @@ What counts: a value of rows, multiplied or divided by a root of a statistic ove
 
     y = f(h) * g(sqrt(s(h)))      s: a reduction over the last dimension; f, g: row by row
 
-in whatever operators; the same with a statistic over other dimensions, or over a part of the units; and any operator
-that is called a norm and reads the rows. It is for the report, and for `strict`: nothing is rewritten on the strength
-of a likeness.
+in whatever operators; the same with a statistic over other dimensions, or over a part of the units; the same without a
+root where the statistic is a measure of the units' size (the mean of their magnitudes or of a power of them, a
+quantile), so that neither a softmax nor a scale by the largest unit counts; and any operator that is called a norm and
+reads the rows. It is for the report, and for `strict`: nothing is rewritten on the strength of a likeness.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
-
-from tpfuse._torch_private import operator_name
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import last_dim, same_shape, same_size, tensor_inputs, val, value
+from ..facts.others import called, is_called_norm
 
 #: Operators that mix rows or units, by the beginning of their names: a walk over row-wise operators ends there.
 ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "scaled_dot_product", "softmax", "sort",
@@ -31,22 +32,31 @@ _PRODUCTS = ("mm", "matmul", "linear")
 _ROOTS = ("sqrt", "rsqrt")
 #: Reductions that hold a root.
 _ROOTED = ("linalg_vector_norm", "norm", "std")
-#: Reductions by name: over whatever dimensions.
+#: Reductions by their names, over whatever dimensions.
 _REDUCTIONS = ("sum", "mean", "var", *_ROOTED)
-_ROW, _STATISTIC, _ROOT = "row", "statistic", "root"
+#: Of rows in the order of their units; what is picked from them is a quantile.
+_SORTS = ("sort", "median", "nanmedian", "kthvalue")
+#: What a power's sum measures; a sum of exponentials, or of the units as they are, measures nothing.
+_SIZES = ("abs", "pow", "square")
+#: What makes a factor of a measure, besides a root.
+_INVERSES = ("reciprocal", "pow", "exp")
+#: From the least to the most telling. ORDER: rows in order. MEASURE: a statistic that measures the units' size. SCALE:
+#: a root of a statistic, or what else is a factor for its rows.
+_ROW, _ORDER, _STATISTIC, _MEASURE, _SCALE = range(5)
 _LIMIT = 400
 
 
 @dataclass(frozen=True)
 class Alike:
     """`node`: where rows are scaled (or the operator that is called a norm); `statistic`: the reduction that they are
-    scaled by a root of, or None; `by_row`: whether that is over the hidden units of each row. `called`: the norm's
-    name in the program, where nothing but that tells."""
+    scaled by (`root`: by a root of it), or None; `by_row`: whether that is over the hidden units of each row. `called`:
+    the norm's name in the program, where nothing but that tells."""
 
     node: fx.Node
     statistic: fx.Node | None
     by_row: bool = True
     called: str = ""
+    root: bool = True
 
 
 def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collection[fx.Node] = ()) -> Alike | None:
@@ -57,7 +67,7 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
     hidden = last_dim(result)
     if hidden is None:
         return None
-    known: dict[fx.Node, tuple[str, fx.Node | None]] = {result: (_ROW, None)}
+    known: dict[fx.Node, Kind] = {result: (_ROW, None, False)}
     pending = list(result.users)
     heapq.heapify(pending)
     seen = set(pending)
@@ -65,8 +75,7 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
         node = heapq.heappop(pending)
         if node.op != "call_function" or node in ignored or is_collective(node):
             continue
-        read = [known[parent] for parent in node.all_input_nodes if parent in known]
-        found = _what(node, read, hidden)
+        found = _what(node, known, hidden)
         if isinstance(found, Alike):
             return found
         if found is None:
@@ -82,12 +91,14 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
 
 
 def is_end(node: fx.Node) -> bool:
-    """Whether `node` mixes rows or units, hands them to a graph of its own, or makes something else than numbers of
-    them; a cast to integers does not, for they may be cast back."""
+    """Whether `node` mixes rows or units, hands them to a graph of its own, or makes indices of them. A cast to
+    integers does not, for they may be cast back; nor does a comparison, a mask of the same rows."""
     val = value(node)
-    if _called(node).startswith(ENDS) or is_region(node):
+    if called(node).startswith(ENDS) or is_region(node):
         return True
-    return val is not None and val.dtype not in ops.FLOATS and node.target not in ops.CASTS
+    if val is None or val.dtype in ops.FLOATS or node.target in ops.CASTS | _REINTERPRETED:
+        return False
+    return val.dtype is not torch.bool or not _keeps_shape(node)
 
 
 def is_region(node: fx.Node) -> bool:
@@ -102,35 +113,59 @@ def regions(node: fx.Node) -> list[object]:
     return [getattr(owner, str(n.target), None) for n in named] if owner is not None else []
 
 
-def _called(node: fx.Node) -> str:
-    """ "rsqrt" for aten.rsqrt.default; a plain function's own name."""
-    return operator_name(node.target) or getattr(node.target, "__name__", str(node.target))
+#: Other names for the same bits.
+_REINTERPRETED = {ops.aten.view.dtype, ops.aten.view_as_complex.default, ops.aten.view_as_real.default}
+
+#: What a node is, the reduction it comes from, and whether over a root.
+Kind = tuple[int, "fx.Node | None", bool]
 
 
-def _what(
-    node: fx.Node, read: list[tuple[str, fx.Node | None]], hidden: object
-) -> Alike | tuple[str, fx.Node | None] | None:
-    """What `node` is, given what it reads: one more value of rows, a statistic of rows, a root of one, or the norm."""
-    name = _called(node)
-    statistics = [(kind, of) for kind, of in read if kind != _ROW]
-    rooted = next((of for kind, of in statistics if kind == _ROOT), None)
-    if len(statistics) == len(read):
+def _what(node: fx.Node, known: Mapping[fx.Node, Kind], hidden: object) -> Alike | Kind | None:
+    """What `node` is, given what it reads: one more value of rows, a statistic of rows, a factor for them, or the
+    norm."""
+    name, read = called(node), [known[parent] for parent in node.all_input_nodes if parent in known]
+    strongest = max(read, key=lambda kind: kind[0])
+    kind, of, root = strongest
+    if all(each[0] != _ROW for each in read):
         if is_end(node):
             return None
-        kind, of = next(((kind, of) for kind, of in statistics if kind == _ROOT), statistics[0])
-        return (_ROOT if _takes_root(node, name) else kind), of
+        if kind == _ORDER:
+            return (_MEASURE, node, False) if _one_a_row(node, hidden) else strongest
+        if _takes_root(node, name):
+            return _SCALE, of, True
+        return (_SCALE, of, root) if kind == _MEASURE and name.startswith(_INVERSES) else strongest
+    if name.startswith(_SORTS):
+        return _ORDER, None, False
     if _reduces(node, hidden, len(read)):
-        return (_ROOT if name.startswith(_ROOTED) else _STATISTIC), node
-    if "norm" in name and not name.startswith(_ROOTED):
+        rooted = name.startswith(_ROOTED)
+        return _SCALE if rooted else _MEASURE if _measures(node, name) else _STATISTIC, node, rooted
+    if is_called_norm(node):
         return Alike(node, None)
     if is_end(node):
         return None
     if value(node) is None:  # several results: rows, statistics of them, or both
-        return (_ROW, None) if isinstance(node.meta.get("val"), (tuple, list)) else None
-    if rooted is not None and node.target in ops.MULS | ops.DIVS | set(ops.IN_PLACE_TWINS):
-        return Alike(node, rooted, same_size(last_dim(node), hidden) and _one_a_row(rooted, hidden))
+        return (_ROW, None, False) if isinstance(node.meta.get("val"), (tuple, list)) else None
+    if of is not None and _scales(node, known):
+        return Alike(node, of, same_size(last_dim(node), hidden) and _one_a_row(of, hidden), root=root)
     moved = node.target in ops.VIEWS | ops.SELECTIONS or _keeps_shape(node)
-    return (_ROW, None) if moved or same_size(last_dim(node), hidden) else None
+    return (_ROW, None, False) if moved or same_size(last_dim(node), hidden) else None
+
+
+def _scales(node: fx.Node, known: Mapping[fx.Node, Kind]) -> bool:
+    """Whether `node` multiplies rows by a factor for each of them, or divides them by it or by a measure of them."""
+    kinds = [known[arg][0] if isinstance(arg, fx.Node) and arg in known else _ROW for arg in node.args]
+    if _SCALE in kinds:
+        return node.target in ops.MULS | ops.DIVS | set(ops.IN_PLACE_TWINS)
+    return kinds[1:2] == [_MEASURE] and node.target in ops.DIVS | {ops.aten.div_.Tensor}
+
+
+def _measures(node: fx.Node, name: str) -> bool:
+    """Whether a reduction measures the size of what it adds up."""
+    (first, *_) = [*tensor_inputs(node), node]
+    while first.target in ops.CASTS and first.all_input_nodes:
+        first = first.all_input_nodes[0]
+    squared = first.target in ops.MULS and len(first.args) > 1 and first.args[0] is first.args[1]
+    return name.startswith(("sum", "mean")) and (squared or called(first).startswith(_SIZES))
 
 
 def _keeps_shape(node: fx.Node) -> bool:
@@ -144,9 +179,9 @@ def _takes_root(node: fx.Node, name: str) -> bool:
 
 def _reduces(node: fx.Node, hidden: Any, read: int) -> bool:
     """Whether `node` makes one number of every row, or one of several units by an operator that is called so."""
-    result, inputs, name = value(node), tensor_inputs(node), _called(node)
+    result, inputs, name = value(node), tensor_inputs(node), called(node)
     if node.target is ops.operator.getitem:
-        inputs, name = tensor_inputs(inputs[0]), _called(inputs[0])
+        inputs, name = tensor_inputs(inputs[0]), called(inputs[0])
     if result is None or node.target in ops.SELECTIONS or not inputs or value(inputs[0]) is None:
         return False
     if name.startswith(_REDUCTIONS) and not same_size(result.numel(), val(inputs[0]).numel()):

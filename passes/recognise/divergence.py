@@ -79,7 +79,7 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
                 continue
         elif current in parting.partial:
             held = f"is equal on ranks {sorted(map(list, groups))} only" if groups else "is what they have to sum up"
-            return f"a value that differs between ranks ({current} {held})"
+            return f"a value that differs between ranks ({current.target} {held})"
         if (current, groups) in seen or current.op != "call_function":
             continue
         seen.add((current, groups))
@@ -91,7 +91,7 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
         if _name(current) == _SUMS:
             summed = parting.groups.get(str(current.kwargs.get("group_name")), ())
             if not _cover({summed}, ranks):
-                return f"a value that differs between ranks ({current} is equal on ranks {list(summed)} only)"
+                return f"a value that differs between ranks ({current.target} is equal on ranks {list(summed)} only)"
             pending += [(arg, groups) for arg in current.args[1:] if isinstance(arg, fx.Node)]
             continue
         if any(word in _name(current) for word in _SCATTERING):

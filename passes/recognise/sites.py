@@ -334,10 +334,10 @@ def _spread_alone(owed: Owed, others: Sequence[Owed]) -> Refusal | None:
 
 
 def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting) -> Refusal | None:
-    for gate in (gate for step in term.gates for gate in step.others):
+    for gate, at in ((gate, step.node) for step in term.gates for gate in step.others):
         if depends_on(gate, leaves):
             said = "the all-reduced sum is multiplied by a value that is itself computed from that sum"
-            return Refusal(Code.DEPENDS, said)
+            return Refusal(Code.DEPENDS, said, at)
         what = differs_between_ranks(gate, owed.collective.ranks, parting)
         if what:
             return Refusal(Code.RANKS, f"the all-reduced sum is multiplied by {what}")

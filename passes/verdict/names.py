@@ -16,6 +16,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import input_node
+from ..facts.others import called, operator_of
 
 aten = ops.aten
 
@@ -75,7 +76,10 @@ _SPELLED_OUT = ("__dict__", "_modules")
 
 
 def place(node: fx.Node) -> str:
-    """`aten.relu.default in model.layers.0 (model.py:12)`: an operator, and where in the program it stands."""
+    """`aten.relu.default in model.layers.0 (model.py:12)`: an operator, and where in the program it stands. One of
+    several results bears the name of the operator that gives them."""
+    while node.target is ops.operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
     module, line = module_name(node), _line(node)
     return f"{_operator(node)}{f' in {module}' if module else ''}{f' ({line})' if line else ''}"
 
@@ -93,10 +97,11 @@ def norm_around(node: fx.Node) -> str:
 
 
 def _operator(node: fx.Node) -> str:
-    kernel = node.kwargs.get("kernel_idx")
-    name = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
-    name = str(node.target) if "." in str(node.target) and "<" not in str(node.target) else name
-    return name if kernel is None else f"{name} (a Triton kernel of the program)"
+    if isinstance(node.kwargs.get("kernel_idx"), int):
+        return f"{called(node)} (a Triton kernel of the program)".lstrip()
+    target = operator_of(node)
+    name = getattr(target, "__name__", str(target)) if callable(target) else str(target)
+    return str(target) if "." in str(target) and "<" not in str(target) else name
 
 
 def _line(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import depends_on
+from ..facts.others import is_opaque
 from ..recognise.alike import Alike, find_alike, is_end, regions
 from ..recognise.norms import Norm, find_norms
 from ..recognise.sums import gated_inputs, linear_inputs
@@ -26,8 +27,8 @@ class Reached:
     obstacle: the first operator on the way to the norm that is not linear. path: the way, from the result to what the
     norm reads. product: an operator that mixes units or rows, reads the result, and has a say in what that norm reads:
     the sum has to be finished before, so the norm is not fed by it (an embedding whose residual ends in a later norm).
-    alike: what looks like a norm and reads it before. ends: where the walk stopped. returned: what the graph returns of
-    it. limited: the walk was given up.
+    alike: what looks like a norm and reads it before. opaque: the first operator of another tool that reads it. ends:
+    where the walk stopped. returned: what the graph returns of it. limited: the walk was given up.
     """
 
     norm: Norm | None = None
@@ -35,6 +36,7 @@ class Reached:
     path: tuple[fx.Node, ...] = ()
     product: fx.Node | None = None
     alike: Alike | None = None
+    opaque: fx.Node | None = None
     ends: list[fx.Node] = field(default_factory=list)
     returned: list[fx.Node] = field(default_factory=list)
     limited: bool = False
@@ -50,7 +52,7 @@ def reach(start: fx.Node, norms_at: Mapping[fx.Node, Norm], ignored: Collection[
     reached = _walk(start, norms_at, came)
     alike = find_alike(start, norms_at, ignored)
     if alike is None and reached.norm is None:
-        alike = _by_name([*came, *reached.ends], ignored)
+        alike = _by_name([*came, *reached.ends], {start, *ignored})
     if alike is not None and (reached.norm is None or alike.node < reached.path[-1]):
         reached.alike, reached.norm, reached.product = alike, None, None
     return reached
@@ -87,6 +89,8 @@ def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm], came: dict[fx.Node, 
                     reached.ends.append(user)
                     continue
                 came[user] = node
+                if reached.opaque is None and is_opaque(user):
+                    reached.opaque = user
                 linear = any(child is node for child, *_ in [*linear_inputs(user), *gated_inputs(user)])
                 pending.append((user, obstacle or (None if linear else user)))
     reached.limited = bool(pending)

@@ -23,6 +23,8 @@ LEAVES = Refusal(
     "the all-reduced value, or what is made of it row by row, leaves the graph before any norm reads it",
 )
 
+_ONLY = "only RMSNorm and LayerNorm over the last dimension are fused"
+
 
 def reason_for(
     collective: Collective, refused: Refusal | None, reached: Reached, backward: bool, training: bool
@@ -32,7 +34,7 @@ def reason_for(
         return Refusal(Code.COLLECTIVE, collective.problem)
     of_place = refused is None or refused.code is Code.SPREADS or reached.alike is not None  # where it stands says more
     if refused is not None and not of_place and reached.product is None:
-        return refused
+        return refused if refused.at is None else refused.worded(f"{refused.sentence}: {place(refused.at)}")
     if backward:
         said = "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
         return Refusal(Code.BACKWARD, said)
@@ -55,6 +57,10 @@ def reason_for(
         )
     if reached.norm is not None:
         return _in_the_way(collective, reached, reached.norm)
+    if reached.opaque is not None:
+        said = f"{place(reached.opaque)} reads it, and tpfuse cannot see what that computes"
+        where = "where it is a norm, nn.RMSNorm or nn.LayerNorm in its place is fused"
+        return Refusal(Code.NO_NORM, f"{said}; {where}")
     if reached.returned and not reached.limited:
         last = next((node for node in reached.returned if node is not collective.result), None)
         return LEAVES if last is None else LEAVES.worded(f"{LEAVES.sentence}: {place(last)} is returned")
@@ -64,14 +70,11 @@ def reason_for(
 def _unrecognised(alike: Alike) -> str:
     node, statistic = alike.node, alike.statistic
     if alike.called:
-        return (
-            f"{place(node)} reads it, a part of what the program calls {alike.called}; only RMSNorm and LayerNorm over "
-            "the last dimension are fused"
-        )
+        return f"{place(node)} reads it, a part of what the program calls {alike.called}; {_ONLY}"
     if statistic is not None and not alike.by_row:
         return (
-            f"what reads it is normalised over other units than those of each row: {place(node)}, by a root of "
-            f"{place(statistic)}; only RMSNorm and LayerNorm over the last dimension are fused"
+            "what reads it is normalised over other units than those of each row: "
+            f"{place(node)}, by {'a root of ' if alike.root else ''}{place(statistic)}; {_ONLY}"
         )
     if is_region(node):
         return (
@@ -82,6 +85,11 @@ def _unrecognised(alike: Alike) -> str:
         return (
             f"{place(node)} reads it, an operator that is called a norm and that tpfuse cannot see into; as nn.RMSNorm "
             "or nn.LayerNorm it could be fused"
+        )
+    if not alike.root:
+        return (
+            f"what reads it scales each row by a measure of its units: {place(node)}, by {place(statistic)}; where it "
+            "is RMSNorm or LayerNorm over the last dimension, nn.RMSNorm or nn.LayerNorm in its place is fused"
         )
     return (
         f"what reads it looks like a norm in a spelling that is not recognised: {place(node)}, by a root of "

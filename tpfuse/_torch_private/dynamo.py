@@ -92,7 +92,7 @@ def _as_break(reason: Any) -> GraphBreak | None:
     if not getattr(reason, "graph_break", False):
         return None
     stack = getattr(reason, "user_stack", None) or ()
-    own = [frame for frame in stack if not frame.filename.startswith(_NO_PROGRAM)]
+    own = [frame for frame in stack if not frame.filename.startswith(_NO_PROGRAM) and not _of_python(frame.filename)]
     own = own or [frame for frame in stack if frame.filename != contextlib.__file__]
     frame = own[-1] if own else None
     place = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame is not None else ""
@@ -158,6 +158,16 @@ def _where(frame: types.FrameType) -> str:
 
 #: Files whose functions are not the program's.
 _NO_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(contextlib.__file__)))
+
+
+#: Where Python's own modules are; packages may be installed below it.
+_PYTHON = str(Path(contextlib.__file__).parent)
+
+
+def _of_python(file: str) -> bool:
+    """Whether a file belongs to Python's library, or to the package that brings newer parts of it to older Pythons."""
+    installed = "site-packages" in file or "dist-packages" in file
+    return file.endswith("/typing_extensions.py") or (file.startswith(_PYTHON) and not installed)
 
 
 def compiled_wrapper() -> type | None:

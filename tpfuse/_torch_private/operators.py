@@ -101,3 +101,19 @@ def operator_overloads(name: str) -> list[Any]:
         return [getattr(packet, each) for each in ([overload] if overload else packet.overloads())]
     except AttributeError:
         return []
+
+
+def kernel_name(index: int) -> str:
+    """The name of the program's Triton kernel that graphs know by a number.
+
+    If `kernel_side_table` goes: '', and reports say no more than that it is a Triton kernel.
+    """
+    try:
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel: Any = kernel_side_table.get_kernel(index)
+    except (ImportError, AssertionError, KeyError):
+        return ""
+    while hasattr(kernel, "fn") and not hasattr(kernel, "__name__"):  # autotuning wraps what it tunes
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", ""))

@@ -18,6 +18,7 @@ from .._torch_private import GraphBreak
 from ..passes.facts.refusals import Code
 from ..report import Report
 
+_BRANCH = "torch.where or torch.cond keep the branch in the graph; behind the norm it leaves the boundary fusible"
 #: What to do about breaks that stand in well-known places, by a word of Dynamo's reason.
 _ADVICE = (
     ("mark_dirty", "write the function without mark_dirty: return a new tensor, as "
@@ -30,11 +31,17 @@ _ADVICE = (
     ("warnings.warn", "torch._dynamo.config.reorderable_logging_functions.add(warnings.warn) keeps it out of the way"),
     ("Reorderable", "torch._dynamo.config.reorderable_logging_functions.add(...) with that function keeps it out of "
      "the way"),
-    ("pybind11_object", "make the object outside of compiled code; instead of a collective that compiled code has no "
-     "form of, call its twin in torch.distributed._functional_collectives"),
-    ("Data-dependent branching", "torch.where or torch.cond keep the branch in the graph"),
-    ("generic_jump", "torch.where or torch.cond keep the branch in the graph"),
+    ("pybind11_object", "make the object outside of compiled code; a collective that compiled code has no form of "
+     "(a barrier, a reduction to one rank) belongs outside, too, or is to be its twin in "
+     "torch.distributed._functional_collectives, where it has one"),
+    ("Python builtin or a third-party", "move the call out of compiled code; where its result is not needed, "
+     "torch._dynamo.config.ignore_logging_functions.add(...) with that function leaves it out, and a function of an "
+     "extension that computes tensors can be made an operator (torch.library.custom_op)"),
+    ("Data-dependent branching", _BRANCH),
+    ("generic_jump", _BRANCH),
 )  # fmt: skip
+#: Of Dynamo's hints, those to torch's developers.
+_FOR_TORCH = ("file an issue", "report an issue", "It may be possible to write Dynamo tracing rules")
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,14 @@ def unnamed_breaks() -> list[GraphBreak]:
 def with_surroundings(report: Report, around: Surroundings) -> Report:
     """The report with notes on what ends the graph, and reasons that say so."""
     boundaries = [
-        replace(b, reason=f"{b.reason}; {_beyond(around)}") if b.code == Code.LEAVES else b
-        for b in report.boundaries
+        replace(b, reason=f"{b.reason}; {_beyond(around)}") if b.code == Code.LEAVES else b for b in report.boundaries
     ]
     if around.path:
         boundaries = [replace(b, module=".".join(filter(None, (around.path, b.module)))) for b in boundaries]
     return replace(
         report,
         boundaries=boundaries,
-        notes=[*report.notes, *_notes(around)],
+        notes=list(dict.fromkeys([*report.notes, *_notes(around)])),
     )
 
 
@@ -147,7 +153,8 @@ def in_words(found: GraphBreak) -> str:
     said = [line for line in lines[:1] if line]
     said += [line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")]
     hints = [line.removeprefix("Hint:").strip() for line in lines if line.startswith("Hint:")]
-    advice = next((what for word, what in _ADVICE if word in reason), hints[0] if hints else "")
+    hints = [hint for hint in hints if not any(word in hint for word in _FOR_TORCH)] or ["keep it out of compiled code"]
+    advice = next((what for word, what in _ADVICE if word in reason), hints[0])
     sentences = [part.rstrip(".") for part in [*said, f"what to do: {advice}" if advice else ""] if part]
     return ". ".join(dict.fromkeys(sentences)) or "Dynamo gives no reason"
 
