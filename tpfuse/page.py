@@ -10,6 +10,7 @@ from .report import Boundary, Report, size_in_words
 _STYLE = """body{font:14px/1.45 system-ui,sans-serif;color:#1f2933;margin:2em auto;max-width:1180px;padding:0 1em}
 h1{font-size:20px}table{border-collapse:collapse;width:100%;font-size:12.5px}
 td,th{border-bottom:1px solid #e4e7eb;padding:4px 8px;text-align:left;vertical-align:top}
+td:nth-child(5),td:nth-child(6){white-space:nowrap}
 th{background:#f5f7fa}.left td{color:#7b8794}li{margin:3px 0}svg{width:100%;height:auto}pre{white-space:pre-wrap}"""
 _FUSED, _COLLECTIVE, _ADD, _NORM, _LEFT = "#2a9d6f", "#e8743b", "#8e9aaf", "#3d7dca", "#d9dee5"
 _ROW, _WIDTH = 34, 1140
@@ -63,7 +64,7 @@ def _picture(boundaries: Sequence[Boundary], times: Mapping[int, int], names: Ma
         if boundary.fused and boundary.norm is not None:
             after += f" + {_words(boundary.norm)}, fused"
         out.append(_box(760, y, 260, after if boundary.fused else "unchanged", _FUSED if boundary.fused else _LEFT))
-        out.append(_text(1032, y + 17, boundary.kind.rpartition("→")[2].replace("_", " ")))
+        out.append(_text(1032, y + 17, boundary.kind.rpartition("→")[2].replace("_", " ").replace("unknown", "")))
     return "\n".join([*out, "</svg>"])
 
 

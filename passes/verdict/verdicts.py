@@ -41,10 +41,11 @@ def _verdict(
     reached = Reached() if backward else reach(collective.result, norms_at, gradients)
     norm = plan.site.norm if plan is not None else reached.norm if reached.product is None else None
     consumer = None if backward else (norm.output if norm is not None else collective.result)
+    kind = boundary_kind(collective.node, consumer, outputs)
     dtype, hidden = dtype_and_hidden(collective.input)
     why = None if plan is not None else reason_for(collective, refused, reached, backward, bool(gradients))
     return Boundary(
-        kind=boundary_kind(collective.node, consumer, outputs),
+        kind=kind if norm is not None or not kind.endswith("final_norm") else "unknown",
         module=module_name(collective.node),
         collective=collective.kind,
         group=collective.ranks or (),
