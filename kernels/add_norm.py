@@ -109,13 +109,18 @@ def on_device_of(t: Tensor):
     return torch.cuda.device(t.device)
 
 
-def quantised_arguments(call: Call, out: AddNormOut) -> dict[str, Any]:
-    """What a kernel is told by name where y is quantised; nothing where it is not."""
-    if call.quantisation is None or out.q is None:
+def quant_program(call: Call) -> dict[str, tuple]:
+    """The constexpr that tells a kernel how y is quantised; nothing where it is not."""
+    if call.quantisation is None:
         return {}
-    bytes_of_q = out.q.view(torch.int8)
-    program = encoded(call.quantisation, out.y.dtype, on_gpu=call.x.is_cuda, converts=converts_fp8(call.x.device))
-    return {"q_ptr": bytes_of_q, "scale_ptr": out.scale, "QUANT": program}
+    card = call.x.device
+    return {"QUANT": encoded(call.quantisation, call.out_dtype, on_gpu=call.x.is_cuda, converts=converts_fp8(card))}
+
+
+def quantised_tensors(out: AddNormOut) -> dict[str, Tensor]:
+    """Where a kernel stores quantised rows, as bytes, and their scales, by the names of its last two arguments; nothing
+    where y is not quantised. A view is made here, because Triton knows no pointer to every FP8."""
+    return {} if out.q is None or out.scale is None else {"q_ptr": out.q.view(torch.int8), "scale_ptr": out.scale}
 
 
 def add_norm(call: Call) -> AddNormOut:
@@ -136,7 +141,7 @@ def add_norm(call: Call) -> AddNormOut:
     block = next_power_of_2(H)
     options = {**tuning(block, rows, s2.numel() * s2.element_size(), call.norm, call.batch_invariant)}
     if call.quant:
-        options |= {"PIECES": 1, **quantised_arguments(call, out)}
+        options |= {"PIECES": 1, **quant_program(call), **quantised_tensors(out)}
     with on_device_of(s2):
         _add_norm_kernel[(rows,)](
             s2, r2, _vector(call.pre_bias), _vector(call.weight), _vector(call.bias), out.y, out.residual_out, out.mean,

@@ -33,7 +33,8 @@ TENSORS = 11
 
 @dataclass(frozen=True)
 class Record:
-    """One launch. `launch(*addresses, *rest, stream=...)` does it again; `late`: words of the host's memory, one for
+    """One launch. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
+    scale where it quantises; `late`: words of the host's memory, one for
     each workspace of the group, that are not 0 once a kernel gave up waiting for a peer."""
 
     workspace: Workspace
@@ -73,7 +74,8 @@ def record_of(
     ready = launch.args[:TENSORS]
     if launch.kernel is None or any(a is not b for a, b in zip(ready, tensors, strict=True)):
         return None
-    if any(t is not None and t.data_ptr() % 16 for t in tensors[:-1]):  # none is compiled for how eps lies
+    if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *launch.last.values())):
+        # of eps's place no kernel is compiled for
         return None
     found = launch.compiled()
     if found is None:

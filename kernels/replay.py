@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +37,12 @@ class Site:
             member.records.keep((self, call.x.shape, call.x.get_device()), record)
 
 
-def with_records(sites: dict[str, Site], first: Callable[..., None]) -> Callable[..., None]:
+def with_records(
+    sites: dict[str, Site], first: Callable[..., None], rest: Callable[..., tuple[tuple, tuple, int, bool]]
+) -> Callable[..., None]:
     """An operator's kernel: a call that has a record is launched again, any other goes to `first`, with the same
-    arguments. `sites`: by spec; `first` adds to them.
+    arguments. `sites`: by spec; `first` adds to them. `rest`: `addresses` or `quantised_addresses`, by what else the
+    operator takes.
 
     One function, and no lock: a Python call costs as much as five of the looks in it. What it looks at changes under
     the locks of its owners, and each look takes one thing: a record, whole and unchangeable, which says for which
@@ -84,8 +86,9 @@ def with_records(sites: dict[str, Site], first: Callable[..., None]) -> Callable
             bits |= (on_hidden := hidden.data_ptr())
             plain = plain and hidden.is_contiguous()
         on_rstd = on_bias = on_mean = on_pre_bias = on_total = on_eps = None
+        last: tuple = ()
         if more:
-            (on_rstd, on_bias, on_mean, on_pre_bias, on_total, on_eps), more_bits, more_plain = _rest(*more)
+            (on_rstd, on_bias, on_mean, on_pre_bias, on_total, on_eps), last, more_bits, more_plain = rest(*more)
             bits |= more_bits
             plain = plain and more_plain
         if bits & 15 or not plain:
@@ -94,23 +97,34 @@ def with_records(sites: dict[str, Site], first: Callable[..., None]) -> Callable
             note_capture(record.workspace)
         record.launch(
             on_x, on_residual, on_pre_bias, on_weight, on_bias, on_y, on_hidden, on_total, on_mean, on_rstd, on_eps,
-            *record.rest, stream=raw_stream(device),
+            *record.rest, *last, stream=raw_stream(device),
         )  # fmt: skip
         return None
 
     return kernel
 
 
-def _rest(
+def addresses(
     rstd: Tensor | None = None, bias: Tensor | None = None, mean: Tensor | None = None, pre_bias: Tensor | None = None,
     total: Tensor | None = None, eps_tensor: Tensor | None = None,
-) -> tuple[Any, int, bool]:  # fmt: skip
-    """The addresses of what few calls have, what their last bits are, and whether they lie row by row."""
+) -> tuple[tuple, tuple, int, bool]:  # fmt: skip
+    """The addresses of what few calls have, nothing for a launch's end, what the last bits of the addresses are, and
+    whether all lie row by row."""
     given = (rstd, bias, mean, pre_bias, total)
-    addresses = [None if t is None else t.data_ptr() for t in given]
+    found = [None if t is None else t.data_ptr() for t in given]
     bits, plain = 0, True
-    for t, address in zip(given, addresses, strict=True):
+    for t, address in zip(given, found, strict=True):
         if t is not None and address is not None:
             bits |= address
             plain = plain and t.is_contiguous()
-    return (*addresses, None if eps_tensor is None else eps_tensor.data_ptr()), bits, plain
+    return (*found, None if eps_tensor is None else eps_tensor.data_ptr()), (), bits, plain
+
+
+def quantised_addresses(q: Tensor, scale: Tensor, *seldom: Tensor | None) -> tuple[tuple, tuple, int, bool]:
+    """The same, with those of q and scale for the launch's end."""
+    on_q, on_scale = q.data_ptr(), scale.data_ptr()
+    found, _, bits, plain = addresses(*seldom) if seldom else (_NONE, (), 0, True)
+    return found, (on_q, on_scale), bits | on_q | on_scale, plain and q.is_contiguous() and scale.is_contiguous()
+
+
+_NONE = (None,) * 6

@@ -18,18 +18,22 @@ from .errors import OpError
 OPERANDS = ("x", "residual", "pre_bias", "weight", "bias", "eps_tensor")
 #: The tensors it may fill, in the order in which the functional operator returns those that are wanted.
 OUTPUTS = ("y", "hidden", "total", "mean", "rstd", "q", "scale")
-#: The arguments of a lean operator, most often given first; every form of it takes the first so many of them.
-ARGUMENTS = (
-    "x", "y", "spec", "residual", "weight", "hidden", "rstd", "bias", "mean", "pre_bias", "total", "eps_tensor",
-    "q", "scale",
-)  # fmt: skip
-FORMS = {"lean": 6, "with_rstd": 7, "with_bias": 8, "full": 12, "quantised": 14}
+_FIRST = ("x", "y", "spec", "residual", "weight", "hidden")
+SELDOM = ("rstd", "bias", "mean", "pre_bias", "total", "eps_tensor")
+#: The arguments of a lean operator's forms, the smallest first of those that quantise and of those that do not.
+FORMS = {
+    "lean": _FIRST,
+    "with_rstd": (*_FIRST, *SELDOM[:1]),
+    "with_bias": (*_FIRST, *SELDOM[:2]),
+    "full": (*_FIRST, *SELDOM),
+    "quantised": (*_FIRST, "q", "scale"),
+    "quantised_full": (*_FIRST, "q", "scale", *SELDOM),
+}
 
 
 def form_for(given: set[str]) -> str:
     """The name of the smallest form that takes all of these arguments."""
-    need = 1 + max(ARGUMENTS.index(name) for name in given)
-    return next(form for form, count in FORMS.items() if count >= need)
+    return next(form for form, names in FORMS.items() if given <= set(names))
 
 
 @dataclass(frozen=True, kw_only=True)

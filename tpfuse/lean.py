@@ -4,6 +4,8 @@
     tpfuse::all_reduce_norm.with_rstd(..., rstd)                                    most of training
     tpfuse::all_reduce_norm.with_bias(..., rstd, bias)
     tpfuse::all_reduce_norm.full(..., rstd, bias, mean, pre_bias, total, eps_tensor)
+    tpfuse::all_reduce_norm.quantised(x, y, spec, residual, weight, hidden, q, scale)
+    tpfuse::all_reduce_norm.quantised_full(..., q, scale, rstd, bias, mean, pre_bias, total, eps_tensor)
 
 and the same for the two others. Every argument of a schema costs the host, an autograd wrapper as much as thirty of
 them, and an allocation in here more than one in the graph's own code, so this is what a compiled graph is lowered to
@@ -23,21 +25,20 @@ from torch import Tensor
 
 from . import _state as state
 from ._torch_private import group_size
-from .boundary_spec import ARGUMENTS, FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
+from .boundary_spec import FORMS, OPERANDS, OUTPUTS, SELDOM, BoundarySpec, read_spec
 from .errors import OpError
 from .kernels.add_norm import add_norm_reference
 from .kernels.call import AddNormOut, Call
-from .kernels.replay import Site, with_records
+from .kernels.replay import Site, addresses, quantised_addresses, with_records
 
 
-def _declared() -> list[str]:
+def _declared(names: tuple[str, ...]) -> str:
     """The arguments as a schema has them: x, y and the spec are always given."""
     letters = dict(zip(OUTPUTS, "abcdefg", strict=True))
     required = {"x": "Tensor x", "y": "Tensor(a!) y", "spec": "str spec"}
-    return [
-        required.get(name) or f"Tensor{f'({letters[name]}!)' if name in letters else ''}? {name}=None"
-        for name in ARGUMENTS
-    ]
+    return ", ".join(
+        required.get(name) or f"Tensor{f'({letters[name]}!)' if name in letters else ''}? {name}=None" for name in names
+    )
 
 
 class Boundary(Site):
@@ -57,13 +58,15 @@ class Boundary(Site):
             names = [name for name, t in outputs.items() if t is not None]
             raise OpError(f"operands of {dtypes} and outputs {names} are not those of {self.spec}")
         out = total = None
-        if all(t.is_contiguous() for t in wanted):
+        # Of an output off a 16-byte boundary Triton compiles a kernel that sums a row in another order; a peer may not
+        # have it there, and then its bits would be others.
+        if all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in wanted):
             y, hidden, total, mean, rstd, q, scale = (
                 outputs[name] if name in self.spec.outputs else None for name in OUTPUTS
             )
             assert y is not None, "it is always wanted"
             out = AddNormOut(y, hidden, mean, rstd, q, scale)
-        made = self.run(Call(*operands, **self.options, out=out, sum_out=total), None if self.spec.quant else self)
+        made = self.run(Call(*operands, **self.options, out=out, sum_out=total), self)
         for given, got in zip(wanted, made, strict=True):
             if got is not given:
                 given.copy_(got)
@@ -89,17 +92,24 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
             {"y": y, "hidden": hidden, "total": total, "mean": mean, "rstd": rstd, "q": q, "scale": scale},
         )
 
-    kernel = with_records(known, first)
+    def first_quantised(
+        x: Tensor, y: Tensor, spec: str, residual: Tensor | None, weight: Tensor | None, hidden: Tensor | None,
+        q: Tensor | None = None, scale: Tensor | None = None, *seldom: Tensor | None,
+    ) -> None:  # fmt: skip
+        named: dict[str, Any] = dict(zip(SELDOM, seldom, strict=False))
+        first(x, y, spec, residual, weight, hidden, q=q, scale=scale, **named)
+
+    plain, quantising = (
+        with_records(known, first, addresses), with_records(known, first_quantised, quantised_addresses)
+    )  # fmt: skip
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    declared = _declared()
-    for form, count in FORMS.items():
+    for form, names in FORMS.items():
         full_name = f"{name}.{form}"
-        schema = f"{full_name}({', '.join(declared[:count])}) -> ()"
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(full_name, kernel, "CompositeExplicitAutograd")
+        library.define(f"{full_name}({_declared(names)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(full_name, quantising if "q" in names else plain, "CompositeExplicitAutograd")
         # Compiled graphs hold no gradients any more; the usual look for them would cost a microsecond.
         for key in ("Autograd", "ADInplaceOrView"):
             library.impl(full_name, torch.library.fallthrough_kernel, key)

@@ -10,7 +10,7 @@ k again in call k+2, which it reaches only after every peer has signalled call k
 from __future__ import annotations
 
 from ...errors import OpError
-from ..add_norm import quantised_arguments
+from ..add_norm import quant_program
 from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_addends, load_eps, load_scales, nothing
@@ -89,7 +89,7 @@ def _barrier_kernel(
     programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, AHEAD: tl.constexpr,
-    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
+    QUANT: tl.constexpr = None, q_ptr=None, scale_ptr=None,
 ):  # fmt: skip
     pid = tl.program_id(0) + first
     epoch, mark = begin_call(state_ptr, pid)
@@ -180,7 +180,7 @@ def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0) -> La
     settings["AHEAD"] = _fits_ahead(call, ws.world, warps)
     del settings["SPLIT"], settings["MANY"], settings["SPIN"]
     settings |= launch_options(warps, registers)
-    settings |= quantised_arguments(call, ready.out)
+    settings |= quant_program(call)
     return Launch(_barrier_kernel if call.rows else None, programs, args, settings, ready.out, ready.sum)
 
 

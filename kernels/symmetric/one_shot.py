@@ -9,7 +9,7 @@ before it waits for this one, so that links and memory are busy at once. docs/ke
 from __future__ import annotations
 
 from ...errors import OpError
-from ..add_norm import quantised_arguments
+from ..add_norm import quant_program
 from ..call import Call
 from ..compat import tl, triton
 from ..device import finish_row, load_eps, load_row
@@ -69,7 +69,7 @@ def _one_shot_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, SPLIT: tl.constexpr,
     WORLD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, MANY: tl.constexpr, SPIN: tl.constexpr,
-    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
+    QUANT: tl.constexpr = None, q_ptr=None, scale_ptr=None,
 ):  # fmt: skip
     PW: tl.constexpr = ROW_WORDS // SPLIT
     pid = tl.program_id(0) + first
@@ -129,7 +129,7 @@ def one_shot(call: Call, ws: Workspace, split: int = 1, warps: int = 0, register
         programs, first or 0,
     )  # fmt: skip
     settings = constants(call, ws.world, split, programs < call.rows * split, spin)
-    settings |= launch_options(warps or default_warps(call, split), registers) | quantised_arguments(call, ready.out)
+    settings |= launch_options(warps or default_warps(call, split), registers) | quant_program(call)
     kernel = _one_shot_kernel if call.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
 

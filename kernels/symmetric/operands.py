@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..add_norm import on_device_of, scales, split_eps
+from ..add_norm import on_device_of, quantised_tensors, scales, split_eps
 from ..call import NORMS, AddNormOut, Call
 from ..compat import INTERPRETED, next_power_of_2
 
@@ -35,22 +35,21 @@ class Launch:
         if self.kernel is not None:
             with on_device_of(self.out.y):
                 known = COMPILED_REGISTRY.get(key := self._specialisation())
-                if self.quantises:
-                    self.kernel[(self.programs,)](*self.args, **self.constants)
-                elif known is not None:
+                last = self.last
+                if known is not None:
                     compiled, constexprs = known
-                    compiled[(self.programs, 1, 1)](*self.args, *constexprs)
+                    compiled[(self.programs, 1, 1)](*self.args, *constexprs, *last.values())
                 else:
-                    compiled = self.kernel[(self.programs,)](*self.args, **self.constants)
+                    compiled = self.kernel[(self.programs,)](*self.args, **self.constants, **last)
                     if compiled is not None:  # the interpreter compiles nothing
-                        names = self.kernel.arg_names[len(self.args) :]
+                        names = [name for name in self.kernel.arg_names[len(self.args) :] if name not in last]
                         COMPILED_REGISTRY[key] = compiled, [self.constants.get(name) for name in names]
         return self.out, self.sum
 
     @property
-    def quantises(self) -> bool:
-        """Whether tensors stand among `constants`, where quantised rows go; such a launch is Triton's own each time."""
-        return "QUANT" in self.constants
+    def last(self) -> dict[str, Tensor]:
+        """The kernel's last arguments, behind its constexprs, where it quantises."""
+        return quantised_tensors(self.out)
 
     def compiled(self) -> tuple[Any, list[Any]] | None:
         """What `run` launched, and the kernel's constexprs in order; None before it, and where nothing is compiled."""
@@ -62,7 +61,7 @@ class Launch:
         marks = [
             (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else (a == 1, a % 16 == 0) if isinstance(a, int) else
             a is None
-            for a in self.args
+            for a in (*self.args, *self.last.values())
         ]  # fmt: skip
         return self.kernel, self.out.y.device.index, *self.constants.items(), *marks
 
@@ -71,7 +70,7 @@ class Launch:
         if self.kernel is None:
             return None
         with on_device_of(self.out.y):
-            compiled = self.kernel.warmup(*self.args, grid=(self.programs,), **self.constants)
+            compiled = self.kernel.warmup(*self.args, grid=(self.programs,), **self.constants, **self.last)
             compiled._init_handles()
         return compiled
 

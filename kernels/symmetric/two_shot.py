@@ -11,7 +11,7 @@ Slots, sentinels and epochs are the one-shot's: the kernels may alternate on one
 from __future__ import annotations
 
 from ...errors import OpError
-from ..add_norm import quantised_arguments
+from ..add_norm import quant_program
 from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_eps, load_row
@@ -89,7 +89,7 @@ def _two_shot_kernel(
     eps_ptr, eps, weight_offset, alpha, peers_ptr, state_ptr, watch_ptr, slot_words, rows, rank, programs, first,
     H: tl.constexpr, ROW_WORDS: tl.constexpr, W: tl.constexpr, EL: tl.constexpr, WORLD: tl.constexpr,
     NORM: tl.constexpr, POST: tl.constexpr, SPIN: tl.constexpr, MANY: tl.constexpr, C: tl.constexpr,
-    q_ptr=None, scale_ptr=None, QUANT: tl.constexpr = None,
+    QUANT: tl.constexpr = None, q_ptr=None, scale_ptr=None,
 ):  # fmt: skip
     CHUNK: tl.constexpr = ROW_WORDS // WORLD
     pid = tl.program_id(0) + first
@@ -169,7 +169,7 @@ def two_shot(call: Call, ws: Workspace, warps: int = 0, registers: int = 0, *, f
     settings |= {"C": next_power_of_2(call.row_words // ws.world)}
     del settings["SPLIT"]
     settings |= launch_options(warps or min(default_warps(call, 1), 16), registers)  # 32 lose with many rows
-    settings |= quantised_arguments(call, ready.out)
+    settings |= quant_program(call)
     kernel = _two_shot_kernel if call.rows else None
     return Launch(kernel, programs if first is None else 1, args, settings, ready.out, ready.sum)
 

@@ -12,26 +12,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.passes.test_quantised import recognised
+from tests.quantisations import float8_per_row, int8_per_row
 from tpfuse import ops
 from tpfuse.boundary_spec import BoundarySpec
 from tpfuse.kernels.entry import init_workspace
 from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, check_peers
+from tpfuse.quantisation import read_quantisation
 
 BF16 = torch.bfloat16
 
 
 class Call:
-    """Calls of one shape. `exact`: what the functional operator gives, which never uses a record."""
+    """Calls of one shape. `exact`: what the functional operator gives, which never uses a record. `quant`: how y is
+    quantised, or nothing."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device, group_name: str) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device, group_name: str, quant: str = "") -> None:
         self.device, self.group_name = device, group_name
         self.x, self.residual = (torch.empty(shape, device=device, dtype=BF16) for _ in range(2))
         self.weight = torch.empty(shape[-1], device=device, dtype=BF16)
         self.y, self.hidden = torch.empty_like(self.x), torch.empty_like(self.x)
         self.text = BoundarySpec(
             norm="rms_norm", eps=1e-6, out_dtype=BF16, hidden_dtype=BF16, group_name=group_name,
-            operands=(BF16, BF16, None, BF16, None, None),
+            operands=(BF16, BF16, None, BF16, None, None), quant=quant,
         ).text()  # fmt: skip
+        self.quant, self.outputs = quant, [self.y, self.hidden]
+        if quant:
+            how = read_quantisation(quant)
+            self.outputs.append(torch.empty(shape, device=device, dtype=how.q_dtype))
+            self.outputs.append(torch.empty(how.scales_of(shape), device=device, dtype=how.scale_dtype))
 
     def fill(self, seed: int) -> Call:
         g = torch.Generator().manual_seed(seed)
@@ -45,18 +54,26 @@ class Call:
         return torch.ops.tpfuse.all_reduce_norm.default(
             self.x, self.residual, None, self.weight, None, None, norm="rms_norm", eps=1e-6, weight_offset=0.0,
             alpha=1.0, post=False, out_dtype=BF16, hidden_dtype=BF16, want_sum=False, stats=False,
-            group_name=self.group_name,
+            group_name=self.group_name, quant=self.quant,
         )  # fmt: skip
 
     def run(self) -> None:
-        torch.ops.tpfuse.all_reduce_norm.lean(self.x, self.y, self.text, self.residual, self.weight, self.hidden)
+        y, hidden, *more = self.outputs
+        if more:
+            torch.ops.tpfuse.all_reduce_norm.quantised(self.x, y, self.text, self.residual, self.weight, hidden, *more)
+        else:
+            torch.ops.tpfuse.all_reduce_norm.lean(self.x, y, self.text, self.residual, self.weight, hidden)
 
     def check(self, what: str) -> None:
-        y, hidden = self.exact()
-        self.y.fill_(7.0)
-        self.hidden.fill_(7.0)
+        right = self.exact()
+        for t in self.outputs:
+            t.fill_(7)
         self.run()
-        assert torch.equal(self.y, y) and torch.equal(self.hidden, hidden), what
+        assert all(same_bytes(*pair) for pair in zip(self.outputs, right, strict=True)), what
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 class Firsts:
@@ -109,6 +126,30 @@ def records_give_the_bits_of_the_first_call(device: torch.device, group_name: st
     return made
 
 
+def quantised_calls(device: torch.device, group_name: str, quant: str) -> None:
+    """From records as well, plain and quantised calls in turn, and in a graph."""
+    call, plain = Call((5, 4096), device, group_name, quant), Call((5, 4096), device, group_name)
+    with Firsts() as firsts:
+        for n in range(4):
+            call.fill(100 + n).check(f"quantised, call {n}")
+            plain.fill(100 + n).check(f"plain beside it, call {n}")
+        assert firsts.count <= 2, f"{firsts.count} first calls of a quantised and a plain shape"
+        aligned = call.outputs[2]
+        held = torch.empty(aligned.numel() + 3, device=device, dtype=aligned.dtype)
+        call.outputs[2] = held[3:].view(aligned.shape)
+        call.check("q off a 16-byte boundary")
+        assert firsts.count <= 3
+        call.outputs[2] = aligned
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call.run()
+    for n in range(5):
+        right = call.fill(120 + n).exact()
+        graph.replay()
+        assert all(same_bytes(*pair) for pair in zip(call.outputs, right, strict=True)), f"quantised, replay {n}"
+
+
 def captured(device: torch.device, group_name: str) -> None:
     """A graph of launches from records, replayed between calls from records on another stream's tensors."""
     call, other = Call((6, 4096), device, group_name), Call((5, 2048), device, group_name)
@@ -122,9 +163,9 @@ def captured(device: torch.device, group_name: str) -> None:
             call.run()
     for n in range(20):
         call.fill(50 + n)
-        y, hidden = call.exact()
+        right = call.exact()
         graph.replay()
-        assert torch.equal(call.y, y) and torch.equal(call.hidden, hidden), f"replay {n}"
+        assert all(same_bytes(*pair) for pair in zip(call.outputs, right, strict=True)), f"replay {n}"
         other.fill(80 + n).check(f"between replays, {n}")
 
 
@@ -147,6 +188,8 @@ def main() -> None:
     name = dist.group.WORLD.group_name
     made = records_give_the_bits_of_the_first_call(device, name)
     another_device_is_current(device, name)
+    for spelling in (float8_per_row, int8_per_row):
+        quantised_calls(device, name, recognised(spelling).text())
     dist.barrier()
     if rank == 0:
         print(f"lean checks passed: {made} calls compared bit for bit", flush=True)

@@ -11,8 +11,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from tests.models import HIDDEN, Stack, cut_from
+from tests.passes.test_quantised import recognised
+from tests.quantisations import float8_per_row, int8_per_row
 
-from .lean_checks import Firsts, another_device_is_current, records_give_the_bits_of_the_first_call
+from .lean_checks import Firsts, another_device_is_current, quantised_calls, records_give_the_bits_of_the_first_call
 from .test_gpu_backend import BF16, WORLD, here, ranks  # noqa: F401
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +29,16 @@ def run_checks(rank: int) -> int:
 
 def test_a_call_from_a_record_gives_the_bits_of_the_first(ranks) -> None:  # noqa: F811
     assert ranks(run_checks) == [15, 15]
+
+
+def run_quantised(rank: int, quant: str) -> bool:
+    quantised_calls(here(rank), dist.group.WORLD.group_name, quant)
+    return True
+
+
+@pytest.mark.parametrize("spelling", [float8_per_row, int8_per_row])
+def test_a_quantised_call_from_a_record_gives_the_bits_of_the_first(ranks, spelling) -> None:  # noqa: F811
+    assert ranks(run_quantised, recognised(spelling).text()) == [True, True]
 
 
 def run_model(rank: int, dynamic: bool, train: bool) -> dict:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from tests.graphs import fake_world
+from tests.passes.test_quantised import recognised
+from tests.quantisations import float8_per_row
 from tpfuse import ops as _ops
 from tpfuse.boundary_spec import BoundarySpec
 from tpfuse.errors import OpError, PeerTimeoutError
@@ -118,6 +120,31 @@ def test_tensors_that_lie_otherwise_are_a_first_call(kernel: StubKernel, which: 
         assert call.run()
         setattr(call, which, given)
         assert not call.run()
+
+
+def test_a_quantised_call_is_launched_again_into_its_own_rows_and_scales(kernel: StubKernel, monkeypatch) -> None:
+    """q and scale are the launch's last arguments. (The stub writes neither.)"""
+    firsts: list[Any] = []
+    own = _ops.all_reduce_add_norm
+    monkeypatch.setattr(_ops, "all_reduce_add_norm", lambda *a, **k: firsts.append(a) or own(*a, **k))
+    text = spec(dtype=BF16, quant=recognised(float8_per_row).text()).text()
+
+    def run(q: torch.Tensor) -> int:
+        """How many calls were first ones so far."""
+        call, scale = Call(dtype=BF16), torch.empty(3, 1)
+        torch.ops.tpfuse.all_reduce_norm.quantised(
+            call.x, call.y, text, call.residual, call.weight, call.hidden, q, scale
+        )
+        assert kernel.launches[-1][0] == call.x.data_ptr()
+        assert (kernel.launches[-1][-2:] == (q.data_ptr(), scale.data_ptr())) == (q.data_ptr() % 16 == 0)
+        return len(firsts)
+
+    rows = [torch.empty(3, H, dtype=torch.float8_e4m3fn) for _ in range(3)]
+    assert [run(q) for q in rows] == [1, 1, 1]
+    assert len(kernel.compiled) == 1
+    off = torch.empty(3 * H + 3, dtype=torch.float8_e4m3fn)[3:].view(3, H)
+    assert [run(off), run(rows[0])] == [2, 2], "what lies otherwise is made elsewhere and copied"
+    assert not again(dtype=BF16), "a plain call is another one"
 
 
 def test_without_rows_nothing_is_launched_or_kept(kernel: StubKernel) -> None:

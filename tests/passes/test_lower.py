@@ -93,7 +93,7 @@ def test_a_spec_says_every_number_bit_for_bit():
 
 
 def test_forms_hold_what_they_are_named_for():
-    each = ({"x", "y", "spec"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"}, {"x", "q"})
+    each = ({"x", "y"}, {"x", "rstd"}, {"x", "bias"}, {"x", "mean"}, {"x", "q"}, {"scale", "rstd"})
     assert [form_for(given) for given in each] == [*FORMS]
 
 
