@@ -49,6 +49,54 @@ SPELLINGS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+# -- operators that quantise by themselves: what their authors publish, registered in their names ----------------------
+
+
+def _fbgemm(rows: Tensor) -> list[Tensor]:
+    scale = (rows.float().abs().amax(-1) / 448).clamp_min(1 / (448 * 512))
+    return [(rows.float() / scale[..., None]).clamp(-448, 448).to(E4M3), scale]
+
+
+def _triton(rows: Tensor) -> tuple[Tensor, Tensor]:
+    most = rows.float().abs().amax(-1).clamp_min(1e-12)
+    factor = torch.full_like(most, 448) / most  # `448 / most` would multiply the reciprocal
+    return (rows.float() * factor[..., None]).clamp(-448, 448).to(E4M3), torch.ones_like(most) / factor
+
+
+def _bitsandbytes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    most = rows.abs().amax(-1).float()
+    factor = torch.full_like(most, 127) / most
+    return torch.round(rows.float() * factor[..., None]).to(torch.int8), most, None
+
+
+_LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in ("fbgemm", "triton", "bitsandbytes")}
+_SCHEMAS = {
+    "fbgemm::quantize_fp8_per_row": (
+        "(Tensor input, Tensor? bs=None, Tensor? scale_ub=None, ScalarType? output_dtype=None,"
+        " bool stochastic_rounding=False) -> Tensor[]", _fbgemm,
+    ),
+    "triton::quantize_fp8_row": (
+        "(Tensor a, Tensor? scale_ub=None, Tensor? zero_start_index_M=None, bool use_triton=True,"
+        " Device? output_device=None) -> (Tensor, Tensor)", _triton,
+    ),
+    "bitsandbytes::int8_vectorwise_quant": (
+        "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)", _bitsandbytes,
+    ),
+}  # fmt: skip
+for _name, (_schema, _function) in _SCHEMAS.items():
+    _library, _op = _LIBRARIES[_name.split("::")[0]], _name.split("::")[1]
+    _library.define(_op + _schema)
+    _library.impl(_op, lambda rows, *_, _function=_function: _function(rows), "CompositeExplicitAutograd")
+    torch.library.register_fake(_name, lambda rows, *_, _function=_function: _function(rows), lib=_library)
+
+#: By name: what calls the operator on rows [.., H] seen as [N, H], and gives (q, scale).
+OPERATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "fbgemm": lambda y, *more: tuple(torch.ops.fbgemm.quantize_fp8_per_row(y.flatten(0, -2), *more)),
+    "triton": lambda y, *more: torch.ops.triton.quantize_fp8_row(y.flatten(0, -2), *more),
+    "bitsandbytes": lambda y, *more: torch.ops.bitsandbytes.int8_vectorwise_quant(y.flatten(0, -2), *more)[:2],
+}
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaN wherever the other has NaN."""
     return (

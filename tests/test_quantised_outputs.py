@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tpfuse
 from tests.graphs import fake_world
-from tests.quantisations import SPELLINGS, same
+from tests.quantisations import OPERATORS, SPELLINGS, same
 from tpfuse.passes.plan.sites import REWRITES
 
 H, BF16 = 256, torch.bfloat16
@@ -60,6 +60,33 @@ def test_each_spelling_is_one_with_its_boundary_and_bit_for_bit_that_of_y(two_ra
     right = quantise(y)
     for q, scale in (made[:2], made[2:]):
         assert same(q, right[0]) and same(scale, right[1])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_that_quantises_rows_is_one_with_its_boundary(two_ranks, name):
+    """Called twice, as for q and k, on rows seen as [N, H]."""
+    quantise = OPERATORS[name]
+
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, hidden = boundary(x, residual, weight)
+        return y, hidden, *quantise(y), *quantise(y)
+
+    y, _, *made = compiled(program, dynamic=name == "triton")(*drawn())
+    [verdict] = tpfuse.reports()[-1].boundaries
+    assert verdict.fused and verdict.quantised == ("INT8 per row" if name == "bitsandbytes" else "FP8 (e4m3) per row")
+    right = quantise(y)
+    for q, scale in (made[:2], made[2:]):
+        assert same(q, right[0]) and same(scale, right[1])
+
+
+@pytest.mark.parametrize("name, option", [("fbgemm", (None, torch.ones(1))), ("bitsandbytes", (6.0,))])
+def test_an_operator_with_an_option_set_stays(two_ranks, name, option):
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return OPERATORS[name](boundary(x, residual, weight)[0], *option)
+
+    compiled(program)(*drawn())
+    [verdict] = tpfuse.reports()[-1].boundaries
+    assert verdict.fused and not verdict.quantised
 
 
 def test_nothing_is_quantised_unless_it_is_asked_for(two_ranks):

@@ -17,6 +17,7 @@ from tpfuse.quantisation import GROUPS, QUANTISED, Quantisation, QuantStep
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, is_number, same_size, value
+from .quantisers import part_of, quantised_rows, quantiser_of
 
 aten = ops.aten
 _FP = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -189,7 +190,7 @@ def _behind(y: fx.Node) -> Iterator[fx.Node]:
     node = y.next
     while node.op != "root":
         known = node.op == "call_function" and (node.target in _RESHAPES or node.target in _KNOWN_TARGETS)
-        if known and any(parent in reached for parent in node.all_input_nodes):
+        if (known or quantiser_of(node) is not None) and any(parent in reached for parent in node.all_input_nodes):
             reached.add(node)
             yield node
         node = node.next
@@ -204,7 +205,9 @@ def _number(node: fx.Node, known: dict[fx.Node, Known], numbers: _Numbers, hidde
     target, result = node.target, value(node)
     first = node.args[0] if node.args else None
     source = known.get(first) if isinstance(first, fx.Node) else None
-    if target is ops.operator.getitem:  # of a maximum with its places
+    if target is ops.operator.getitem:  # of a maximum with its places, or of an operator that quantises
+        if isinstance(first, fx.Node) and quantiser_of(first) is not None:
+            return _by_operator(node, first, known, numbers, hidden)
         if not isinstance(first, fx.Node) or first.target is not aten.max.dim or node.args[1] != 0:
             return None
         return _reduced("amax", first, known, numbers, hidden, node)
@@ -303,6 +306,21 @@ def _reduced(
     if source.group not in (None, group):
         return None
     return Known(numbers.of(QuantStep(op, (source.number,), result.dtype), group), False, group)
+
+
+def _by_operator(
+    node: fx.Node, operator: fx.Node, known: dict[fx.Node, Known], numbers: _Numbers, hidden: int
+) -> Known | None:
+    """One of the results of an operator that quantises rows by itself."""
+    rows = quantised_rows(operator)
+    source, given = known.get(rows), value(rows)
+    if source is None or given is None or not source.elements or source.group or given.shape[-1] != hidden:
+        return None
+    in_f32 = source.number
+    if given.dtype != torch.float32:
+        in_f32 = numbers.of(QuantStep("to", (in_f32,), torch.float32))
+    part = part_of(node, numbers.of, in_f32)
+    return None if part is None else Known(*part, 0)
 
 
 def _viewed(node: fx.Node, source: Known, result: torch.Tensor, hidden: int) -> Known | None:
