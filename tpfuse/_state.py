@@ -111,6 +111,10 @@ class Watching:
 #: Owner: tpfuse.parallel.changes. Lock: LOCK.
 WATCHING = Watching()
 
+#: Of each parallelized model, the kinds of calls (training, with gradients) that were looked at.
+#: Owner: tpfuse.parallel.reads. Lock: LOCK.
+LOOKED_AT: WeakKeyDictionary[nn.Module, frozenset[tuple[bool, bool]]] = WeakKeyDictionary()
+
 
 class CutModels:
     """count: how many models were cut in this process; seen_by: how many there were when an optimizer was last looked

@@ -117,6 +117,25 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def before_backward(look: Callable[[Any], None]) -> None:
+    """Let `look(tensors)` see what every `backward()` that adds gradients to parameters starts from; once.
+
+    If `_engine_run_backward` goes: nothing looks, and penalties on parameters of cut modules are counted by rank.
+    """
+    original = getattr(torch.autograd, "_engine_run_backward", None)
+    if original is None or hasattr(original, "_tpfuse_original"):
+        return
+
+    @functools.wraps(original)
+    def run(tensors: Any, *args: Any, accumulate_grad: bool = False, **kwargs: Any) -> Any:
+        if accumulate_grad and not torch.compiler.is_compiling():
+            look(tensors)
+        return original(tensors, *args, accumulate_grad=accumulate_grad, **kwargs)
+
+    run._tpfuse_original = original  # type: ignore[attr-defined]
+    vars(torch.autograd)["_engine_run_backward"] = run
+
+
 def post_accumulate_hooks(leaf: torch.Tensor) -> bool:
     """Whether something takes a leaf's gradient as soon as it is accumulated (an optimizer in backward).
 

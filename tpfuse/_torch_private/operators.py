@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,23 @@ def operator_full_name(target: Any) -> str:
 def operator_name(target: Any) -> str:
     """The same without namespace ("add"); in-place forms keep their underscore ("add_"), overloads have one name."""
     return operator_full_name(target).split("::")[-1]
+
+
+def is_view(target: Any) -> bool:
+    """Whether an operator gives its argument's memory in another shape, and reads none of it.
+
+    If `is_view` goes: the schema's results have aliases that are not written to.
+    """
+    return bool(getattr(target, "is_view", False))
+
+
+def written_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments that it writes to."""
+    if (schema := operator_schema(target)) is None:
+        return []
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
+    written = [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
 
 
 def qualified_operator(op: Any) -> str:

@@ -84,9 +84,45 @@ def under_dispatch_mode() -> bool:
 
     If `_get_current_dispatch_mode` goes: answer False; then the row counts are compared under such modes too.
     """
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
-    return _get_current_dispatch_mode() is not None
+    if _get_current_dispatch_mode() is None:
+        return False
+    return not all(hasattr(mode, "only_looks") for mode in _get_current_dispatch_mode_stack())
+
+
+def storage_reference(val: torch.Tensor) -> Any:
+    """An object that keeps a storage's identity from being given to another, and none of its memory.
+
+    If `StorageWeakRef` goes: the storage itself, whose memory then stays until the object goes.
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(val.untyped_storage())
+
+
+def seeing_operators(before: Callable[..., None], after: Callable[..., None]) -> Callable[[], None]:
+    """From now on every operator that this thread runs goes between `before(operator, args, kwargs)` and
+    `after(operator, args, kwargs, result)`, until the function that comes back is called.
+
+    Pushed by hand: entering the mode would set flags of the whole process, which threads that come and go leave wrong.
+
+    If `_push_mode` goes: `__enter__` and `__exit__` of the mode; or do nothing, and nothing is looked at.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+
+    class Sees(TorchDispatchMode):
+        only_looks = True
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            before(func, args, kwargs or {})
+            out = func(*args, **(kwargs or {}))
+            after(func, args, kwargs or {}, out)
+            return out
+
+    _push_mode(Sees())
+    return _pop_mode
 
 
 def runs_as_it_stands(tensors: Sequence[torch.Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
@@ -51,7 +52,7 @@ def put_boundaries(
         cut.rewrite()
         in_block = routed_block_of(name, roles) is not None
         several = any(child in shared for child in _children(cut))
-        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block, several)
+        _hook(name, modules[name], role, cut, groups, policy, check, used, in_block, several, hasattr(model, "config"))
         if planned.trusted and role.kind == "attention":
             install(modules[name], IdleAttention())
         if not in_block:
@@ -69,7 +70,7 @@ def put_boundaries(
 
 def _hook(
     name: str, module: nn.Module, role: Role, cut: ModuleCut, groups: Groups, policy: SharingPolicy, check: RowsCheck,
-    used: UsedParameters, nested: bool, several: bool,
+    used: UsedParameters, nested: bool, several: bool, of_transformers: bool,
 ) -> None:  # fmt: skip
     if cut.over is None:
         if role.kind == "dense_mlp" and not nested and groups.attention.size > 1:
@@ -113,7 +114,7 @@ def _hook(
         module.register_forward_hook(share)
         module.register_forward_hook(by_arguments)
     if owes is not None:
-        _register_first(module, owes)
+        _register_first(module, replace(owes, beside=role.kind == "moe" and not of_transformers))
 
 
 def _children(cut: ModuleCut) -> list[nn.Module]:

@@ -64,13 +64,17 @@ class CopyIn:
 class ReduceOut:
     """After a row-wise weight (or a routed block): pays the sum over the group.
 
-    `scaled`: the module goes on after the sum, and `ShareOut` stands at its output.
+    `scaled`: the module goes on after the sum, and `ShareOut` stands at its output. `beside`: what a routed block gives
+    beside its output (its router's scores) is equal on all ranks, and each has its whole gradient.
     """
 
     group: Group
     scaled: bool = False
+    beside: bool = False
 
     def __call__(self, module: nn.Module | None, args: tuple, output: Any) -> Any:
+        if self.beside and isinstance(output, tuple):
+            output = (output[0], *ShareOut(self.group)(module, args, output[1:]))
         x, rest = _first(type(module).__name__, output)
         y = reduce_from(x, self.group.name)
         return rest(scale_gradient(y, self.group.size) if self.scaled else y)

@@ -24,6 +24,9 @@ from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
 from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
 from tpfuse.parallel.hooks import AllRows
 from tpfuse.parallel.mesh import Groups, check_mesh, create_whole_group, describe_groups
+from tpfuse.parallel.outside import watch_losses
+from tpfuse.parallel.places import places
+from tpfuse.parallel.reads import LookAtReads
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.router_loss import RefuseRouterLoss, ShareRouterLogits, holder_of_layers
@@ -87,7 +90,11 @@ def parallelize(
     used = UsedParameters(groups.dp)
     sites = put_boundaries(model, planned, done, edges, policy, groups, used)
     model._tpfuse_policy = policy  # type: ignore[assignment]
-    model._tpfuse = Parallelized(policy, groups, sites, cuts, owed_sums(model, done, roles, groups), used)  # type: ignore[assignment]
+    owed = owed_sums(model, done, roles, groups)
+    model._tpfuse = Parallelized(policy, groups, sites, cuts, owed, used)  # type: ignore[assignment]
+    where = places(model, done, edges, owed, groups)
+    model.register_forward_pre_hook(LookAtReads(where))
+    watch_losses(model, where, owed, groups)
     sum_gradients(model)
     watch(model, [*(name for name, _, cut in done if cut.over), *(edge.name for edge in edges)])
     if any(isinstance(getattr(module, "_tpfuse_boundary", None), AllRows) for module in model.modules()):

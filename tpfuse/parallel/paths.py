@@ -24,7 +24,7 @@ from tpfuse.parallel.containers import tensors_in
 
 #: Backward of what brings an input into a cut module, and of what makes its output whole again.
 ENTRY, OWN_ROWS = "_CopyToBackward", "_ScatterRowsBackward"
-_EXITS = ("_ReduceFromBackward", "_ScaleGradientBackward", "_GatherColumnsBackward", "_GatherRowsBackward")
+EXITS = ("_ReduceFromBackward", "_ScaleGradientBackward", "_GatherColumnsBackward", "_GatherRowsBackward")
 
 
 #: On parameters inside of cut modules: whether they are cut themselves.
@@ -38,13 +38,13 @@ def mark(parameter: Tensor, cut: bool) -> None:
 
 def is_own(given: Tensor) -> bool:
     """Whether an argument is what this rank alone has: it comes from inside a cut module, in front of its sum."""
-    return any(node.name() == ENTRY for node in _nodes([given], (ENTRY, *_EXITS)))
+    return any(node.name() == ENTRY for node in _nodes([given], (ENTRY, *EXITS)))
 
 
 def gives_own(output: Tensor) -> bool:
     """Whether a tensor that a cut module is about to give back is what this rank alone has: it was made by a cut
     weight, and no sum follows."""
-    nodes = _nodes([output], (ENTRY, *_EXITS))
+    nodes = _nodes([output], (ENTRY, *EXITS))
     return any(getattr(getattr(node, "variable", None), _INSIDE, False) for node in nodes)
 
 

@@ -55,14 +55,16 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def _plain(module: nn.Module) -> None:
-    """Takes boundaries, hooks, local counts and records off one module."""
-    cls = type(module)
+def class_before(cls: type) -> type:
+    """The class that a module had before `parallelize` put its own in front of it."""
     while RECORD in vars(cls) or any(vars(base).get(AROUND) is cls for base in cls.__bases__):
         cls = cls.__bases__[0]
-    if cls in (RowwiseLinear, PartialLinear, VocabEmbedding):
-        cls = cls.__bases__[0]
-    module.__class__ = cls
+    return cls.__bases__[0] if cls in (RowwiseLinear, PartialLinear, VocabEmbedding) else cls
+
+
+def _plain(module: nn.Module) -> None:
+    """Takes boundaries, hooks, local counts and records off one module."""
+    module.__class__ = class_before(type(module))
     inner = vars(module).pop("_tpfuse_inner", None)
     if inner is not None:
         module.forward = inner
