@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpfuse
 from tests.policy_harness import loss_of, relative, run_threads
 from tpfuse.errors import PlanError
+from tpfuse.parallel.generation import SyncedGenerate
 from tpfuse.parallel.parallelize import parallelize
 
 H, INNER, HEAD = 8, 16, 2
@@ -269,3 +270,73 @@ def test_a_loss_on_scores_that_a_block_returns_is_counted_once():
 
 def test_a_loss_on_scores_of_all_replicas_rows_is_refused():
     run_threads(4, losses, models(RoutedNet), WHOLE, balance, "dp_size=1")
+
+
+# -- stand-ins --------------------------------------------------------------------------------------------------------
+
+
+def stand_ins(rank, models, want):
+    model = parallelize(models[rank], mesh_of(TWO), TWO)
+    x = rows(2)[rank // 2]
+    scaled = {name: p * 2 for name, p in model.named_parameters()}
+    loss_of(torch.func.functional_call(model, scaled, (x,))).backward()
+    found = max(
+        relative(p.grad, want[name] if (cut := model._tpfuse.cuts.get(name)) is None else cut.take(want[name]))
+        for name, p in model.named_parameters()
+        if name in want
+    )
+    delta = torch.zeros_like(model.norm.weight).requires_grad_()
+    with pytest.raises(PlanError, match="weight was replaced for one call"):
+        torch.func.functional_call(model, {"norm.weight": model.norm.weight + delta}, (x,))
+    torch.func.functional_call(model, {"norm.weight": model.norm.weight.detach() + delta}, (x,)).sum().backward()
+    return found, float(delta.grad.sum())
+
+
+def test_parameters_that_others_are_computed_from_are_summed_once():
+    *copies, ref = models()
+    scaled = {name: p * 2 for name, p in ref.named_parameters()}
+    sum(loss_of(torch.func.functional_call(ref, scaled, (x,))) for x in rows(2)).backward()
+    want = {name: p.grad for name, p in ref.named_parameters() if p.grad is not None}
+    found = run_threads(4, stand_ins, copies, want)
+    assert max(error for error, _ in found) < 1e-12
+    assert len({round(total, 9) for _, total in found}) == 1
+
+
+# -- words, and generation --------------------------------------------------------------------------------------------
+
+
+@tpfuse.attention(colwise=("q", "k", "v"), rowwise=("o",), heads="count")
+class Slopes(Attention):
+    """ALiBi: one number a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = H // HEAD
+        self.register_buffer("slopes", torch.rand(self.count))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2) - self.slopes[:, None, None] * torch.arange(x.shape[1])
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
+
+
+def refused(rank, models):
+    with pytest.raises(PlanError) as error:
+        parallelize(models[rank], mesh_of(ONE), ONE)
+    return str(error.value)
+
+
+def test_what_a_module_holds_for_each_head_beside_its_projections_is_named():
+    def make():
+        net = Net()
+        net.attn = Slopes()
+        return net
+
+    said = run_threads(4, refused, models(make))
+    assert all("Beside them it holds norm.weight [2], slopes [4]" in text for text in said)
+
+
+def test_replicas_end_together_whatever_the_caller_says():
+    generate = SyncedGenerate(lambda *args, **kwargs: (args, kwargs))
+    assert generate(1) == generate(1, synced_gpus=False) == ((1,), {"synced_gpus": True})
+    assert generate(0, 1, 2, 3, 4, False, 6) == ((0, 1, 2, 3, 4, True, 6), {})

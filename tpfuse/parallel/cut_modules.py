@@ -20,7 +20,16 @@ from tpfuse.parallel.hf_plan import Planned, join
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.probe import miscut
 from tpfuse.parallel.roles import Parts, Role, role_of
-from tpfuse.parallel.weights import block_size, is_transposed, matrix_of, matrix_or_none, refuse_computed, widest_part
+from tpfuse.parallel.weights import (
+    block_size,
+    held_beside,
+    is_transposed,
+    matrix_of,
+    matrix_or_none,
+    of_other_width,
+    refuse_computed,
+    widest_part,
+)
 
 
 class NotByRole(PlanError):
@@ -123,7 +132,7 @@ def cut_module(
     if role.kind == "attention":
         _find_wide_norms(out, name, module, role, targets)
         _configure(out, module, heads, groups.of(over).size)
-    elif (reduction := reduces_features(type(module), _of_other_width(module, role, targets))) and not nested:
+    elif (reduction := reduces_features(type(module), of_other_width(module, role, targets))) and not nested:
         raise NotByRole(
             f"{name}: {type(module).__name__} takes a {reduction} over features that the cut divides among ranks; "
             "leave this module whole (give it no role, or plan={...} without it)"
@@ -151,8 +160,8 @@ def _refuse_miscut(
     problem = miscut(module, colwise, rowwise, out.attributes, guess=guess)
     if problem:
         raise PlanError(
-            f"{name} ({type(module).__name__}), cut as {role.colwise} and {role.rowwise}: {problem}. If no role fits, "
-            "leave the module whole"
+            f"{name} ({type(module).__name__}), cut as {role.colwise} and {role.rowwise}: {problem}"
+            f"{held_beside(module, targets)}. If no role fits, leave the module whole"
         )
 
 
@@ -199,17 +208,6 @@ def _find_wide_norms(
         named = [col for col, width in widths.items() if width == weight.shape[0] and col[0] == leaf[0]]
         if named and weight.shape[0] != getattr(module, "head_dim", None) and role.packed.get(named[0], 1) == 1:
             out.wide_norms.append((child, out.cuts[_weight(join(name, named[0]), targets[named[0]])].counts[0]))
-
-
-def _of_other_width(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> set[str]:
-    """Submodules with a weight that fits none of the features that are cut (a norm before or behind the MLP)."""
-    linear = [targets[leaf] for leaf in role.rowwise if isinstance(targets[leaf], nn.Module)]
-    cut = {matrix_of(target).shape[1] for target in linear}
-    return {
-        leaf
-        for leaf, child in module.named_children()
-        if linear and isinstance(weight := getattr(child, "weight", None), Tensor) and weight.shape[-1] not in cut
-    }
 
 
 def _configure(out: ModuleCut, module: nn.Module, heads: Heads, size: int) -> None:

@@ -17,12 +17,15 @@ _POSITION = 5
 
 @dataclass(frozen=True)
 class SyncedGenerate:
-    """Hugging Face's `generate`, with `synced_gpus=True` unless the caller says otherwise."""
+    """Hugging Face's `generate`, with `synced_gpus=True` whatever the caller says: a replica that ends by itself would
+    leave the others waiting in a collective. Callers say False without asking the model (`Seq2SeqTrainer` does)."""
 
     generate: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) <= _POSITION and kwargs.get("synced_gpus") is None:
+        if len(args) > _POSITION:
+            args = (*args[:_POSITION], True, *args[_POSITION + 1 :])
+        else:
             kwargs["synced_gpus"] = True
         return self.generate(*args, **kwargs)
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tpfuse._torch_private import backward_hooks, first_of, forward_pre_hooks, replace_total_norm
+from tpfuse.errors import PlanError
 from tpfuse.parallel.clip import total_norm
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.hf_plan import ancestors, routed_block_of
 from tpfuse.parallel.mesh import Group, Groups
 from tpfuse.parallel.owners import own
+from tpfuse.parallel.paths import leaves_of
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role
 from tpfuse.parallel.used import UsedParameters
@@ -138,5 +140,26 @@ class SumsOfOwn:
             parameter = getattr(module, leaf, None)
             # A parameter that FSDP2 has cut stands here outside of forward; backward does not reach it.
             if isinstance(parameter, Tensor) and parameter.requires_grad and not isinstance(parameter, DTensor):
+                if parameter.grad_fn is not None and _summed_at_leaves(f"{type(module).__name__}.{leaf}", parameter):
+                    continue
                 hook.used.called(parameter, hook.number)
                 _sum_once(parameter, hook)
+
+
+def _summed_at_leaves(name: str, stand_in: Tensor) -> bool:
+    """Whether a tensor that stands in a parameter's place for one call (`torch.func.functional_call`) is computed from
+    parameters whose gradients are summed where they are: summed here as well, they would count once more.
+
+    Raises:
+        PlanError: where it is computed from such parameters and from others.
+    """
+    leaves = [leaf for leaf in leaves_of(stand_in) if leaf.requires_grad]
+    summed = [any(isinstance(hook, SumGradient) for hook in backward_hooks(leaf).values()) for leaf in leaves]
+    if any(summed) and not all(summed):
+        raise PlanError(
+            f"{name} was replaced for one call (torch.func.functional_call) by what is computed from this model's "
+            "parameters and from other tensors that require a gradient; the sums over ranks can be paid for one or the "
+            "other. Detach the parameters ({name: p.detach() + delta[name]}), or make the others parameters of the "
+            "model before parallelize"
+        )
+    return any(summed)

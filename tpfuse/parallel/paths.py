@@ -62,6 +62,11 @@ def _nodes(tensors: Collection[Tensor], last: Collection[str]) -> list[Any]:
     return list(found)
 
 
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor was computed from, in eager code."""
+    return [node.variable for node in _nodes([tensor], ()) if hasattr(node, "variable")]
+
+
 def _wants_gradient(output: Any) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(output))
 

@@ -78,3 +78,30 @@ def block_size(module: nn.Module) -> tuple[int, int]:
     if isinstance(block, (tuple, list)) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return block[0], block[1]
     return 1, 1
+
+
+def held_beside(module: nn.Module, targets: Mapping[str, nn.Module | nn.Parameter]) -> str:
+    """What a module holds beside its projections, which no role cuts: a number for each head or feature, perhaps."""
+    known = {id(t) for target in targets.values() if isinstance(target, nn.Module) for t in target.parameters()}
+    known |= {id(target) for target in targets.values()}
+    own = vars(module).items()
+    held = [*module.named_parameters(), *module.named_buffers(), *((n, t) for n, t in own if isinstance(t, Tensor))]
+    named = [f"{leaf} {list(tensor.shape)}" for leaf, tensor in held if id(tensor) not in known and tensor.numel() > 1]
+    if not named:
+        return ""
+    more = ", ..." if len(named) > 4 else ""
+    return (
+        f". Beside them it holds {', '.join(named[:4])}{more}, which stay whole on every rank: what has an entry for "
+        "each head or feature must come from a projection that colwise= names (a gate of one output a head, say)"
+    )
+
+
+def of_other_width(module: nn.Module, role: Role, targets: Mapping[str, nn.Module | nn.Parameter]) -> set[str]:
+    """Submodules with a weight that fits none of the features that are cut (a norm before or behind the MLP)."""
+    linear = [targets[leaf] for leaf in role.rowwise if isinstance(targets[leaf], nn.Module)]
+    cut = {matrix_of(target).shape[1] for target in linear}
+    return {
+        leaf
+        for leaf, child in module.named_children()
+        if linear and isinstance(weight := getattr(child, "weight", None), Tensor) and weight.shape[-1] not in cut
+    }
