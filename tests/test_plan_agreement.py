@@ -121,10 +121,10 @@ def together(*calls) -> list:
     return found
 
 
-def votes(*plans, places=None, books=None, timeout=10.0) -> list:
+def votes(*plans, places=None, books=None, timeout=10.0, count=2) -> list:
     places = places or (Place(1), Place(1))
     books = books or ledgers(len(plans))
-    records = [{PAIR: a_record(plan) if isinstance(plan, str) else plan} for plan in plans]
+    records = [{PAIR: a_record(plan, count=count) if isinstance(plan, str) else plan} for plan in plans]
     return together(
         *(
             lambda b=b, r=r, p=p: b.agree(r, timeout, p)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .declared import Declaration
-    from .errors import PeerTimeoutError
+    from .errors import PeerTimeoutError, PlanMismatchError
     from .integrations.transformers import Running
     from .parallel.changes import Part
     from .parallel.owners import Owned
@@ -77,7 +77,7 @@ LIMITS: WeakKeyDictionary[dist.ProcessGroup, Limit] = WeakKeyDictionary()
 
 #: Groups over which a call failed, and how.
 #: Owner: tpfuse.runtime.failures. Lock: LOCK.
-FAILED: WeakKeyDictionary[dist.ProcessGroup, PeerTimeoutError] = WeakKeyDictionary()
+FAILED: WeakKeyDictionary[dist.ProcessGroup, PeerTimeoutError | PlanMismatchError] = WeakKeyDictionary()
 
 
 @dataclass

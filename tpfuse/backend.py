@@ -7,6 +7,7 @@ checkpoint cuts in two wait until the joint graph is split, and are fused in its
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
@@ -32,7 +33,7 @@ from .passes.rewrite.lower import lower
 from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record
 from .runtime import report_store
-from .runtime.ballots import Place
+from .runtime.ballots import Place, ledger
 from .runtime.cache_key import cache_key
 from .runtime.endings import Surroundings, surroundings, with_surroundings
 from .runtime.guard import guard
@@ -87,7 +88,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     spare = copy_graph(gm)
     around = surroundings(gm)
     tracing = private.tracing_again(example_inputs)
-    compiled, report = _compiled(gm, example_inputs, options, around)
+    book = ledger() if options.check_plans else None
+    with book.compiling() if book is not None else contextlib.nullcontext():
+        compiled, report = _compiled(gm, example_inputs, options, around)
 
     def written() -> tuple[Callable[..., Any], Report]:
         """The same graph with everything sent as the program wrote it; called at the graph's first run."""
@@ -103,7 +106,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
             record(its_report)
         return checking(again, spare, marks), its_report
 
-    place = Place(*private.compilation())
+    place = Place(*private.compilation(), private.compiled_codes())
     return guard(checking(compiled, spare, marks), report, options, written, place)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: How an error begins that is raised again.
+BEFORE = "an earlier call gave up, and the group was not set up anew since: "
+
 
 class TPFuseError(Exception):
     """Base of all errors raised by tpfuse."""
@@ -39,7 +42,13 @@ class FusionError(TPFuseError):
 
 
 class PlanMismatchError(TPFuseError):
-    """The ranks of one group compiled different plans for the same boundary, or entered it with different tensors."""
+    """The ranks of one group compiled different plans for the same boundary, or entered it with different tensors.
+
+    After it the group is of no more use: every later call raises this error again until the group is set up anew."""
+
+    def again(self) -> PlanMismatchError:
+        """The same finding for a call that came after it."""
+        return PlanMismatchError(BEFORE + str(self).removeprefix(BEFORE))
 
 
 class PeerTimeoutError(TPFuseError, TimeoutError):
@@ -72,8 +81,7 @@ class PeerTimeoutError(TPFuseError, TimeoutError):
 
     def again(self) -> PeerTimeoutError:
         """The same finding for a call that came after it."""
-        before = "an earlier call gave up, and the group was not set up anew since: "
         return PeerTimeoutError(
-            before + str(self).removeprefix(before),
+            BEFORE + str(self).removeprefix(BEFORE),
             rank=self.rank, group=self.group, boundary=self.boundary, missing=self.missing, seconds=self.seconds,
         )  # fmt: skip

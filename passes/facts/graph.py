@@ -117,6 +117,13 @@ def is_number(x: Any) -> TypeGuard[float]:
     return -sys.float_info.max <= x <= sys.float_info.max
 
 
+def symbols(number: object) -> frozenset[str]:
+    """Names of the symbols in a symbolic number; none in any other value."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return frozenset()
+    return frozenset(str(symbol) for symbol in number.node.expr.free_symbols)
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs of `node` that may be tensors: all but those whose fake value says otherwise."""
     return [n for n in node.all_input_nodes if n.meta.get("val") is None or not isinstance(n.meta["val"], _NUMBERS)]

@@ -19,6 +19,7 @@ from torch import fx
 from tpfuse._torch_private import operator_schema
 
 from ..facts.collectives import Collective
+from ..facts.graph import symbols, value
 from .sums import linear_inputs
 
 #: Take something of each rank's own.
@@ -36,13 +37,14 @@ class Parting:
     `partial`: what is to be summed over ranks, scattered or not, and what that is a sum, a view or a multiple of: no
     two ranks need hold the same of it. Of two addends the graph does not say which is a rank's own, so both count.
     `finished`: results of all-reduces and all-gathers, and the ranks that hold the same of each. `groups`: the ranks of
-    each group, by its name. `same`: what was found to be the same, by what was asked; a residual stream is looked at
-    once for all of its norms.
+    each group, by its name. `sizes`: symbols in the sizes of what is sent: equal on all ranks, or nothing runs. `same`:
+    what was found to be the same, by what was asked; a residual stream is looked at once for all of its norms.
     """
 
     partial: frozenset[fx.Node]
     finished: dict[fx.Node, tuple[int, ...]]
     groups: dict[str, tuple[int, ...]]
+    sizes: frozenset[str] = frozenset()
     same: dict[tuple[int, ...], set[fx.Node]] = field(default_factory=dict)
 
 
@@ -56,7 +58,23 @@ def find_partings(collectives: Iterable[Collective]) -> Parting:
         if node not in partial and node not in finished:
             partial.add(node)
             pending += [child for child, _, _ in linear_inputs(node)]
-    return Parting(frozenset(partial), finished, {c.group_name: c.ranks for c in found})
+    sent = [tensor for c in found if isinstance(c.input, fx.Node) and (tensor := value(c.input)) is not None]
+    sizes = frozenset(symbol for tensor in sent for size in tensor.shape for symbol in symbols(size))
+    return Parting(frozenset(partial), finished, {c.group_name: c.ranks for c in found}, sizes)
+
+
+def given_number(node: fx.Node, parting: Parting) -> bool:
+    """Whether `node` is a number that every call brings anew: a Python number that Dynamo made symbolic (a float among
+    them is a float64 tensor without dimensions), what `.item()` gives, a size of something that is not sent.
+
+    One rank alone may bring another at any call, without compiling anew; so no agreement at the first run covers it.
+    """
+    number = node.meta.get("val")
+    if isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return not symbols(number) <= parting.sizes
+    if node.op != "placeholder" or not isinstance(number, torch.Tensor):
+        return False
+    return number.dim() == 0 and number.dtype is torch.float64 and number.device.type == "cpu"
 
 
 def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
@@ -80,7 +98,11 @@ def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Partin
         elif current in parting.partial:
             held = f"is equal on ranks {sorted(map(list, groups))} only" if groups else "is what they have to sum up"
             return f"a value that differs between ranks ({current.target} {held})"
-        if (current, groups) in seen or current.op != "call_function":
+        if (current, groups) in seen:
+            continue
+        if given_number(current, parting):
+            return "a number that each call brings anew, on each rank its own; as a constant it may move"
+        if current.op != "call_function":
             continue
         seen.add((current, groups))
         if is_random(current):
@@ -121,4 +143,4 @@ def _name(node: fx.Node) -> str:
     return schema.name if schema is not None else ""
 
 
-__all__ = ["Parting", "differs_between_ranks", "find_partings", "is_random"]
+__all__ = ["Parting", "differs_between_ranks", "find_partings", "given_number", "is_random"]

@@ -24,6 +24,7 @@ from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
 from ..facts.graph import function_of, insert_call, is_call, same_shape, val
 from ..facts.refusals import Code, Refusal
+from ..recognise.divergence import Parting, find_partings, given_number
 from ..recognise.hazards import Hazards
 from ..recognise.known import Known
 from ..recognise.sums import Step, linear_inputs
@@ -72,23 +73,25 @@ def merge_all_reduces(known: Known) -> dict[str, Refusal | None]:
 def find_sums(known: Known) -> list[tuple[Part, ...]]:
     """Where results of two or more of the backward pass's all-reduces meet in one sum. Reads only."""
     meeting: dict[fx.Node, list[Part]] = {}
+    parting = find_partings(known.collectives)
     for collective in known.collectives:
         if collective.kind != "all_reduce" or collective.problem or collective.node not in known.backward:
             continue
-        chain = _chain(collective.result)
+        chain = _chain(collective.result, parting)
         if chain:
             meeting.setdefault(chain[-1], []).append(Part(collective, chain))
     return [tuple(parts) for parts in meeting.values() if len(parts) > 1]
 
 
-def _chain(result: fx.Node) -> tuple[fx.Node, ...]:
-    """The linear nodes that `result` runs through, as long as each value has one reader and none is repeated: what is
-    repeated before it is summed over the ranks takes more bytes than it saves."""
+def _chain(result: fx.Node, parting: Parting) -> tuple[fx.Node, ...]:
+    """The linear nodes that `result` runs through, as long as each value has one reader, none is repeated (what is
+    repeated before it is summed over the ranks takes more bytes than it saves), and none depends on a number that each
+    call brings anew."""
     chain: list[fx.Node] = []
     node = result
     while len(node.users) == 1:
         (user,) = node.users
-        if is_call(user, ops.SPREADS):
+        if is_call(user, ops.SPREADS) or any(given_number(read, parting) for read in user.all_input_nodes):
             break
         inputs = [child for child, _, _ in linear_inputs(user)]
         broadcasts = len(inputs) > 1 and not all(same_shape(child, user) for child in inputs)

@@ -22,7 +22,7 @@ from tpfuse._torch_private import is_higher_order, is_operator, without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
-from ..facts.graph import FINISHES, argument, is_call, value
+from ..facts.graph import FINISHES, argument, is_call, symbols, value
 from ..recognise.streams import calls
 
 #: The fused operators that communicate: one collective each.
@@ -272,13 +272,6 @@ def _is_known(node: fx.Node) -> bool:
     return module in ("_operator", "math", "builtins") or (
         module.split(".")[0] == "torch" and not is_higher_order(node.target)
     )
-
-
-def symbols(number: object) -> frozenset[str]:
-    """Names of the symbols in a symbolic number; none in any other value."""
-    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
-        return frozenset()
-    return frozenset(str(symbol) for symbol in number.node.expr.free_symbols)
 
 
 def input_index(node: fx.Node) -> int:

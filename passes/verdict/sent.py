@@ -16,11 +16,11 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.declared import operator_of
-from ..facts.graph import FINISHES, OWN_ROWS, argument, is_call, value
+from ..facts.graph import FINISHES, OWN_ROWS, argument, is_call, symbols, value
 from ..facts.groups import resolve_group
 from ..recognise.streams import calls
 from .accounting import origin
-from .expression import FUSED, Expression, Written, communicates, digest, find_carrying, input_index, symbols
+from .expression import FUSED, Expression, Written, communicates, digest, find_carrying, input_index
 
 _INDEX = re.compile(r"#(\d+)")
 

@@ -219,6 +219,39 @@ def compilation() -> tuple[int | None, int]:
     return number.frame_id, number.frame_compile_id or 0
 
 
+def compiled_codes() -> tuple[tuple[str, int, str], ...]:
+    """What Dynamo compiles now, and the compiled code that it was called from, innermost first: (file, first line,
+    name) of each as the user wrote it; the rest of a function behind a graph break counts as that function.
+
+    If these tables of Dynamo's go: less is known of where a graph comes from, and () is nothing at all.
+    """
+    try:
+        from torch._dynamo.convert_frame import output_codes
+        from torch._dynamo.resume_execution import ContinueExecutionCache
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.utils import orig_code_map
+
+        resumed = ContinueExecutionCache.generated_code_metadata
+        codes = [InstructionTranslator.current_tx().f_code]
+    except (ImportError, AttributeError):
+        return ()
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code in output_codes:
+            codes.append(frame.f_code)
+        frame = frame.f_back
+    found = []
+    for code in codes:
+        for _ in range(8):  # the rest of a rest of a function
+            written = orig_code_map.get(code, code)
+            written = resumed[written].code if written in resumed else written
+            if written is code:
+                break
+            code = written
+        found.append((code.co_filename, code.co_firstlineno, code.co_name))
+    return tuple(dict.fromkeys(found))
+
+
 def restarts_tracing() -> type[Exception]:
     """What torch raises while it compiles a graph to have Dynamo trace the program once more, with a number that was
     symbolic as a constant; only while Dynamo compiles does somebody catch it.

@@ -11,15 +11,20 @@ a new piece of code it is: ranks meet new code in the same order. They do not re
 on one rank are one graph on another), so what was made anew of old code, with a plan that the group agreed on before,
 runs at once and asks nobody.
 
+*Next to a changed plan that the ranks agreed on* a rank must not be alone with another graph of that code: its peers
+may be running the plan, whatever this rank's new graph sends. So such a graph waits for the peers even where it is as
+written (`_round`): it runs only if all of them are at a new graph of such code, too.
+
 Nothing collective is run, nothing happens while compiling, and after a graph's first run nothing is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -31,14 +36,22 @@ from .plan_check import Ranks, Record, describe, versions_differ
 
 log = logging.getLogger(__name__)
 FULL, WRITTEN = "as planned", "as written"
+#: How the ballots of rounds are called, before their number.
+ROUND = "round "
+#: The outcome of a round that not all ranks came to.
+ALONE = "alone"
+#: How many times `plan_timeout` a rank waits for peers that say that they compile.
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which compilation a graph comes from: the number of the piece of code, and of its compilations so far."""
+    """Which compilation a graph comes from: the number of the piece of code, and of its compilations so far. codes:
+    what that code is a part of, and the compiled code that called it."""
 
     code: int | None = None
     compilation: int = 0
+    codes: tuple[tuple, ...] = ()
 
 
 @dataclass
@@ -62,6 +75,12 @@ class Ledger:
         self.known: dict[tuple, _Known] = {}
         #: By group and graph as written: changed plans that the ranks agreed on, which a peer may be running.
         self.running: dict[tuple[Ranks, str], set[str]] = {}
+        #: Code that graphs came from -> the groups over which the ranks agreed on a changed plan of it.
+        self.changed: dict[tuple, set[Ranks]] = {}
+        #: Code with such plans of which the ranks came to different graphs later -> the groups of those.
+        self.apart_in: dict[tuple, set[Ranks]] = {}
+        #: How many rounds are over, by group.
+        self.rounds: dict[Ranks, int] = {}
         self.lock = threading.Lock()
 
     def agree(self, plans: Mapping[Ranks, Record], timeout: float, place: Place | None = None) -> bool:
@@ -82,21 +101,38 @@ class Ledger:
             # Without the values of inputs: those were equal once, and of what is compiled anew no peer need know.
             how = tuple(record.how for _, record in sorted(plans.items()))
             if how not in known.plans:
-                known.plans[how] = self._ballot(plans, known, timeout)
+                known.plans[how] = self._ballot(plans, known, timeout, place)
             # What was once not agreed on is not tried again: a peer may run the graph as it was written.
             return all(known.plans.values())
 
-    def _ballot(self, plans: Mapping[Ranks, Record], known: _Known, timeout: float) -> bool:
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Tell the peers that this rank compiles: who waits for it goes on waiting."""
+        self.store.set(f"compiling/{self.rank}", "yes")
+        try:
+            yield
+        finally:
+            self.store.set(f"compiling/{self.rank}", "no")
+
+    def _ballot(self, plans: Mapping[Ranks, Record], known: _Known, timeout: float, place: Place) -> bool:
         if not all(known.plans.values()):
             return False
+        beside = {group for group in plans if self._beside(group, place)}
         # All groups first: a peer may be waiting for any of them.
-        ballots = {group: self._publish(group, record, known) for group, record in plans.items()}
-        waiting = {
-            group: record
-            for group, record in ballots.items()
-            if not record.as_written or self.running.get((group, record.graph))
+        waits = {
+            group
+            for group, record in plans.items()
+            if group in beside or not record.as_written or self.running.get((group, record.graph))
         }
-        agreed = all([self._count(group, record, timeout) for group, record in waiting.items()])
+        ballots = {
+            group: self._publish(group, replace(record, waits=group in waits), known, group in beside)
+            for group, record in plans.items()
+        }
+        waiting = {group: record for group, record in ballots.items() if record.waits}
+        agreed = all([
+            self._round(group, record, timeout, place) if group in beside else self._count(group, record, timeout)
+            for group, record in waiting.items()
+        ])  # fmt: skip
         changed = {group: record for group, record in waiting.items() if not record.as_written}
         if len(changed) > 1:
             # A disagreement in one group is news for the peers in the others, and for theirs.
@@ -105,15 +141,25 @@ class Ledger:
         if agreed:
             for group, record in changed.items():
                 self.running.setdefault((group, record.graph), set()).add(record.sent)
+                for code in place.codes:
+                    self.changed.setdefault(code, set()).add(group)
         for group, record in plans.items():
             self._compare_versions(group, record)
         return agreed
 
+    def _beside(self, group: Ranks, place: Place) -> bool:
+        """Whether peers may be running a changed plan of the code that this new graph comes from. Where the ranks came
+        to different graphs of it before, all of them as written, code that was not met yet goes on like that."""
+        ever = any(group in self.changed.get(code, ()) for code in place.codes)
+        return ever and (place.compilation > 0 or all(group not in self.apart_in.get(c, ()) for c in place.codes))
+
     # -- one group's ballot -------------------------------------------------------------------------------------------
 
-    def _publish(self, group: Ranks, record: Record, known: _Known) -> Record:
+    def _publish(self, group: Ranks, record: Record, known: _Known, beside: bool = False) -> Record:
         own = self._own(group)
-        if group in known.names:
+        if beside:
+            name = f"{ROUND}{self.rounds.get(group, 0)}"
+        elif group in known.names:
             name = f"{known.names[group]}+{len(known.plans)}"
         else:
             name = known.names[group] = f"{record.graph}/{sum(r.graph == record.graph and _new(r) for r in own)}"
@@ -121,6 +167,63 @@ class Ledger:
         self.store.set(f"{_name(group)}/{self.rank}/{len(own)}", record.to_json())
         own.append(record)
         return record
+
+    def _round(self, group: Ranks, record: Record, timeout: float, place: Place) -> bool:
+        """Whether all ranks of the group have come to a new graph beside a running plan, and have the same plan for it.
+
+        Rounds are counted, so ranks whose graphs differ meet as well. One that not all ranks came to in time is over
+        for all of them, and its ranks run what was agreed on before, or nothing.
+        """
+        known = _Known()
+        began, pause = time.monotonic(), 0.001
+        while True:
+            cast = {rank: r for rank in group for r in self._read(group, rank) if r.ballot == record.ballot}
+            missing = [rank for rank in group if rank not in cast]
+            same = len({r.sent for r in cast.values()}) == 1
+            word = self._word(group, record)
+            if not missing and word is None:
+                word = self._set_word(group, record, FULL if same else WRITTEN)
+            late = not self._may_come(missing, time.monotonic() - began, timeout)
+            if word is None and late:
+                word = self._set_word(group, record, ALONE)
+            if word is None:
+                # Polled, since a store that waits answers no other thread.
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+                continue
+            self.rounds[group] = self.rounds.get(group, 0) + 1
+            if word == ALONE and not late:
+                record = self._publish(group, record, known, beside=True)
+                continue
+            if word == ALONE:
+                return self._alone(group, record, missing, timeout)
+            if word == WRITTEN:
+                for code in place.codes:
+                    self.apart_in.setdefault(code, set()).add(group)
+                self._warn(group, cast)
+            return word == FULL
+
+    def _may_come(self, missing: Sequence[int], waited: float, timeout: float) -> bool:
+        """Whether to go on waiting for these ranks: those that compile are given more time."""
+        if waited <= timeout:
+            return True
+        keys = [f"compiling/{rank}" for rank in missing]
+        compiling = [key for key in keys if self.store.check([key]) and self.store.get(key) == b"yes"]
+        return len(compiling) == len(keys) and waited <= PATIENCE * timeout
+
+    def _alone(self, group: Ranks, record: Record, missing: Sequence[int], timeout: float) -> bool:
+        """The outcome where some ranks have not come to a round: they run on with what was agreed on."""
+        if record.sent in self.running.get((group, record.graph), ()):
+            return True
+        words = (
+            f"rank {self.rank} has compiled a graph anew, ranks {list(missing)} of group {list(group)} have not "
+            f"within {timeout:g} s (plan_timeout) and may still run the one that was agreed on before, which sends "
+            "something else. Call the model once on all ranks with what this rank wants of it now before any rank "
+            "goes on; for a number that only some ranks change, compile with dynamic=True; or compile with "
+            "options={'check_plans': False}: then what is sent stays as it was written"
+        )
+        self.store.set(f"{_name(group)}/differ", words)
+        raise PlanMismatchError(words)
 
     def _count(self, group: Ranks, record: Record, timeout: float) -> bool:
         """Whether all ranks of the group have the same plan for this graph."""
@@ -135,45 +238,32 @@ class Ledger:
             decided = self._decided(group, record, 0)
             if decided is not None:
                 return decided
+            if time.monotonic() > deadline and self.running.get((group, record.graph)):
+                alone = self._alone(group, record, missing, timeout)
+                return self._decide(group, record, 0, alone)
             if time.monotonic() > deadline:
-                return self._without(group, record, missing, timeout)
-            # Polled, since a store that waits answers no other thread.
+                log.warning(
+                    "ranks %s of group %s ran no such graph within %g s (plan_timeout); rank %d runs it with what it "
+                    "sends as it was written", missing, list(group), timeout, self.rank,
+                )  # fmt: skip
+                return self._decide(group, record, 0, False)
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         same = not missing and len({r.sent for r in cast.values()}) == 1
         agreed = self._decide(group, record, 0, same)
         if not agreed:
-            others = {rank: self._own(group, rank)[-1] for rank in missing if self._own(group, rank)}
-            log.warning("%s. All of them run this graph with what they send as it was written.",
-                        describe(group, {**others, **cast}))  # fmt: skip
+            self._warn(group, {**{rank: own[-1] for rank in missing if (own := self._own(group, rank))}, **cast})
         return agreed
+
+    def _warn(self, group: Ranks, plans: Mapping[int, Record]) -> None:
+        log.warning("%s. All of them run this graph with what they send as it was written.", describe(group, plans))
 
     def _elsewhere(self, group: Ranks, missing: Sequence[int]) -> bool:
         """Whether a rank has come to a graph that this one has not, without passing by this one's: it cannot come."""
         own = {record.ballot for record in self._own(group)}
         others = [r for rank in missing for r in self._own(group, rank) if r.ballot not in own]
-        stuck = (r for r in others if not r.as_written and self._decided(group, r, 0) is None)
+        stuck = (r for r in others if r.waits and self._decided(group, r, 0) is None)
         return any(_new(r) for r in others) or any(stuck)
-
-    def _without(self, group: Ranks, record: Record, missing: Sequence[int], timeout: float) -> bool:
-        """The outcome where some ranks have not come in time."""
-        running = self.running.get((group, record.graph), set())
-        if record.sent in running:
-            return self._decide(group, record, 0, True)
-        if running:
-            words = (
-                f"rank {self.rank} has compiled a graph anew, ranks {list(missing)} of group {list(group)} have not "
-                f"within {timeout:g} s (plan_timeout) and may still run the one that was agreed on before, which sends "
-                "something else. Call the model once on all ranks with what this rank wants of it now before any rank "
-                "goes on, or compile with options={'check_plans': False}: then what is sent stays as it was written"
-            )
-            self.store.set(f"{_name(group)}/differ", words)
-            raise PlanMismatchError(words)
-        log.warning(
-            "ranks %s of group %s ran no such graph within %g s (plan_timeout); rank %d runs it with what it sends as "
-            "it was written", list(missing), list(group), timeout, self.rank,
-        )  # fmt: skip
-        return self._decide(group, record, 0, False)
 
     def _pass_on(self, changed: Mapping[Ranks, Record], turn: int, agreed: bool, timeout: float) -> bool:
         """Tell the peers of all groups how it stands, and hear from them."""
@@ -197,12 +287,18 @@ class Ledger:
 
     def _decide(self, group: Ranks, record: Record, turn: int, agreed: bool) -> bool:
         """The group's word on a ballot: that of the first rank to have one."""
-        key = f"{_name(group)}/{record.ballot}/{turn}/outcome"
-        return self.store.compare_set(key, "", FULL if agreed else WRITTEN).decode() == FULL
+        return self._set_word(group, record, FULL if agreed else WRITTEN, turn) == FULL
 
     def _decided(self, group: Ranks, record: Record, turn: int) -> bool | None:
+        word = self._word(group, record, turn)
+        return None if word is None else word == FULL
+
+    def _set_word(self, group: Ranks, record: Record, word: str, turn: int = 0) -> str:
+        return self.store.compare_set(f"{_name(group)}/{record.ballot}/{turn}/outcome", "", word).decode()
+
+    def _word(self, group: Ranks, record: Record, turn: int = 0) -> str | None:
         key = f"{_name(group)}/{record.ballot}/{turn}/outcome"
-        return self.store.get(key).decode() == FULL if self.store.check([key]) else None
+        return self.store.get(key).decode() if self.store.check([key]) else None
 
     # -- what was published -------------------------------------------------------------------------------------------
 
@@ -247,7 +343,7 @@ class Ledger:
 
 def _new(record: Record) -> bool:
     """Whether a record is of code that its rank had not met before."""
-    return "+" not in record.ballot
+    return "+" not in record.ballot and not record.ballot.startswith(ROUND)
 
 
 def _parsed(text: bytes) -> Record:

@@ -6,22 +6,22 @@ it comes through at all, need not be what belongs to it. Only a new group is sou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch.distributed as dist
 
 from .. import _state as state
 from .._torch_private import group_exists, groups_of
-from ..errors import PeerTimeoutError
+from ..errors import PeerTimeoutError, PlanMismatchError
 from ..report import Step
 from .heartbeat import name_step
 from .limits import Group
 
 
-def note_failure(groups: Iterable[Group], error: PeerTimeoutError, steps: Iterable[Step]) -> None:
-    """Remember `error` for those of `groups` that have the ranks of one of `steps`, those that may have failed. (A plan
-    knows a group by its ranks.)"""
-    failed = {step.group for step in steps}
+def note_failure(
+    groups: Iterable[Group], error: PeerTimeoutError | PlanMismatchError, failed: Container[tuple[int, ...]]
+) -> None:
+    """Remember `error` for those of `groups` whose ranks are among `failed`. (A plan knows a group by its ranks.)"""
     for reference in groups:
         group = reference()
         if group is not None and tuple(dist.get_process_group_ranks(group)) in failed:
@@ -31,7 +31,7 @@ def note_failure(groups: Iterable[Group], error: PeerTimeoutError, steps: Iterab
 
 
 def raise_again(groups: Iterable[Group]) -> None:
-    """Raise PeerTimeoutError if an earlier call over one of `groups` failed. Destroyed groups are not asked."""
+    """Raise the error of an earlier call over one of `groups` again, if one failed. Destroyed groups are not asked."""
     for reference in groups:
         group = reference()
         if group is not None and group in state.FAILED and group_exists(group):

@@ -77,7 +77,12 @@ def guard(
         pulse = stuck.pulse(limit) if limit is not None else None
         groups = groups_with_ranks(plans)
         book = ledger() if options.check_plans else None
-        agreed = book is None or book.agree(with_values(plans, args), options.plan_timeout, place)
+        try:
+            agreed = book is None or book.agree(with_values(plans, args), options.plan_timeout, place)
+        except PlanMismatchError as error:
+            # What peers wait for does not come, so nothing that this rank sends from here on would meet what it should.
+            note_failure(groups, error, plans)
+            raise
         if not agreed and written is not None and not all(record.as_written for record in plans.values()):
             if len(variants) == 1:
                 variants.append(Compiled(*written()))
@@ -122,7 +127,9 @@ def guard(
         said = f"after {seconds:.1f} s, " if seconds is not None else ""
         cause = f"{said}{str(error).splitlines()[0]}"
         if words:
-            return PlanMismatchError(f"{words} ({cause})")
+            apart = PlanMismatchError(f"{words} ({cause})")
+            note_failure(groups, apart, plans)
+            return apart
         steps = chosen.steps
         if "mismatch between collectives" in cause:  # TORCH_DISTRIBUTED_DEBUG=DETAIL compares every call
             where = stuck.name_step(stuck.step_of_error(error, steps), steps)
@@ -130,7 +137,7 @@ def guard(
             return PlanMismatchError(f"rank {rank} and its peers enter different collectives at {where}: {cause}")
         step = stuck.step_of_error(error, steps)
         found = stuck.waited(dist.get_rank(), step, steps, cause, pulse, seconds)
-        note_failure(groups, found, steps if step is None else (step,))
+        note_failure(groups, found, {s.group for s in (steps if step is None else (step,))})
         return found
 
     return run

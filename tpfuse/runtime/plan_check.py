@@ -34,7 +34,7 @@ class Record(StrictJson):
     graph: a digest of the group's collectives as the program wrote them. ballot: which graph this is, by a name that
     all ranks of the group give it (`ballots`). as_written: whether what is sent is unchanged; changed: over how many of
     the graph's groups it is not. values: a digest of the inputs that the plan takes for equal on all ranks. order: in
-    which order the graph sends what the program sent, over all groups.
+    which order the graph sends what the program sent, over all groups. waits: whether the rank waits for its peers.
     """
 
     graph: str
@@ -47,6 +47,7 @@ class Record(StrictJson):
     order: str = ""
     ballot: str = ""
     values: str = ""
+    waits: bool = False
 
     @cached_property
     def sent(self) -> str:
