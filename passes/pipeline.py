@@ -9,7 +9,6 @@ step that edited the graph says so, and what it `invalidates` is found anew when
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import traceback
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from tpfuse._torch_private import copied
 from tpfuse.declared import Declaration
 from tpfuse.errors import FusionError
 from tpfuse.policy import SharingPolicy
@@ -170,7 +170,7 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
     if not any(is_collective(node) for node in graph.nodes):
         steps = find_steps(graph, resolve)
         return graph, Report(inner, len(find_norms(graph)), len(steps) + len(inner), steps=steps)
-    changed = copy.deepcopy(graph)
+    changed = copied(graph)
     changed.owning_module = graph.owning_module  # whose graphs it calls
     context = Context(Known(changed, resolve), options)
     for step in STEPS:

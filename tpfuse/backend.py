@@ -350,6 +350,6 @@ def as_text(gm: fx.GraphModule) -> str:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module of its own over the same parameters: compilers take ownership of the one they are given."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    copied = fx.GraphModule(gm, private.copied(gm.graph))
     copied.meta = copy.copy(gm.meta)
     return copied

@@ -8,7 +8,6 @@ again, so only a rewrite that is worth it ever takes the other tool's operator o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from tpfuse._torch_private import operator_full_name
+from tpfuse._torch_private import copied, operator_full_name
 from tpfuse.declared import Declaration
 
 from . import aten_ops as ops
@@ -52,7 +51,7 @@ def as_functional(graph: fx.Graph, declared: Sequence[Declaration]) -> tuple[fx.
     found = [node for node in graph.nodes if node.op == "call_function" and _declaration(node, declared) is not None]
     if not found:
         return graph, []
-    changed, notes = copy.deepcopy(graph), []
+    changed, notes = copied(graph), []
     changed.owning_module = graph.owning_module
     for node in list(changed.nodes):
         declaration = _declaration(node, declared)

@@ -6,13 +6,12 @@ into its graph. What the graph holds as a constant is this rank's own, and has a
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch.distributed as dist
 from torch import fx
 
-from tpfuse._torch_private import operator_full_name, operator_schema
+from tpfuse._torch_private import copied, operator_full_name, operator_schema
 
 from . import aten_ops as ops
 from .graph import argument
@@ -23,7 +22,7 @@ def with_group_names(graph: fx.Graph) -> fx.Graph:
     found = {node.name: name for node in graph.nodes if (name := _name_of_group(node, graph)) is not None}
     if not found:
         return graph
-    changed = copy.deepcopy(graph)
+    changed = copied(graph)
     changed.owning_module = graph.owning_module
     for node in changed.nodes:
         if node.name in found:

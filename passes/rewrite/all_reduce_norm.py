@@ -34,10 +34,10 @@ from ..facts.graph import (
     is_call,
     region_between,
     same_shape,
-    same_size,
     scaled,
     val,
 )
+from ..facts.sizes import Place, find_size
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
 from .strides import hand_over
@@ -309,26 +309,11 @@ def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
     """The sizes of `node`, with a node for each symbolic one: of an input of the graph that has it, where there is one,
     because `node` itself may be about to go."""
-    return [
-        size if isinstance(size, int) else _input_size(graph, size, node) or _size(graph, node, dim, node)
-        for dim, size in enumerate(val(node).shape)
-    ]
-
-
-def _input_size(graph: fx.Graph, size: torch.SymInt, like: fx.Node) -> fx.Node | None:
-    for node in graph.find_nodes(op="placeholder"):
-        known = node.meta.get("val")
-        if isinstance(known, torch.SymInt) and same_size(known, size):
-            return node
-        dims = enumerate(known.shape) if isinstance(known, torch.Tensor) else ()
-        at = next((dim for dim, one in dims if isinstance(one, torch.SymInt) and same_size(one, size)), None)
-        if at is not None:
-            return _size(graph, node, at, like)
-    return None
-
-
-def _size(graph: fx.Graph, node: fx.Node, dim: int, like: fx.Node) -> fx.Node:
-    return insert_call(graph, aten.sym_size.int, (node, dim), like=like)
+    found: list[int | fx.Node] = []
+    for dim, size in enumerate(val(node).shape):
+        place = None if isinstance(size, int) else find_size(graph, size) or Place(node, dim)
+        found.append(size if place is None else place.read(graph, node))
+    return found
 
 
 def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:

@@ -20,7 +20,6 @@ and s is read by the copy alone, so that it can be written to in y's place.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema, storage_identity
@@ -28,6 +27,7 @@ from tpfuse._torch_private import operator_schema, storage_identity
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import insert_call, last_dim, same_shape, same_size, same_strides, use_positions, val, value
+from ..facts.sizes import Place, find_size
 
 
 def normalise(graph: fx.Graph) -> None:
@@ -113,16 +113,12 @@ def expand_beside_sums(graph: fx.Graph) -> None:
 
 
 def _expanded(graph: fx.Graph, child: fx.Node, node: fx.Node) -> fx.Node | None:
-    """`child` in the shape of `node`; None where a size is neither a number nor an input of the graph."""
-    sizes: list[int | fx.Node] = []
-    inputs = {n: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    symbols = {n: size for n, size in inputs.items() if isinstance(size, torch.SymInt)}
-    for size in val(node).shape:
-        known = size if isinstance(size, int) else next((n for n, s in symbols.items() if same_size(s, size)), None)
-        if known is None:
-            return None
-        sizes.append(known)
+    """`child` in the shape of `node`; None where a size is neither a number nor known of an input of the graph."""
+    found = [size if isinstance(size, int) else find_size(graph, size) for size in val(node).shape]
+    if None in found:
+        return None
     with graph.inserting_before(node):
+        sizes = [place.read(graph, node) if isinstance(place, Place) else place for place in found]
         return insert_call(graph, ops.aten.expand.default, (child, sizes), like=node)
 
 

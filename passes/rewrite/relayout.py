@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup
-from ..facts.graph import region_between, same_size, val, value
+from ..facts.graph import region_between, val, value
 from ..facts.refusals import Code, Refusal, refused
+from ..facts.sizes import find_size
 from ..plan.layouts import NOMINAL_ROWS, SCATTERED, TP_ATTN_FULL, UNFACTORED, Sizes, Stage, choose, paid_whole
 from ..recognise.hazards import Moving
 from ..recognise.known import Known
@@ -84,13 +86,11 @@ def relayout(known: Known, rank: int, names: dict[tuple[int, ...], str], choice:
 
 def _read_sizes_off_inputs(graph: fx.Graph) -> None:
     """So that nothing that is about to go is read for its sizes alone."""
-    sizes = [node for node in graph.nodes if node.target is ops.aten.sym_size.int]
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and value(node) is not None]
-    known = [(node, dim) for node in inputs for dim in range(val(node).dim())]
-    for node in sizes:
+    for node in graph.find_nodes(op="call_function", target=ops.aten.sym_size.int):
         size = node.meta.get("val")
-        place = next(((other, dim) for other, dim in known if same_size(val(other).shape[dim], size)), None)
-        node.args = node.args if place is None else place
+        place = find_size(graph, size, of_tensor=True) if isinstance(size, torch.SymInt) else None
+        if place is not None:
+            node.args = (place.node, place.dim)
 
 
 def _kept(why: Refusal) -> Refusal:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import fx
@@ -56,6 +57,7 @@ def module_name(node: fx.Node) -> str:
     return clean_path(stack[-1][0]) if stack else ""
 
 
+@cache
 def clean_path(path: str) -> str:
     """`L['self'].model.layers[0].mlp` -> `model.layers.0.mlp`: the way from the compiled module, as `named_modules`
     spells it. What only Dynamo spells out (`__dict__`, `_modules`, cells of closures) goes, and so does the wrapper
@@ -133,6 +135,7 @@ def _role(node: fx.Node) -> str | None:
     return None
 
 
+@cache
 def role_of_name(segment: str) -> str | None:
     """ "attention", "moe", "dense_mlp" or "embedding" of one part of a module's name; None where it does not tell."""
     return next((role for role, pattern in _NAMES if pattern.search(segment)), None)

@@ -46,9 +46,11 @@ def _results(node: fx.Node) -> list[fx.Node]:
 def _names_a_group(node: fx.Node) -> Iterable[str]:
     """The argument by which an operator of another tool names a group; '' where it names none and is called an
     all-reduce; at most one."""
+    if node.op != "call_function" or getattr(node.target, "namespace", "") in TORCHS:
+        return
     target = operator_of(node)
     schema = operator_schema(target)
-    if node.op != "call_function" or schema is None or is_collective(node):
+    if schema is None or is_collective(node):
         return
     if getattr(target, "namespace", "") in TORCHS:
         return

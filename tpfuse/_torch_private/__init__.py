@@ -27,6 +27,7 @@ from .dynamo import (
     trace_artifact,
     tracing_again,
 )
+from .graphs import copied
 from .groups import (
     all_group_members,
     compiles_on_one_rank,
@@ -134,6 +135,7 @@ __all__ = [
     "compiled_wrapper",
     "compiles_on_one_rank",
     "compiling",
+    "copied",
     "current_gpu",
     "custom_graph_pass",
     "default_group",
