@@ -90,11 +90,14 @@ def first(value):
 
 def right_ones(rank: int) -> dict[str, list]:
     found = {}
-    for fn, dynamic in (
-        (number_beside, None), (a_break_in_front, None),
-        (a_number_times_one_of_two_sums, True), (a_number_of_rows, True),
-    ):  # fmt: skip
-        options = {"inner": "aot_eager", "plan_timeout": 2}
+    programs = (
+        (a_break_in_front, None, 3.0),  # waits that long once, in vain
+        (number_beside, None, 60.0),
+        (a_number_times_one_of_two_sums, True, 60.0),
+        (a_number_of_rows, True, 60.0),
+    )
+    for fn, dynamic, seconds in programs:
+        options = {"inner": "aot_eager", "plan_timeout": seconds}
         compiled = torch.compile(fn, backend="tpfuse", options=options, dynamic=dynamic)
         found[fn.__name__] = called(fn, compiled, rank)
     return found
@@ -104,12 +107,14 @@ def test_numbers_and_breaks_of_one_rank_alone_that_change_nothing_of_what_is_sen
     """Under dynamic=True a number is symbolic from the first call on: its values differ later without a compilation."""
     for ended in outcomes(2, right_ones):
         assert ended.error == "", ended
-        assert len(ended.value) == 4 and all(error < 1e-5 for found in ended.value.values() for error in found), ended
+        assert len(ended.value) == 4 and all(
+            isinstance(error, float) and error < 1e-5 for found in ended.value.values() for error in found
+        ), ended
 
 
 def wrong_ones(rank: int, name: str) -> list:
     fn = globals()[name]
-    compiled = torch.compile(fn, backend="tpfuse", options={"inner": "aot_eager", "plan_timeout": 1})
+    compiled = torch.compile(fn, backend="tpfuse", options={"inner": "aot_eager", "plan_timeout": 3})
     return called(fn, compiled, rank)
 
 
@@ -129,9 +134,9 @@ def wrong_ones(rank: int, name: str) -> list:
     ],
 )
 def test_what_the_peers_do_not_send_is_an_error_on_every_rank_from_then_on(name):
-    for ended in outcomes(2, wrong_ones, name, group_timeout=8):
+    for ended in outcomes(2, wrong_ones, name, group_timeout=20):
         assert ended.error == "", ended
-        assert all(error < 1e-5 for error in ended.value[:2]), ended
+        assert all(isinstance(error, float) and error < 1e-5 for error in ended.value[:2]), ended
         assert ended.value[2:] == ["PlanMismatchError"] * 2, ended
 
 

@@ -77,6 +77,13 @@ def given_number(node: fx.Node, parting: Parting) -> bool:
     return number.dim() == 0 and number.dtype is torch.float64 and number.device.type == "cpu"
 
 
+def moved_by_number(nodes: Iterable[fx.Node], parting: Parting) -> str:
+    """A sentence where a step reads such a number, or ''."""
+    number = next((node for node in nodes if given_number(node, parting)), None)
+    said = "what is read of the all-reduced sum depends on a number that each call brings anew"
+    return f"{said} ({number}); as a constant it may move" if number is not None else ""
+
+
 def differs_between_ranks(node: fx.Node, ranks: tuple[int, ...], parting: Parting) -> str:
     """A noun phrase that names why `node` may differ between `ranks`, or ''.
 
@@ -143,4 +150,4 @@ def _name(node: fx.Node) -> str:
     return schema.name if schema is not None else ""
 
 
-__all__ = ["Parting", "differs_between_ranks", "find_partings", "given_number", "is_random"]
+__all__ = ["Parting", "differs_between_ranks", "find_partings", "given_number", "is_random", "moved_by_number"]

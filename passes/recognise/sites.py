@@ -26,7 +26,7 @@ from ..facts.graph import (
     why_unusual,
 )
 from ..facts.refusals import Code, Refusal, refused
-from .divergence import Parting, differs_between_ranks, find_partings, given_number
+from .divergence import Parting, differs_between_ranks, find_partings, moved_by_number
 from .hazards import Hazards
 from .norms import Norm
 from .range import overflow, rounded_more
@@ -341,10 +341,8 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
         what = differs_between_ranks(gate, owed.collective.ranks, parting)
         if what:
             return Refusal(Code.RANKS, f"the all-reduced sum is multiplied by {what}")
-    number = next((n for step in term.steps for n in step.others if given_number(n, parting)), None)
-    if number is not None:
-        said = f"what is read of the all-reduced sum depends on a number that each call brings anew ({number})"
-        return Refusal(Code.RANKS, said)
+    if numbered := moved_by_number((node for step in term.steps for node in step.others), parting):
+        return Refusal(Code.RANKS, numbered)
     overflows = overflow(term)
     if overflows:
         return Refusal(Code.ROUNDING, overflows)

@@ -228,7 +228,7 @@ class Ledger:
     def _count(self, group: Ranks, record: Record, timeout: float) -> bool:
         """Whether all ranks of the group have the same plan for this graph."""
         cast: dict[int, Record] = {}
-        deadline, pause = time.monotonic() + timeout, 0.001
+        began, pause = time.monotonic(), 0.001
         while True:
             for rank in group:
                 cast.update((rank, r) for r in self._read(group, rank) if r.ballot == record.ballot)
@@ -238,10 +238,11 @@ class Ledger:
             decided = self._decided(group, record, 0)
             if decided is not None:
                 return decided
-            if time.monotonic() > deadline and self.running.get((group, record.graph)):
-                alone = self._alone(group, record, missing, timeout)
-                return self._decide(group, record, 0, alone)
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if self.running.get((group, record.graph)):
+                if not self._may_come(missing, waited, timeout):
+                    return self._decide(group, record, 0, self._alone(group, record, missing, timeout))
+            elif waited > timeout:
                 log.warning(
                     "ranks %s of group %s ran no such graph within %g s (plan_timeout); rank %d runs it with what it "
                     "sends as it was written", missing, list(group), timeout, self.rank,
