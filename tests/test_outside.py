@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
+from tests.graphs import fake_world
 from tests.policy_harness import loss_of, relative, run_threads
 from tpfuse.errors import PlanError
 from tpfuse.parallel.generation import SyncedGenerate
@@ -340,3 +341,19 @@ def test_replicas_end_together_whatever_the_caller_says():
     generate = SyncedGenerate(lambda *args, **kwargs: (args, kwargs))
     assert generate(1) == generate(1, synced_gpus=False) == ((1,), {"synced_gpus": True})
     assert generate(0, 1, 2, 3, 4, False, 6) == ((0, 1, 2, 3, 4, True, 6), {})
+
+
+doubled = torch.compile(lambda x: F.gelu(x) * 2, backend="eager", fullgraph=True)
+
+
+@tpfuse.dense_mlp(colwise=("up",), rowwise=("down",))
+class PartlyCompiled(MLP):
+    def forward(self, x):
+        return self.down(doubled(self.up(x)))
+
+
+def test_a_function_that_is_compiled_by_itself_may_run_in_a_call_that_is_looked_at():
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "attn_tp"))
+        model = parallelize(Net(PartlyCompiled), mesh, tpfuse.SharingPolicy(2))
+        assert model(torch.randn(2, 3, H)).shape == (2, 3, H)

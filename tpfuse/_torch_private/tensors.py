@@ -115,6 +115,11 @@ def seeing_operators(before: Callable[..., None], after: Callable[..., None]) ->
         only_looks = True
         supports_higher_order_operators = True
 
+        @classmethod
+        def is_infra_mode(cls) -> bool:
+            """Functions that are compiled by themselves are compiled under it as well."""
+            return True
+
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             before(func, args, kwargs or {})
             out = func(*args, **(kwargs or {}))
