@@ -1,6 +1,6 @@
 """The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
 
-    normalise → relayout → fuse → merge → settle → quantise → account
+    normalise → relayout → merge → norm_backward → fuse → settle → quantise → account
 
 Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
 by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
@@ -37,6 +37,7 @@ from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
 from .rewrite.merge_backward import merge_all_reduces
+from .rewrite.norm_backward import norm_backward
 from .rewrite.normalise import normalise
 from .rewrite.quantise import quantise
 from .rewrite.relayout import Choice, relayout
@@ -44,7 +45,7 @@ from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.accounting import origin
 from .verdict.names import module_name
-from .verdict.runs import NO_KERNEL, NOT_FUSED, how_it_runs
+from .verdict.runs import LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, how_it_runs
 from .verdict.steps import dtype_and_hidden, find_steps
 from .verdict.subgraphs import collectives_inside
 from .verdict.undeclared import undeclared
@@ -121,6 +122,8 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 # -- the way of a graph -----------------------------------------------------------------------------------------------
 
 
+#: The operators that hold a boundary's norm.
+FUSED_NORMS = ("all_reduce_norm", "reduce_scatter_norm")
 #: New verdicts, by the name of the collective's node in the graph as it came.
 Verdicts = dict[str, Boundary]
 
@@ -172,7 +175,7 @@ def _through_steps(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions)
         return graph, Report(inner, len(find_norms(graph)), len(steps) + len(inner), steps=steps)
     changed = copied(graph)
     changed.owning_module = graph.owning_module  # whose graphs it calls
-    context = Context(Known(changed, resolve), options)
+    context = Context(Known(changed, resolve, options.split), options)
     for step in STEPS:
         if step.rewrite and step.rewrite not in options.rewrites:
             continue
@@ -268,6 +271,26 @@ def _merge(graph: fx.Graph, context: Context) -> Verdicts:
     return found
 
 
+def _norm_backward(graph: fx.Graph, context: Context) -> Verdicts:
+    """Put one operation in the place of a gradient's collective and the norm's backward that reads it."""
+    options, known = context.options, context.known
+    if not known.backward or not known.norms:
+        return {}
+    found: Verdicts = {}
+    for name, refusal in norm_backward(known, bool(options.as_written)).items():
+        boundary = context.boundaries.get(name)
+        if boundary is None or (refusal is not None and boundary.fused):
+            continue
+        if refusal is not None:
+            found[name] = _left(boundary, refusal)
+        else:
+            runs = LOCAL_KERNEL.sentence
+            found[name] = replace(_left(boundary, None), fused=True, rewrite="norm_backward", runs=runs)
+            context.edited = True
+    context.rewritten |= context.edited
+    return found
+
+
 def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     """Put what the steps inserted in order, and tell it what the whole graph is told."""
     if context.rewritten:
@@ -275,7 +298,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
         settle_strides(graph, at_once=bool(context.known.hazards.writes))
         if context.options.batch_invariant:
             for node in graph.nodes:
-                if calls(node, "tpfuse::all_reduce_norm"):
+                if any(calls(node, f"tpfuse::{name}") for name in FUSED_NORMS):
                     node.update_kwarg("batch_invariant", True)
         graph.lint()
         context.edited = True
@@ -315,8 +338,9 @@ def _left(boundary: Boundary, why: Refusal | None) -> Boundary:
 STEPS = (
     Step(_normalise),
     Step(_relayout),
-    Step(_fuse),
     Step(_merge, rewrite="merge_all_reduces"),
+    Step(_norm_backward, rewrite="norm_backward"),
+    Step(_fuse),
     Step(_settle),
     Step(_quantise, rewrite="quantised_outputs"),
     Step(_account, invalidates=()),

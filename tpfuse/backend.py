@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from . import _torch_private as private
+from . import backward_ops as _backward_ops  # noqa: F401
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .declared import Declaration, declarations
 from .errors import FusionError, OptionError, TPFuseError

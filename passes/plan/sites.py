@@ -22,6 +22,7 @@ REWRITES = (
     "scatter_dense",
     "gather_full_tp",
     "reduce_scatter_norm",
+    "norm_backward",
     "quantised_outputs",
 )
 #: Those that are used only where they are asked for by name.
@@ -63,7 +64,10 @@ def plan(recognition: Recognition, rewrites: tuple[str, ...] = REWRITES) -> Deci
         paid, left = _paid_together(site, "merge_all_reduces" in rewrites)
         # The fused operation has one residual: a sum that stays by itself needs it in front of the norm.
         post = site.add_after is not None and not left and "all_reduce_post_norm" in rewrites
-        rewrite = "merge_all_reduces" if len(paid) > 1 else "all_reduce_post_norm" if post else "all_reduce_norm"
+        plain = f"{paid[0].collective.kind}_norm"
+        rewrite = "merge_all_reduces" if len(paid) > 1 else "all_reduce_post_norm" if post else plain
+        if paid[0].collective.kind == "reduce_scatter":
+            rewrite = plain
         if rewrite not in rewrites:
             refusals += [(owed, _switched_off(rewrite)) for owed in site.owed]
             continue
@@ -84,7 +88,8 @@ def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tupl
     for owed in site.owed:
         if owed is last:
             continue
-        refusal = refused(Code.APART, _cannot_join(owed, last)) if merge else NO_MERGE
+        scattered = "reduce_scatter" in (owed.collective.kind, last.collective.kind)
+        refusal = refused(Code.APART, _cannot_join(owed, last)) if merge or scattered else NO_MERGE
         if refusal is not None:
             left.append((owed, refusal))
         else:
@@ -101,6 +106,8 @@ def _switched_off(rewrite: str) -> Refusal:
 
 def _cannot_join(owed: Owed, last: Owed) -> str:
     a, b = owed.collective, last.collective
+    if "reduce_scatter" in (a.kind, b.kind):
+        return f"the norm reads the sum of it and of another {b.kind}; where rows are scattered, one alone is fused"
     if any(str(sent.dtype) == "torch.float16" for c in (a, b) if (sent := value(c.input)) is not None):
         return (
             "the norm reads the sum of two all-reduces in float16, and adding them up before they are summed over the"

@@ -21,8 +21,9 @@ class Known:
     #: Everything that can be asked.
     FACTS = ("collectives", "norms", "hazards", "backward", "recognition")
 
-    def __init__(self, graph: fx.Graph, resolve: ResolveGroup):
-        self.graph, self.resolve = graph, resolve
+    def __init__(self, graph: fx.Graph, resolve: ResolveGroup, split: bool = False):
+        """split: the graph is the forward half of one that had a backward pass."""
+        self.graph, self.resolve, self.split = graph, resolve, split
 
     def changed(self, *facts: str) -> None:
         """The graph was edited: forget `facts`, or all of them where none is named."""
@@ -51,7 +52,8 @@ class Known:
     @cached_property
     def recognition(self) -> Recognition:
         hazards = self.hazards if self.norms else None
-        return recognise(self.graph, self.collectives, self.norms, self.backward, hazards)
+        training = self.split or bool(self.backward)
+        return recognise(self.graph, self.collectives, self.norms, self.backward, hazards, training)
 
 
 __all__ = ["Known"]

@@ -30,6 +30,7 @@ from .divergence import Parting, differs_between_ranks, find_partings, moved_by_
 from .hazards import Hazards
 from .norms import Norm
 from .range import overflow, rounded_more
+from .scattered import rows_problem, scattered_sum_problem
 from .sums import Sum, Term, decompose
 
 
@@ -105,8 +106,10 @@ def recognise(
     norms: Sequence[Norm],
     backward: frozenset[fx.Node],
     hazards: Hazards | None,
+    training: bool = False,
 ) -> Recognition:
-    """Pair up the collectives and norms of `graph` (`known.Known` finds all that is asked for here).
+    """Pair up the collectives and norms of `graph` (`known.Known` finds all that is asked for here). `training`: a
+    reduce-scatter is fused with its norm where it stands; in inference the layout of the rows is decided first.
 
     Sites come in graph order, and each all-reduce belongs to the first norm that reads it: later norms see the
     residual stream that this one hands on.
@@ -114,6 +117,9 @@ def recognise(
     if hazards is None or not norms:
         return Recognition(tuple(collectives), (), (), backward)
     eligible = {c.result: c for c in collectives if c.kind == "all_reduce" and not c.problem}
+    if training:
+        scattered = (c for c in collectives if c.kind == "reduce_scatter" and c.node not in backward)
+        eligible |= {c.result: c for c in scattered if not scattered_sum_problem(c)}
     known = _Known(eligible, hazards, find_partings(collectives))
     to_be_split = bool(backward) and is_checkpointed(graph)
     sites: list[Site] = []
@@ -319,9 +325,12 @@ def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, Refusal
     found: dict[fx.Node, tuple[Owed, Refusal]] = {}
     for term in total.owed:
         owed = by_leaf[term.leaf]
-        refusal = _spread_alone(owed, site.owed)
-        refusal = refusal or _step_problem(term, owed, leaves, parting)
-        refusal = refusal or refused(Code.ROUNDING, rounded_more(term, total.root))
+        if owed.collective.kind == "reduce_scatter":
+            refusal = refused(Code.BETWEEN, rows_problem(term, total))
+        else:
+            refusal = _spread_alone(owed, site.owed)
+            refusal = refusal or _step_problem(term, owed, leaves, parting)
+            refusal = refusal or refused(Code.ROUNDING, rounded_more(term, total.root))
         if refusal is not None:
             found.setdefault(term.leaf, (owed, refusal))
     return list(found.values())

@@ -8,7 +8,6 @@ collective and its wait explicitly, because a dead all-reduce counts as a side e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from heapq import heapify, heappop, heappush
@@ -27,7 +26,6 @@ from ..facts.graph import (
     added,
     carry_meta,
     fake_result,
-    function_of,
     input_node,
     insert_call,
     inserting_behind,
@@ -37,9 +35,10 @@ from ..facts.graph import (
     scaled,
     val,
 )
-from ..facts.sizes import Place, find_size
 from ..plan.sites import Plan
 from ..recognise.sums import Step, Sum, decompose
+from .replay import replay, sizes_of
+from .scattered_rows import ScatteredRows
 from .strides import hand_over
 
 aten = ops.aten
@@ -65,14 +64,18 @@ def apply(graph: fx.Graph, plan: Plan) -> None:
     out = plan.site.out(plan.post)
 
     scale = _common_scale(total)
+    rows = ScatteredRows.of(plan, total)
     anchor = max([site.hidden, *_operands(plan, total)])
     with inserting_behind(graph, anchor):
-        partial = _partial(graph, total, scale, waits)
+        # What is scattered is scattered as it is; the rows that arrive are put where the graph has them.
+        partial = _partial(graph, total, scale, waits) if rows is None else rows.source
         vector, residual = _replicated(graph, total, waits)
         if plan.post:
             residual = _residual_after(plan)
+        if rows is not None and residual is not None:
+            residual = rows.flat(graph, residual)
         fused = _insert_fused(graph, plan, wanted, partial, residual, vector, scale, out)
-        _hand_out(graph, plan, wanted, fused, out, waits)
+        _hand_out(graph, plan, wanted, fused, out, waits, rows)
     # The partitioner never recomputes a collective of its own accord, but knows one by its namespace only.
     fused.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
     _erase(graph, wanted.dead, waits)
@@ -196,17 +199,6 @@ def _partial_shaped_like(node: fx.Node, waits: dict[fx.Node, Collective]) -> fx.
     return next((c.input for c in waits.values() if same_shape(c.input, node)), None)
 
 
-def replay(graph: fx.Graph, steps: Sequence[Step], node: fx.Node) -> fx.Node:
-    """Repeat `steps` on `node`, one after the other."""
-    for step in steps:
-        old = step.node
-        args = (*old.args[: step.position], node, *old.args[step.position + 1 :])
-        viewed = is_call(old, {aten.view.default, aten._unsafe_view.default})
-        target = aten.reshape.default if viewed else function_of(old)
-        node = insert_call(graph, target, args, dict(old.kwargs), like=old)
-    return node
-
-
 # -- the operation ----------------------------------------------------------------------------------------------------
 
 
@@ -228,8 +220,9 @@ def _insert_fused(
         out_dtype=val(out).dtype, hidden_dtype=hidden_dtype, want_sum=wanted.total, stats=wanted.mean or wanted.rstd,
         group_name=collective.group_name,
     )  # fmt: skip
+    operators = {"all_reduce": ops.tpfuse.all_reduce_norm, "reduce_scatter": ops.tpfuse.reduce_scatter_norm}
     fused = graph.call_function(
-        torch.ops.tpfuse.all_reduce_norm.default,
+        operators[collective.kind].default,
         (partial, residual, vector, norm.weight, norm.bias, eps_tensor),
         options.arguments,
     )
@@ -247,6 +240,7 @@ def _hand_out(
     fused: fx.Node,
     out: fx.Node,
     waits: dict[fx.Node, Collective],
+    rows: ScatteredRows | None,
 ) -> None:
     """Point every reader of an old value at the fused operation's."""
     norm, hidden = plan.site.norm, plan.site.hidden
@@ -258,16 +252,20 @@ def _hand_out(
         index += 1
         return node
 
+    def next_rows() -> fx.Node:
+        return next_output() if rows is None else rows.placed(graph, next_output())
+
     chain = _view_chain(norm.source, hidden)
-    normed = replay(graph, [Step(view) for view in chain], next_output())
+    normed = replay(graph, [Step(view) for view in chain], next_rows())
     hand_over(out, _cast_like(graph, normed, out))
     if wanted.hidden:
-        hand_over(hidden, next_output())
+        hand_over(hidden, next_rows())
     if wanted.total:
         total = next_output()
         for wait, collective in waits.items():
             if wait is not hidden:
-                hand_over(wait, _shaped_like(graph, total, collective.input))
+                shaped = _shaped_like(graph, total, collective.input) if rows is None else rows.arrived(graph, total)
+                hand_over(wait, shaped)
     if wanted.mean or wanted.rstd:
         statistics: list[tuple[fx.Node | None, fx.Node]] = []
         if norm.kind == "layer_norm":
@@ -275,6 +273,8 @@ def _hand_out(
         statistics.append((norm.rstd, next_output()))
         for old, new in statistics:
             if old is not None and old.users:
+                if rows is not None:
+                    new = rows.statistic(graph, new, normed)
                 chosen = [Step(node) for node in chain if is_call(node, ops.SELECTIONS)]
                 new = replay(graph, chosen, new)
                 # Statistics may lack the last dimension; those of a single row may have none at all.
@@ -304,16 +304,6 @@ def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     if same_shape(node, like):
         return node
     return insert_call(graph, aten.reshape.default, (node, sizes_of(graph, like)), like=like)
-
-
-def sizes_of(graph: fx.Graph, node: fx.Node) -> list[int | fx.Node]:
-    """The sizes of `node`, with a node for each symbolic one: of an input of the graph that has it, where there is one,
-    because `node` itself may be about to go."""
-    found: list[int | fx.Node] = []
-    for dim, size in enumerate(val(node).shape):
-        place = None if isinstance(size, int) else find_size(graph, size) or Place(node, dim)
-        found.append(size if place is None else place.read(graph, node))
-    return found
 
 
 def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:

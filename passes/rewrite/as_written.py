@@ -16,6 +16,8 @@ from ..recognise.sites import Recognition
 from ..recognise.streams import calls
 from ..recognise.sums import decompose
 
+_FUSED = ("all_reduce_norm", "reduce_scatter_norm")
+
 
 def as_written(recognition: Recognition, rewrites: tuple[str, ...], why: str) -> Decisions:
     """The plans that change nothing of what is sent; the others are refused, with `why` in the reason."""
@@ -38,7 +40,8 @@ def _changes(plan: Plan) -> str:
     if owed.collective.declared:
         return f"{owed.collective.declared} would no longer be what sums it up"
     total = decompose(plan.site.hidden, {owed.collective.result}, set())
-    if owed.collective.reduce_op.lower() != "sum" or len(total.owed) > 1 or not total.owed[0].only_reshapes:
+    moves = owed.collective.kind != "reduce_scatter" and not total.owed[0].only_reshapes
+    if owed.collective.reduce_op.lower() != "sum" or len(total.owed) > 1 or moves:
         return "it would be sent with what is done to it afterwards applied before"
     norm, residual = plan.site.norm, plan.site.residual_after if plan.post else None
     operands = [node for node in (norm.weight, norm.bias, norm.eps, residual) if isinstance(node, fx.Node)]
@@ -51,7 +54,7 @@ def _overtaken(node: fx.Node, last: fx.Node) -> bool:
     """Whether another collective stands between `node` and `last`, behind which the fused operation would stand."""
     current = node.next
     while current.op != "root" and current < last:
-        if is_collective(current) or calls(current, "tpfuse::all_reduce_norm"):
+        if is_collective(current) or any(calls(current, f"tpfuse::{name}") for name in _FUSED):
             return True
         current = current.next
     return False

@@ -35,6 +35,7 @@ from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
 from ..verdict.runs import runs_in_a_kernel
+from .lower_backward import lower_backward
 from .plain import rows_divide, write_out
 
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
@@ -46,7 +47,7 @@ _OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows
 def lower(graph: fx.Graph) -> int:
     """Lower every fused operation of `graph` that can be; how many were. The others stay as they are, and run so."""
     found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
-    lowered = sum(_lower(graph, node) for node in found)
+    lowered = sum(_lower(graph, node) for node in found) + lower_backward(graph)
     if lowered:
         graph.lint()
     return lowered

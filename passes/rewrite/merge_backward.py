@@ -28,7 +28,7 @@ from ..recognise.divergence import Parting, find_partings, given_number
 from ..recognise.hazards import Hazards
 from ..recognise.known import Known
 from ..recognise.sums import Step, linear_inputs
-from .all_reduce_norm import replay
+from .replay import replay
 
 aten, c10d = ops.aten, ops.c10d
 

@@ -12,12 +12,9 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.graph import (
     FINISHES,
-    argument,
     fake_result,
-    input_node,
     insert_call,
     inserting_behind,
-    is_call,
     last_dim,
     region_between,
     row_major,
@@ -27,10 +24,11 @@ from ..facts.graph import (
 )
 from ..facts.refusals import Code, Refusal
 from ..plan.layouts import TP_ATTN_FULL
+from ..recognise.scattered import row_order
 from ..recognise.streams import StreamStage, divides
 from ..verdict.accounting import origin
-from .all_reduce_norm import sizes_of
 from .chain import Chain
+from .replay import sizes_of
 
 aten, c10d = ops.aten, ops.c10d
 
@@ -86,7 +84,7 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
         return
     if any(not same_shape(t.leaf, hidden) for t in stage.residuals) or not same_shape(norm.output, hidden):
         return
-    order = _order(stage)
+    order = row_order(stage.term.steps)
     if order is None or not same_size(last_dim(scattered), last_dim(hidden)):
         return
     flat = val(hidden).dim() == 2 and not order
@@ -120,28 +118,3 @@ def fuse_scattered(chain: Chain, stage: StreamStage) -> None:
     node = addend.collective.node
     rewrite = "reduce_scatter_norm" if origin(node) == node.name else "gather_full_tp"
     chain.moved.verdicts[origin(node)] = (rewrite, True, None)
-
-
-def _order(stage: StreamStage) -> tuple[int, ...] | None:
-    """By which permutation the scattered rows become hidden states: () where they keep their order; None where they do
-    not become them by a permutation of all dimensions but the last."""
-    steps = [step.node for step in stage.term.steps if step.reshapes or is_call(step.node, ops.REORDERINGS)]
-    if len(steps) < len(stage.term.steps):
-        return None
-    moves = [node for node in steps if is_call(node, ops.REORDERINGS)]
-    if not moves:
-        return ()
-    if len(moves) > 1 or any(node not in moves and not same_shape(node, input_node(node)) for node in steps):
-        return None
-    (move,) = moves
-    count = val(move).dim()
-    order = list(range(count))
-    if is_call(move, aten.permute.default):
-        dims: list[int] = argument(move, "dims")
-        order = [dim % count for dim in dims]
-    elif is_call(move, aten.transpose.int):
-        a, b = argument(move, "dim0") % count, argument(move, "dim1") % count
-        order[a], order[b] = b, a
-    else:
-        return None
-    return tuple(order) if order[-1] == count - 1 else None

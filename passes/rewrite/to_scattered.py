@@ -20,8 +20,8 @@ from ..plan.layouts import SCATTERED
 from ..recognise.padding import padding_is_dropped
 from ..recognise.streams import StreamStage, divides, flat_rows
 from ..verdict.accounting import origin
-from .all_reduce_norm import replay
 from .chain import Chain
+from .replay import replay
 
 c10d = ops.c10d
 

@@ -24,7 +24,12 @@ from ..facts.groups import MeshGroups
 from ..plan.layouts import STEP_LAYOUTS, sent_bytes
 
 #: Our own operators that communicate, and what each performs.
-OURS = {"tpfuse::all_reduce_norm": "all_reduce", "tpfuse::reduce_scatter_norm": "reduce_scatter"}
+OURS = {
+    "tpfuse::all_reduce_norm": "all_reduce",
+    "tpfuse::reduce_scatter_norm": "reduce_scatter",
+    "tpfuse::all_reduce_norm_backward": "all_reduce",
+    "tpfuse::reduce_scatter_norm_backward": "reduce_scatter",
+}
 
 
 def mark(collectives: Iterable[Collective]) -> None:

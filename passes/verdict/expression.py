@@ -26,7 +26,7 @@ from ..facts.graph import FINISHES, argument, is_call, symbols, value
 from ..recognise.streams import calls
 
 #: The fused operators that communicate: one collective each.
-FUSED = ("all_reduce_norm", "reduce_scatter_norm")
+FUSED = ("all_reduce_norm", "reduce_scatter_norm", "all_reduce_norm_backward", "reduce_scatter_norm_backward")
 #: Their lists are sizes, which differ with the rows: compared at the first run, and no part of the words.
 _SIZED = {
     ops.aten.view.default,
@@ -245,7 +245,7 @@ def _gives_each_its_own(node: fx.Node) -> bool:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    return calls(node, "tpfuse::all_reduce_norm")
+    return calls(node, "tpfuse::all_reduce_norm") or calls(node, "tpfuse::all_reduce_norm_backward")
 
 
 def _gives_several(node: object) -> bool:
@@ -257,6 +257,9 @@ def _called(node: fx.Node) -> str:
     norm, position = node.args
     assert isinstance(norm, fx.Node) and isinstance(position, int)
     options = norm.kwargs
+    if "want_weight" in options:
+        wanted = {"dx": True, "sum": options["want_sum"], "dweight": options["want_weight"]}
+        return [*(name for name, is_wanted in wanted.items() if is_wanted), "dbias"][position]
     names = ["y"]
     names += ["hidden"] if options.get("hidden_dtype") is not None else []
     names += ["sum"] if options.get("want_sum") else []

@@ -12,6 +12,7 @@ from ..facts.graph import is_call, same_shape, same_size, val, value
 from ..facts.refusals import Code, Refusal
 from ..recognise.alike import Alike, is_region
 from ..recognise.norms import Norm
+from ..recognise.scattered import scattered_sum_problem
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
 from .reach import Reached
@@ -36,11 +37,11 @@ def reason_for(
     if refused is not None and not of_place and reached.product is None:
         return refused if refused.at is None else refused.worded(f"{refused.sentence}: {place(refused.at)}")
     if backward:
-        said = "it belongs to the backward pass, where no norm follows it and no other all-reduce is added to it alone"
+        said = "it belongs to the backward pass; no norm's backward reads it, and no other all-reduce is added to it"
         return Refusal(Code.BACKWARD, said)
     if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
-        said = "it is a reduce-scatter in a training graph; those are fused with their norm in inference graphs only"
-        return Refusal(Code.TRAINING, said)
+        between = "a step between the reduce-scatter and the norm is not looked through"
+        return Refusal(Code.BETWEEN, scattered_sum_problem(collective) or between)
     if collective.kind == "all_gather" and reached.norm is None and reached.alike is None:
         said = f"no norm reads what it gathers, so there is nothing to fuse it with{_whither(reached)}"
         return Refusal(Code.NO_NORM, said)

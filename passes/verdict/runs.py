@@ -17,6 +17,9 @@ class Runs:
     kernel: bool
     sentence: str
 
+#: Of boundaries that stay as the program laid them out.
+LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel.")
+
 
 NOT_FUSED = Runs(False, "")
 IN_ONE_KERNEL = Runs(True, "symmetric memory")
@@ -29,6 +32,8 @@ def how_it_runs(plan: Plan) -> Runs:
     """To be called before the graph is rewritten. What a group found
     out in this process does not count, since the answer is kept with the compiled graph."""
     collective = plan.paid[-1].collective
+    if collective.kind != "all_reduce":
+        return LOCAL_KERNEL
     total = val(collective.result)
     hidden = total.shape[-1] if isinstance(total.shape[-1], int) else None
     refusal = why_not(collective.group_name, total.device, hidden, total.dtype, found_out=False)

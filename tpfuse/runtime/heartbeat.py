@@ -37,7 +37,7 @@ from ..strict_json import StrictJson
 EXIT_STUCK = 75
 _COMMUNICATES = re.compile(
     r"_c10d_functional\.(?:all_reduce|reduce_scatter|all_gather|all_to_all|broadcast)"
-    r"|tpfuse\.(?:all_reduce_norm|reduce_scatter_norm)"
+    r"|tpfuse\.(?:all_reduce_norm|reduce_scatter_norm)(?:_backward)?"
 )
 #: What process groups say in a plain RuntimeError: gloo, the checks of TORCH_DISTRIBUTED_DEBUG=DETAIL, NCCL.
 _GROUP_ERRORS = re.compile(

@@ -65,7 +65,7 @@ class Record(StrictJson):
 
 def _on_the_wire(step: Step) -> str:
     """What the ranks perform together; without a kernel of its own, a fused operation is its collective."""
-    return step.op if step.kernel else step.op.removesuffix("_norm").removesuffix("_tensor")
+    return step.op if step.kernel else step.op.removesuffix("_backward").removesuffix("_norm").removesuffix("_tensor")
 
 
 def records(report: Report) -> dict[Ranks, Record]:

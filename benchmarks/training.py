@@ -1,0 +1,326 @@
+"""One training step of tensor-parallel layers over several GPUs: Inductor and tpfuse, alternating in one run.
+
+    torchrun --nproc-per-node N benchmarks/training.py --out results.json               Llama 3 8B's sizes, 4 layers
+    ... --layouts plain sequence --tokens 8192 --rounds 10                              what is run
+    ... --micro-pipeline                                                  PyTorch's async TP as a third column
+    torchrun --nproc-per-node 2 benchmarks/training.py --smoke                          tiny sizes on the CPU
+    torchrun --nproc-per-node 2 benchmarks/training.py --curves results.json            losses of 200 steps on the CPU
+
+The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
+step is forward, backward and SGD; the loss is the mean log-sum-exp over a rank's own part of the vocabulary less one
+logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, medians of
+alternating rounds; memory is the most that the allocator held during a step.
+
+Curves are the same model's losses in float32 and bfloat16, eager against compiled, from the same start on the same
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from machine import machine
+from records import write
+
+import tpfuse
+from tpfuse.backend import tpfuse as tpfuse_backend
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    inner: int = 14336
+    vocabulary: int = 128256
+    layers: int = 4
+
+
+SMALL = Sizes(64, 4, 2, 96, 64, 2)
+
+
+@dataclass(frozen=True)
+class Record:
+    """ms: of one step. fused: collectives, forward and backward; loss: of the first step."""
+
+    world: int
+    model: str
+    phase: str
+    size: int
+    provider: str
+    ms: float
+    spread: float
+    tokens_per_s: float
+    peak_mb: float
+    fused: int
+    loss: float
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.dim = sizes.hidden // sizes.heads
+        self.q = nn.Linear(sizes.hidden, sizes.heads * self.dim, bias=False)
+        self.k, self.v = (nn.Linear(sizes.hidden, sizes.kv_heads * self.dim, bias=False) for _ in range(2))
+        self.out = nn.Linear(sizes.heads * self.dim, sizes.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (linear(x).view(batch, length, -1, self.dim).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(sizes.hidden, sizes.inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(sizes.inner, sizes.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.RMSNorm(sizes.hidden, eps=1e-5), Attention(sizes)
+        self.norm2, self.mlp = nn.RMSNorm(sizes.hidden, eps=1e-5), MLP(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.attention(self.norm1(x))
+        return h + self.mlp(self.norm2(h))
+
+
+class Model(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(sizes.vocabulary, sizes.hidden)
+        self.layers = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.norm = nn.RMSNorm(sizes.hidden, eps=1e-5)
+        self.output = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        logits = self.output(self.norm(h)).float()
+        return (logits.logsumexp(-1) - logits[..., 0]).mean()
+
+
+def cut(model: nn.Module, mesh: DeviceMesh, layout: str, layers: int) -> nn.Module:
+    sequence = layout == "sequence"
+    rows = Shard(1) if sequence else Replicate()
+    plan: dict[str, Any] = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=rows),
+        "output": ColwiseParallel(input_layouts=rows, output_layouts=Shard(-1)),
+    }
+    norms = ["norm"]
+    for i in range(layers):
+        columns = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
+        plan |= {f"layers.{i}.{name}": ColwiseParallel() for name in columns}
+        plan |= {f"layers.{i}.{name}": RowwiseParallel(output_layouts=rows) for name in ("attention.out", "mlp.down")}
+        norms += [f"layers.{i}.norm1", f"layers.{i}.norm2"]
+        if sequence:
+            gathered = {"input_layouts": (Shard(1),), "desired_input_layouts": (Replicate(),)}
+            plan |= {f"layers.{i}.{name}": PrepareModuleInput(**gathered) for name in ("attention", "mlp")}
+    if sequence:
+        plan |= {name: SequenceParallel() for name in norms}
+    return parallelize_module(model, mesh, plan)
+
+
+def build(sizes: Sizes, mesh: DeviceMesh, layout: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    with device:
+        model = Model(sizes).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return cut(model, mesh, layout, sizes.layers)
+
+
+class Step:
+    """Forward, backward and an SGD step of one model; returns the loss."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any], rate: float = 1e-3) -> None:
+        self.run, self.optimizer = run, torch.optim.SGD(model.parameters(), lr=rate)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        loss = self.run(tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+
+def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record]:
+    sizes = SMALL if arguments.smoke else Sizes(layers=arguments.layers)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    length = 32 if arguments.smoke else arguments.tokens // arguments.batch
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world,))
+    g = torch.Generator(device="cpu").manual_seed(0)
+    tokens = torch.randint(sizes.vocabulary, (arguments.batch, length), generator=g).to(device)
+    records: list[Record] = []
+    for layout in arguments.layouts:
+        steps: dict[str, Step] = {}
+        found: dict[str, tuple[float, int]] = {}
+        peaks: dict[str, float] = {}
+        providers = ["inductor", "tpfuse", *(["micro-pipeline"] if arguments.micro_pipeline else [])]
+        for name in providers:
+            torch._dynamo.reset()
+            model = build(sizes, mesh, layout, dtype, device)
+            backend: Any = tpfuse_backend if name == "tpfuse" else "inductor"
+            options: Any = {"_micro_pipeline_tp": True} if name == "micro-pipeline" else None
+            run = torch.compile(model, backend=backend, options=options, fullgraph=True)
+            steps[name] = Step(model, run)
+            before = len(tpfuse.reports())
+            loss = float(steps[name](tokens))
+            fused = sum(len(report.fused) for report in tpfuse.reports()[before:])
+            found[name] = loss, fused
+            for _ in range(2):
+                steps[name](tokens)
+            peaks[name] = _peak_mb(steps[name], tokens, device)
+        times = _alternating(steps, tokens, arguments.rounds, device)
+        for name in providers:
+            ms = statistics.median(times[name])
+            spread = (max(times[name]) - min(times[name])) / ms
+            loss, fused = found[name]
+            per_second = tokens.numel() / ms * 1000
+            records.append(
+                Record(
+                    world, "llama-3-8b" if sizes != SMALL else "small", layout, tokens.numel(), name, round(ms, 3),
+                    round(spread, 3), round(per_second), round(peaks[name], 1), fused, loss,
+                )
+            )  # fmt: skip
+            if dist.get_rank() == 0:
+                print(records[-1], flush=True)
+        del steps
+    return records
+
+
+def _alternating(steps: dict[str, Step], tokens: Tensor, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            dist.barrier()
+            _synchronise(device)
+            began = time.perf_counter()
+            step(tokens)
+            _synchronise(device)
+            slowest = torch.tensor((time.perf_counter() - began) * 1000, device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            times[name].append(float(slowest))
+    return times
+
+
+def _peak_mb(step: Step, tokens: Tensor, device: torch.device) -> float:
+    """The most of one step above what was held before it."""
+    if device.type != "cuda":
+        return 0.0
+    _synchronise(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(tokens)
+    _synchronise(device)
+    return (torch.cuda.max_memory_allocated(device) - held) / 1e6
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def curves(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Losses of `--steps` steps, eager and compiled."""
+    device = torch.device("cpu")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    records = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in arguments.layouts:
+            losses = {}
+            for provider in ("eager", "tpfuse"):
+                torch._dynamo.reset()
+                model = build(SMALL, mesh, layout, dtype, device)
+                options = {"inner": arguments.inner}
+                run = model if provider == "eager" else torch.compile(model, backend=tpfuse_backend, options=options)
+                step = Step(model, run, rate=0.5)
+                g = torch.Generator().manual_seed(1)
+                batches = [torch.randint(SMALL.vocabulary, (2, 16), generator=g) for _ in range(8)]
+                losses[provider] = [float(step(batches[i % len(batches)])) for i in range(arguments.steps)]
+            apart = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
+            record = {
+                "world": dist.get_world_size(), "model": "small", "phase": layout, "dtype": str(dtype),
+                "size": arguments.steps, "furthest_apart": max(apart), "losses": losses,
+            }  # fmt: skip
+            records.append(record)
+            if dist.get_rank() == 0:
+                ends = {name: (each[0], each[-1]) for name, each in losses.items()}
+                print(layout, dtype, ends, "furthest apart:", max(apart), flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layouts", nargs="+", default=["plain", "sequence"], choices=["plain", "sequence"])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--micro-pipeline", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--curves", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--inner", default="inductor", help="of the curves")
+    arguments = parser.parse_args()
+    on_cpu = arguments.smoke or arguments.curves is not None
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if on_cpu:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(minutes=5))
+    out = arguments.curves or arguments.out
+    records = curves(arguments) if arguments.curves else [asdict(record) for record in measured(arguments, device)]
+    if out is not None and dist.get_rank() == 0:
+        host = {"device": "cpu", "torch": torch.__version__} if on_cpu else machine("training")
+        write(out, {"machine": host, "records": records})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

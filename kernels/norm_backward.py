@@ -1,0 +1,177 @@
+"""The backward of a norm and of the addition behind it: the work of one rank once a gradient's sum is there.
+
+    n = (h - mean) * rstd                        (mean is 0 for RMSNorm)
+    g = dy * (weight + weight_offset)
+    dx = (g - n * mean(g * n) [- mean(g), LayerNorm]) * rstd + residual
+    dweight = sum over rows of dy * n,  dbias = sum over rows of dy
+
+All of it in float32 (float64 where an input is), `dx` rounded once. `norm_backward` runs one Triton kernel on CUDA
+tensors: each program takes every n-th row and keeps its part of the vectors' gradients in registers. Elsewhere, and
+where the kernel does not reach, it runs `norm_backward_reference`: the same formula in plain torch operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .add_norm import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes, on_device_of
+from .compat import next_power_of_2, tl, triton
+from .device import LAYER
+
+#: Programs to a multiprocessor: they hide each other's waits, and each leaves one row of partial sums behind.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+_PROGRAMS_ELSEWHERE = 8  # in the interpreter
+
+
+@dataclass(frozen=True)
+class NormBackwardOut:
+    """`dx`: [rows, H]; `dweight`, `dbias`: [H], float32 (float64 where an input is); None where not asked for."""
+
+    dx: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    weight_offset, eps, rows, programs, dy_stride, h_stride, r_stride,
+    H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < H
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight += weight_offset
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    row = pid
+    while row < rows:
+        at = row.to(tl.int64)
+        dy = tl.load(dy_ptr + at * (dy_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + at * (h_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
+        if NORM == 1:
+            if mean_ptr is not None:  # noqa: SIM108 (the pointer is compiled away)
+                mean = tl.load(mean_ptr + at).to(tl.float32)
+            else:
+                mean = tl.sum(h, axis=0) / H
+            h = tl.where(mask, h - mean, 0.0)
+        if rstd_ptr is not None:
+            rstd = tl.load(rstd_ptr + at).to(tl.float32)
+        else:
+            rstd = tl.rsqrt(tl.sum(h * h, axis=0) / H + eps)
+        n = h * rstd
+        g = dy * weight
+        dx = g - n * (tl.sum(g * n, axis=0) / H)
+        if NORM == 1:
+            dx -= tl.sum(g, axis=0) / H
+        dx *= rstd
+        if residual_ptr is not None:
+            r_row = residual_ptr + at * (r_stride if STRIDED else H)
+            dx += tl.load(r_row + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dweight += dy * n
+        dbias += dy
+        row += programs
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + pid * H + cols, dweight, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + pid * H + cols, dbias, mask=mask)
+
+
+def norm_backward(
+    dy: Tensor,
+    h: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    *,
+    norm: str,
+    eps: float,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype,
+    want_weight: bool,
+    want_bias: bool,
+) -> NormBackwardOut:
+    """The formula above. dy, h, residual: [rows, H]; mean, rstd: [rows, 1], or None, then they are computed from `h`
+    and `eps`; weight: [H] or None; any float dtypes. Raises KeyError for an unknown `norm`."""
+    rows, H = dy.shape
+    given = (dy, h, mean, rstd, weight, residual)
+    plain = out_dtype not in KERNEL_DTYPES or H > MAX_HIDDEN or 0 in (rows, H) or not kernel_takes(*given)
+    if plain:
+        return norm_backward_reference(
+            dy, h, mean, rstd, weight, residual, norm=norm, eps=eps, weight_offset=weight_offset, out_dtype=out_dtype,
+            want_weight=want_weight, want_bias=want_bias,
+        )  # fmt: skip
+    dy, h = _unit(dy), _unit(h)
+    residual = None if residual is None else _unit(residual)
+    strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
+    programs = min(rows, _programs(dy.device))
+    block = next_power_of_2(H)
+    with on_device_of(dy):
+        dx = torch.empty((rows, H), dtype=out_dtype, device=dy.device)
+        partial = [
+            torch.empty((programs, H), dtype=torch.float32, device=dy.device) if wanted else None
+            for wanted in (want_weight, want_bias)
+        ]
+        _norm_backward_kernel[(programs,)](
+            dy, h, _flat(mean), _flat(rstd), _flat(weight), residual, dx, *partial,
+            weight_offset, eps, rows, programs, *strides, H=H, BLOCK=block, NORM=NORMS[norm],
+            STRIDED=any(stride != H for stride in strides), num_warps=min(max(block // 512, 1), 16),
+        )  # fmt: skip
+        vectors = [None if each is None else each.sum(0) for each in partial]
+    return NormBackwardOut(dx, *vectors)
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROGRAMS_ELSEWHERE
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _unit(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(-1).contiguous()
+
+
+def norm_backward_reference(
+    dy: Tensor,
+    h: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    *,
+    norm: str,
+    eps: float,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype,
+    want_weight: bool,
+    want_bias: bool,
+) -> NormBackwardOut:
+    """The same contract as `norm_backward` in plain torch operations: any device."""
+    layer = NORMS[norm] == LAYER
+    given = [t for t in (dy, h, weight, residual) if t is not None]
+    acc = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    dy, h = dy.to(acc), h.to(acc)
+    if layer:
+        h = h - (h.mean(-1, keepdim=True) if mean is None else mean.to(acc))
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) if rstd is None else rstd.to(acc)
+    n = h * rstd
+    g = dy * (weight_offset + (1.0 if weight is None else weight.to(acc)))
+    dx = g - n * (g * n).mean(-1, keepdim=True)
+    if layer:
+        dx = dx - g.mean(-1, keepdim=True)
+    dx = dx * rstd
+    if residual is not None:
+        dx = dx + residual.to(acc)
+    return NormBackwardOut(dx.to(out_dtype), (dy * n).sum(0) if want_weight else None, dy.sum(0) if want_bias else None)

@@ -1,0 +1,136 @@
+"""Training with sequence parallelism: what becomes of every boundary, gradients, and what is executed and saved."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import tpfuse
+
+from . import sequence_models as models
+from .graphs import executed_collectives, fake_world, relative_error
+from .ranks import run_processes
+from .sequence_models import LAYERS
+from .test_training import Cost
+
+BATCH, LENGTH = 2, 8
+NORMS = 2 * LAYERS + 1
+
+
+def cut(how: str, world: int, norm=nn.RMSNorm, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = models.whole(norm, dtype)
+    if how == "dtensor":
+        return models.cut_by_dtensor(model, init_device_mesh("cpu", (world,)))
+    return models.cut_by_hand(model, 0 if how == "megatron" else 1)
+
+
+def tokens(how: str, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(models.TOKENS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return ids.t().contiguous() if how == "megatron" else ids
+
+
+def gradients(model: nn.Module, run, ids: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    run(ids).square().mean().backward()
+    found = [p.grad for p in model.parameters()]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+
+
+def counts(report: tpfuse.Report) -> Counter:
+    return Counter((b.direction, b.collective, b.rewrite) for b in report.boundaries if b.fused)
+
+
+def on_a_rank(rank: int, world: int, dtype: torch.dtype, hows: tuple[str, ...], inner: str) -> dict:
+    """Eager mode is what the compiled step is compared with, float64 what both are judged by."""
+    seen = {}
+    for how in hows:
+        torch._dynamo.reset()
+        ids = tokens(how)
+        exact = gradients(wide := cut(how, world, dtype=torch.float64), wide, ids)
+        model = cut(how, world, dtype=dtype)
+        compiled = torch.compile(model, backend="tpfuse", options={"inner": inner}, fullgraph=True)
+        errors, executed = {}, {}
+        for name, run in (("eager", model), ("compiled", compiled)):
+            errors[name] = relative_error(gradients(model, run, ids), exact)
+            executed[name] = executed_collectives(lambda run=run, ids=ids: run(ids).square().mean().backward())
+        seen[how] = {"errors": errors, "executed": executed, "fused": counts(tpfuse.reports()[-1])}
+    return seen
+
+
+def assert_right(seen: list[dict], dtype: torch.dtype) -> None:
+    for rank in seen:
+        for how, its in rank.items():
+            assert its["fused"] == expected(how), how
+            assert its["executed"]["compiled"] == its["executed"]["eager"], how
+            pairs = zip(its["errors"]["compiled"], its["errors"]["eager"], strict=True)
+            # One seed: the rule over many seeds is tests/passes/test_norm_backward.py's.
+            assert all(new <= 1.5 * old + torch.finfo(dtype).eps for new, old in pairs), (how, its["errors"])
+
+
+def expected(how: str) -> dict:
+    return {
+        ("forward", "reduce_scatter", "reduce_scatter_norm"): NORMS if how == "dtensor" else NORMS - 1,
+        ("backward", "reduce_scatter", "norm_backward"): NORMS,
+    }
+
+
+def test_gradients_of_a_model_that_dtensor_cut():
+    assert_right(run_processes(2, on_a_rank, 2, torch.bfloat16, ("dtensor",), "aot_eager"), torch.bfloat16)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("how", ["dtensor", "megatron", "torchtitan"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_of_every_form(dtype, how, world):
+    assert_right(run_processes(world, on_a_rank, world, dtype, (how,), "aot_eager"), dtype)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["dtensor", "megatron"])
+def test_with_inductor(how):
+    assert_right(run_processes(2, on_a_rank, 2, torch.float32, (how,), "inductor"), torch.float32)
+
+
+FORMS = [
+    ("megatron", nn.RMSNorm),
+    ("torchtitan", nn.LayerNorm),
+    *(pytest.param(how, nn.LayerNorm, marks=pytest.mark.nightly) for how in ("megatron", "dtensor")),
+]
+
+
+@pytest.mark.parametrize(("how", "norm"), FORMS)
+def test_every_boundary_of_every_form(how, norm):
+    with fake_world(2):
+        torch._dynamo.reset()
+        run = torch.compile(cut(how, 2, norm), backend="tpfuse", options={"inner": "aot_eager"}, fullgraph=True)
+        run(tokens(how)).square().mean().backward()
+        assert counts(tpfuse.reports()[-1]) == expected(how)
+
+
+def blocks_checkpointed(model: nn.Module) -> nn.Module:
+    model.run_block = lambda layer, h: checkpoint(layer, h, use_reentrant=False)
+    return model
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["dtensor", "megatron"])
+def test_under_checkpointing_nothing_more_is_saved_or_recomputed(how):
+    seen = {}
+    with fake_world(2):
+        for name, rewrites in (("without", {"rewrites": ()}), ("with", {})):
+            torch._dynamo.reset()
+            model = blocks_checkpointed(cut(how, 2, dtype=torch.bfloat16))
+            options = {"inner": "aot_eager", **rewrites}
+            seen[name] = Cost(model, tokens(how), backend="tpfuse", options=options)
+    fused, plain = seen["with"], seen["without"]
+    assert (fused.forward, fused.backward) == (plain.forward, plain.backward)
+    assert fused.saved <= plain.saved
+    report = tpfuse.reports()[-1]
+    assert counts(report)["backward", "reduce_scatter", "norm_backward"] == NORMS, report
