@@ -25,11 +25,11 @@ from .errors import FusionError, OptionError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .parallel.rows_check import checking, take_marks
+from .passes.facts.backward import backward_nodes
 from .passes.facts.declared import as_functional
 from .passes.facts.groups import resolve_group
 from .passes.facts.refusals import Code
 from .passes.pipeline import PassOptions, fuse
-from .passes.recognise.sites import backward_nodes
 from .passes.rewrite.lower import lower
 from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record

@@ -6,10 +6,11 @@ from functools import cached_property
 
 from torch import fx
 
+from ..facts.backward import backward_nodes
 from ..facts.collectives import Collective, ResolveGroup, find_collectives
 from .hazards import Hazards
 from .norms import Norm, find_norms
-from .sites import Recognition, backward_nodes, recognise
+from .sites import Recognition, recognise
 
 
 class Known:

@@ -141,18 +141,6 @@ def recognise(
     return Recognition(tuple(collectives), tuple(norms), tuple(sites), backward)
 
 
-def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a joint graph that are computed from the incoming gradients."""
-    backward: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if str(node.target).startswith("tangents"):
-                backward.add(node)
-        elif node.op != "output" and any(parent in backward for parent in node.all_input_nodes):
-            backward.add(node)
-    return backward
-
-
 # -- one site ---------------------------------------------------------------------------------------------------------
 
 
@@ -405,4 +393,4 @@ def _hazard(site: Site, total: Sum, hazards: Hazards) -> str:
     return hazards.problem(read, paid, {*total.interior, site.hidden}, out, max(out, norm.output))
 
 
-__all__ = ["Owed", "Recognition", "Site", "backward_nodes", "recognise"]
+__all__ = ["Owed", "Recognition", "Site", "recognise"]

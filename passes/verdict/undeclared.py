@@ -12,11 +12,11 @@ from tpfuse._torch_private import operator_full_name, operator_schema
 from tpfuse.declared import Declaration
 
 from ..facts import aten_ops as ops
+from ..facts.backward import backward_nodes
 from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.graph import argument, value
 from ..facts.others import TORCHS, operator_of
 from ..recognise.norms import find_norms
-from ..recognise.sites import backward_nodes
 from .names import place
 from .reach import reach
 
