@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .add_norm import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes, on_device_of
+from .add_norm import on_device_of
+from .call import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes
 from .compat import next_power_of_2, tl, triton
 from .device import LAYER
 
