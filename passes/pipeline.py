@@ -45,6 +45,7 @@ from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.accounting import origin
 from .verdict.names import module_name
+from .verdict.reasons import IN_BACKWARD
 from .verdict.runs import LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, how_it_runs
 from .verdict.steps import dtype_and_hidden, find_steps
 from .verdict.subgraphs import collectives_inside
@@ -276,7 +277,8 @@ def _norm_backward(graph: fx.Graph, context: Context) -> Verdicts:
     options, known = context.options, context.known
     if not known.backward or not known.norms:
         return {}
-    found: Verdicts = {}
+    boundaries = context.boundaries.items()
+    found = {name: _left(b, IN_BACKWARD) for name, b in boundaries if not b.fused and b.code == IN_BACKWARD.code.value}
     for name, refusal in norm_backward(known, bool(options.as_written)).items():
         boundary = context.boundaries.get(name)
         if boundary is None or (refusal is not None and boundary.fused):

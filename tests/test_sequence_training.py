@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import tpfuse
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES, REWRITES
 
 from . import sequence_models as models
 from .graphs import executed_collectives, fake_world, relative_error
@@ -46,7 +47,9 @@ def counts(report: tpfuse.Report) -> Counter:
     return Counter((b.direction, b.collective, b.rewrite) for b in report.boundaries if b.fused)
 
 
-def on_a_rank(rank: int, world: int, dtype: torch.dtype, hows: tuple[str, ...], inner: str) -> dict:
+def on_a_rank(
+    rank: int, world: int, dtype: torch.dtype, hows: tuple[str, ...], inner: str, rewrites: tuple[str, ...]
+) -> dict:
     """Eager mode is what the compiled step is compared with, float64 what both are judged by."""
     seen = {}
     for how in hows:
@@ -54,7 +57,9 @@ def on_a_rank(rank: int, world: int, dtype: torch.dtype, hows: tuple[str, ...], 
         ids = tokens(how)
         exact = gradients(wide := cut(how, world, dtype=torch.float64), wide, ids)
         model = cut(how, world, dtype=dtype)
-        compiled = torch.compile(model, backend="tpfuse", options={"inner": inner}, fullgraph=True)
+        compiled = torch.compile(
+            model, backend="tpfuse", options={"inner": inner, "rewrites": rewrites}, fullgraph=True
+        )
         errors, executed = {}, {}
         for name, run in (("eager", model), ("compiled", compiled)):
             errors[name] = relative_error(gradients(model, run, ids), exact)
@@ -63,39 +68,41 @@ def on_a_rank(rank: int, world: int, dtype: torch.dtype, hows: tuple[str, ...], 
     return seen
 
 
-def assert_right(seen: list[dict], dtype: torch.dtype) -> None:
+def assert_right(world: int, hows: tuple[str, ...], dtype: torch.dtype, inner: str, rewrites: tuple[str, ...]) -> None:
+    seen = run_processes(world, on_a_rank, world, dtype, hows, inner, rewrites)
     for rank in seen:
         for how, its in rank.items():
-            assert its["fused"] == expected(how), how
+            assert its["fused"] == expected(how, rewrites), how
             assert its["executed"]["compiled"] == its["executed"]["eager"], how
             pairs = zip(its["errors"]["compiled"], its["errors"]["eager"], strict=True)
             # One seed: the rule over many seeds is tests/passes/test_norm_backward.py's.
             assert all(new <= 1.5 * old + torch.finfo(dtype).eps for new, old in pairs), (how, its["errors"])
 
 
-def expected(how: str) -> dict:
-    return {
-        ("forward", "reduce_scatter", "reduce_scatter_norm"): NORMS if how == "dtensor" else NORMS - 1,
-        ("backward", "reduce_scatter", "norm_backward"): NORMS,
-    }
+def expected(how: str, rewrites: tuple[str, ...]) -> dict:
+    forward = {("forward", "reduce_scatter", "reduce_scatter_norm"): NORMS if how == "dtensor" else NORMS - 1}
+    backward = {("backward", "reduce_scatter", "norm_backward"): NORMS}
+    return forward | (backward if "norm_backward" in rewrites else {})
 
 
 def test_gradients_of_a_model_that_dtensor_cut():
-    assert_right(run_processes(2, on_a_rank, 2, torch.bfloat16, ("dtensor",), "aot_eager"), torch.bfloat16)
+    assert_right(2, ("dtensor",), torch.bfloat16, "aot_eager", DEFAULT_REWRITES)
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("rewrites", [DEFAULT_REWRITES, REWRITES], ids=["default", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("how", ["dtensor", "megatron", "torchtitan"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_of_every_form(dtype, how, world):
-    assert_right(run_processes(world, on_a_rank, world, dtype, (how,), "aot_eager"), dtype)
+def test_gradients_of_every_form(rewrites, dtype, how, world):
+    assert_right(world, (how,), dtype, "aot_eager", rewrites)
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("rewrites", [DEFAULT_REWRITES, REWRITES], ids=["default", "all"])
 @pytest.mark.parametrize("how", ["dtensor", "megatron"])
-def test_with_inductor(how):
-    assert_right(run_processes(2, on_a_rank, 2, torch.float32, (how,), "inductor"), torch.float32)
+def test_with_inductor(rewrites, how):
+    assert_right(2, (how,), torch.float32, "inductor", rewrites)
 
 
 FORMS = [
@@ -109,9 +116,12 @@ FORMS = [
 def test_every_boundary_of_every_form(how, norm):
     with fake_world(2):
         torch._dynamo.reset()
-        run = torch.compile(cut(how, 2, norm), backend="tpfuse", options={"inner": "aot_eager"}, fullgraph=True)
+        options = {"inner": "aot_eager", "rewrites": REWRITES}
+        run = torch.compile(cut(how, 2, norm), backend="tpfuse", options=options, fullgraph=True)
         run(tokens(how)).square().mean().backward()
-        assert counts(tpfuse.reports()[-1]) == expected(how)
+        report = tpfuse.reports()[-1]
+        assert counts(report) == expected(how, REWRITES)
+        assert all(b.collective == "all_gather" for b in report.unfused)
 
 
 def blocks_checkpointed(model: nn.Module) -> nn.Module:
@@ -124,7 +134,7 @@ def blocks_checkpointed(model: nn.Module) -> nn.Module:
 def test_under_checkpointing_nothing_more_is_saved_or_recomputed(how):
     seen = {}
     with fake_world(2):
-        for name, rewrites in (("without", {"rewrites": ()}), ("with", {})):
+        for name, rewrites in (("without", {"rewrites": ()}), ("with", {"rewrites": REWRITES})):
             torch._dynamo.reset()
             model = blocks_checkpointed(cut(how, 2, dtype=torch.bfloat16))
             options = {"inner": "aot_eager", **rewrites}

@@ -26,7 +26,7 @@ REWRITES = (
     "quantised_outputs",
 )
 #: Those that are used only where they are asked for by name.
-OPT_IN = ("quantised_outputs",)
+OPT_IN = ("norm_backward", "quantised_outputs")
 DEFAULT_REWRITES = tuple(name for name in REWRITES if name not in OPT_IN)
 NO_MERGE = Refusal(Code.MERGE_OFF, "the rewrite merge_all_reduces is switched off")
 

@@ -256,7 +256,8 @@ def _hand_out(
         return next_output() if rows is None else rows.placed(graph, next_output())
 
     chain = _view_chain(norm.source, hidden)
-    normed = replay(graph, [Step(view) for view in chain], next_rows())
+    placed = next_rows()
+    normed = replay(graph, [Step(view) for view in chain], placed)
     hand_over(out, _cast_like(graph, normed, out))
     if wanted.hidden:
         hand_over(hidden, next_rows())
@@ -274,7 +275,7 @@ def _hand_out(
         for old, new in statistics:
             if old is not None and old.users:
                 if rows is not None:
-                    new = rows.statistic(graph, new, normed)
+                    new = rows.statistic(graph, new, placed)
                 chosen = [Step(node) for node in chain if is_call(node, ops.SELECTIONS)]
                 new = replay(graph, chosen, new)
                 # Statistics may lack the last dimension; those of a single row may have none at all.

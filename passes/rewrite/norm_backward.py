@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import added, insert_call, inserting_behind, last_dim, region_between, same_shape, val
+from ..facts.graph import added, insert_call, inserting_behind, region_between, same_shape, val
 from ..facts.refusals import Code, Refusal
 from ..recognise.hazards import Hazards
 from ..recognise.known import Known
@@ -51,9 +51,12 @@ def norm_backward(known: Known, as_written: bool = False) -> dict[str, Refusal |
 def _problem(gradient: NormGradient, hazards: Hazards, as_written: bool) -> Refusal | None:
     first, last = gradient.collective.node, _last_operand(gradient)
     way = region_between(gradient.out, {gradient.collective.result})
-    written = hazards.write_to([*_operands(gradient), *way], first, max(last, gradient.out))
+    # What forward made is read where it stood, or was saved in another form: no write may have come since.
+    made = [node for node in (gradient.norm.hidden, gradient.norm.mean, gradient.norm.rstd) if node is not None]
+    end = max(last, gradient.out)
+    written = hazards.write_to([*_operands(gradient), *way], first, end) or hazards.write_to(made, min(made), end)
     if written:
-        said = f"{written} writes in place to a value between the collective and the norm's backward"
+        said = f"{written} writes in place to what the norm's backward reads"
         return Refusal(Code.MOVES_PAST, said)
     if any(first < node < gradient.out for node in hazards.modes):
         said = "how operators work changes between the collective and the norm's backward"
@@ -121,7 +124,9 @@ def _apply(graph: fx.Graph, gradient: NormGradient) -> fx.Node:
 
         source = collective.input
         if val(source).dim() != 2:
-            source = insert_call(graph, aten.reshape.default, (source, [-1, last_dim(source)]), like=collective.node)
+            source = insert_call(
+                graph, aten.reshape.default, (source, [-1, sizes_of(graph, source)[-1]]), like=collective.node
+            )
         weight = norm.weight
         if weight is not None and val(weight).dim() != 1:
             weight = insert_call(graph, aten.reshape.default, (weight, [-1]), like=out)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..facts import aten_ops as ops
-from ..facts.graph import insert_call, last_dim, val
+from ..facts.graph import insert_call, is_call, val
 from ..plan.sites import Plan
 from ..recognise.scattered import row_order
 from ..recognise.sums import Step, Sum
@@ -45,13 +45,13 @@ class ScatteredRows:
             node = insert_call(graph, aten.permute.default, (node, back), like=node)
         if val(node).dim() == 2:
             return node
-        return insert_call(graph, aten.reshape.default, (node, [-1, last_dim(node)]), like=node)
+        return insert_call(graph, aten.reshape.default, (node, [-1, sizes_of(graph, node)[-1]]), like=node)
 
     def arrived(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """[rows, H], or [rows, 1], in the shape in which the reduce-scatter gives it."""
         if val(self.source).dim() == 2:
             return node
-        sizes = [-1, *sizes_of(graph, self.source)[1:-1], last_dim(node)]
+        sizes = [-1, *sizes_of(graph, self.source)[1:-1], sizes_of(graph, node)[-1]]
         return insert_call(graph, aten.reshape.default, (node, sizes), like=node)
 
     def placed(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -60,7 +60,8 @@ class ScatteredRows:
 
     def statistic(self, graph: fx.Graph, node: fx.Node, rows: fx.Node) -> fx.Node:
         """[rows, 1] where the graph has it; `rows`: a placed value of as many."""
-        if self.order:
-            return replay(graph, self.steps, self.arrived(graph, node))
+        if self.order:  # all other steps keep the shape (`row_order`), and name it with H
+            moves = [step for step in self.steps if is_call(step.node, ops.REORDERINGS)]
+            return replay(graph, moves, self.arrived(graph, node))
         sizes = [*sizes_of(graph, rows)[:-1], 1]
         return node if len(sizes) == 2 else insert_call(graph, aten.reshape.default, (node, sizes), like=node)

@@ -23,6 +23,15 @@ LEAVES = Refusal(
     Code.LEAVES,
     "the all-reduced value, or what is made of it row by row, leaves the graph before any norm reads it",
 )
+#: Whether a norm's backward reads it is asked only where that rewrite is on (`IN_BACKWARD`).
+BACKWARD = Refusal(
+    Code.BACKWARD,
+    "it belongs to the backward pass, and no other all-reduce is added to it; norm_backward, which fuses it with the"
+    " backward of a norm where one reads it, is off unless `rewrites` names it",
+)
+IN_BACKWARD = BACKWARD.worded(
+    "it belongs to the backward pass; no norm's backward reads it, and no other all-reduce is added to it"
+)
 
 _ONLY = "only RMSNorm and LayerNorm over the last dimension are fused"
 
@@ -37,10 +46,12 @@ def reason_for(
     if refused is not None and not of_place and reached.product is None:
         return refused if refused.at is None else refused.worded(f"{refused.sentence}: {place(refused.at)}")
     if backward:
-        said = "it belongs to the backward pass; no norm's backward reads it, and no other all-reduce is added to it"
-        return Refusal(Code.BACKWARD, said)
+        return BACKWARD
     if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
-        between = "a step between the reduce-scatter and the norm is not looked through"
+        between = (
+            "between the reduce-scatter and the norm stands more than views, numbers and additions of values that are "
+            "known to have the same sizes"
+        )
         return Refusal(Code.BETWEEN, scattered_sum_problem(collective) or between)
     if collective.kind == "all_gather" and reached.norm is None and reached.alike is None:
         said = f"no norm reads what it gathers, so there is nothing to fuse it with{_whither(reached)}"

@@ -17,6 +17,7 @@ class Runs:
     kernel: bool
     sentence: str
 
+
 #: Of boundaries that stay as the program laid them out.
 LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel.")
 

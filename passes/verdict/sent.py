@@ -121,4 +121,3 @@ def _same_collective(targets: Mapping[str, object], node: fx.Node) -> bool:
     """Whether a fused operation performs its original's collective: a fused sum instead of an average does not."""
     kind = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
     return kind is not None and kind.removesuffix("_backward").removesuffix("_norm") in str(targets[origin(node)])
-

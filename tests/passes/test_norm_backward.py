@@ -10,13 +10,20 @@ from torch import Tensor
 
 from tpfuse.passes.facts.groups import resolve_group
 from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES, REWRITES
 from tpfuse.passes.rewrite.lower import lower
 
-from ..graphs import all_reduce, executed_collectives, fake_world, fused, on_ranks, relative_error, trace
+from ..graphs import all_reduce, executed_collectives, fake_world, on_ranks, relative_error, trace
 
 H, EPS = 16, 1e-5
 BF16, F32 = torch.bfloat16, torch.float32
 RESULT = "norm_backward"
+
+
+def fused(gm: torch.fx.GraphModule):
+    """With the rewrite named: it is off unless it is."""
+    outcome = fuse(gm.graph, resolve_group, PassOptions(rewrites=REWRITES, strict=True))
+    return torch.fx.GraphModule(gm, outcome.graph), outcome.report
 
 
 def reduce_scatter(x: Tensor, world: int) -> Tensor:
@@ -270,6 +277,14 @@ def other_eps(h, weight, bias, dy):
     return y, (g - h * rstd / H * (h * rstd * g).sum(-1, keepdim=True)) * rstd, dweight, None
 
 
+def far_smaller_eps(h, weight, bias, dy):
+    """The same where rows have numbers around one, and not where they are small."""
+    y = torch.nn.functional.rms_norm(h, (H,), weight, 1e-12)
+    rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 2e-12)
+    g = dy * weight
+    return y, (g - h * rstd / H * (h * rstd * g).sum(-1, keepdim=True)) * rstd, (dy * h * rstd).sum((0, 1)), None
+
+
 def of_other_rows(h, weight, bias, dy):
     y, dx, dweight, _ = composite(h, weight, bias, dy.flip(0))
     return y, dx, dweight, None
@@ -280,7 +295,7 @@ def without_correction(h, weight, bias, dy):
     return y, dy * weight * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS), dweight, None
 
 
-LOOK_ALIKES = [other_factor, other_eps, of_other_rows, without_correction]
+LOOK_ALIKES = [other_factor, other_eps, far_smaller_eps, of_other_rows, without_correction]
 
 
 @pytest.mark.parametrize("spelling", LOOK_ALIKES, ids=lambda s: s.__name__)
@@ -294,12 +309,12 @@ def test_what_is_no_norms_backward_stays(two_ranks, spelling):
         torch.testing.assert_close(new, old)
 
 
-def test_switched_off_it_stays(two_ranks):
+def test_it_is_off_unless_it_is_named(two_ranks):
     case = Case(composite)
-
     graph = case.traced(case.inputs(0)).graph
-    outcome = fuse(graph, resolve_group, PassOptions(rewrites=("all_reduce_norm",)))
-    assert [b.fused for b in outcome.report.boundaries] == [False]
+    assert RESULT not in DEFAULT_REWRITES
+    (boundary,) = fuse(graph, resolve_group, PassOptions()).report.boundaries
+    assert not boundary.fused and "off unless `rewrites` names it" in boundary.reason
 
 
 def test_compiled_graphs_call_the_collective_and_one_local_operator(two_ranks):
