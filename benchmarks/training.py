@@ -2,14 +2,16 @@
 
     torchrun --nproc-per-node N benchmarks/training.py --out results.json               Llama 3 8B's sizes, 4 layers
     ... --layouts plain sequence --tokens 8192 --rounds 10                              what is run
-    ... --micro-pipeline                                                  PyTorch's async TP as a third column
-    torchrun --nproc-per-node 2 benchmarks/training.py --smoke                          tiny sizes on the CPU
+    ... --providers inductor tpfuse norm_backward micro_pipeline                        tpfuse with norm_backward named;
+                                                                                        PyTorch's async TP
+    torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU
     torchrun --nproc-per-node 2 benchmarks/training.py --curves results.json            losses of 200 steps on the CPU
 
 The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
 step is forward, backward and SGD; the loss is the mean log-sum-exp over a rank's own part of the vocabulary less one
 logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, medians of
-alternating rounds; memory is the most that the allocator held during a step.
+alternating rounds; memory is the most that the allocator held during a step. All providers take the same steps from the
+same start, so the first and the last loss show whether they compute alike; where they do not, the run fails.
 
 Curves are the same model's losses in float32 and bfloat16, eager against compiled, from the same start on the same
 tokens.
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import statistics
 import sys
 import time
@@ -43,11 +44,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from machine import machine
+from machine import join_ranks, machine
 from records import write
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,19 @@ class Sizes:
 
 
 SMALL = Sizes(64, 4, 2, 96, 64, 2)
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "inductor": {"backend": "inductor"},
+    "tpfuse": {"backend": tpfuse_backend},
+    "norm_backward": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward"]}},
+    "micro_pipeline": {"backend": "inductor", "options": {"_micro_pipeline_tp": True}},
+}
+#: How far apart losses may be, by dtype: they are about log(vocabulary).
+LOSSES_APART = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Record:
-    """ms: of one step. fused: collectives, forward and backward; loss: of the first step."""
+    """ms: of one step. fused: collectives, forward and backward; loss, last_loss: of the first and the last step."""
 
     world: int
     model: str
@@ -78,6 +88,7 @@ class Record:
     peak_mb: float
     fused: int
     loss: float
+    last_loss: float
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -184,9 +195,9 @@ class Step:
 
 
 def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record]:
-    sizes = SMALL if arguments.smoke else Sizes(layers=arguments.layers)
+    sizes = SMALL if arguments.tiny else Sizes(layers=arguments.layers)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    length = 32 if arguments.smoke else arguments.tokens // arguments.batch
+    length = 32 if arguments.tiny else arguments.tokens // arguments.batch
     world = dist.get_world_size()
     mesh = init_device_mesh(device.type, (world,))
     g = torch.Generator(device="cpu").manual_seed(0)
@@ -196,14 +207,10 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record
         steps: dict[str, Step] = {}
         found: dict[str, tuple[float, int]] = {}
         peaks: dict[str, float] = {}
-        providers = ["inductor", "tpfuse", *(["micro-pipeline"] if arguments.micro_pipeline else [])]
-        for name in providers:
+        for name in arguments.providers:
             torch._dynamo.reset()
             model = build(sizes, mesh, layout, dtype, device)
-            backend: Any = tpfuse_backend if name == "tpfuse" else "inductor"
-            options: Any = {"_micro_pipeline_tp": True} if name == "micro-pipeline" else None
-            run = torch.compile(model, backend=backend, options=options, fullgraph=True)
-            steps[name] = Step(model, run)
+            steps[name] = Step(model, torch.compile(model, fullgraph=True, **PROVIDERS[name]))
             before = len(tpfuse.reports())
             loss = float(steps[name](tokens))
             fused = sum(len(report.fused) for report in tpfuse.reports()[before:])
@@ -212,7 +219,8 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record
                 steps[name](tokens)
             peaks[name] = _peak_mb(steps[name], tokens, device)
         times = _alternating(steps, tokens, arguments.rounds, device)
-        for name in providers:
+        last = {name: float(step(tokens)) for name, step in steps.items()}
+        for name in arguments.providers:
             ms = statistics.median(times[name])
             spread = (max(times[name]) - min(times[name])) / ms
             loss, fused = found[name]
@@ -220,11 +228,14 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record
             records.append(
                 Record(
                     world, "llama-3-8b" if sizes != SMALL else "small", layout, tokens.numel(), name, round(ms, 3),
-                    round(spread, 3), round(per_second), round(peaks[name], 1), fused, loss,
+                    round(spread, 3), round(per_second), round(peaks[name], 1), fused, loss, last[name],
                 )
             )  # fmt: skip
             if dist.get_rank() == 0:
                 print(records[-1], flush=True)
+        for losses in ([loss for loss, _ in found.values()], [*last.values()]):
+            if max(losses) - min(losses) > LOSSES_APART[dtype]:
+                raise SystemExit(f"{layout}: {', '.join(arguments.providers)} compute other losses: {losses}")
         del steps
     return records
 
@@ -272,16 +283,18 @@ def curves(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         for layout in arguments.layouts:
             losses = {}
-            for provider in ("eager", "tpfuse"):
+            for provider in ("eager", "tpfuse", "norm_backward"):
                 torch._dynamo.reset()
                 model = build(SMALL, mesh, layout, dtype, device)
-                options = {"inner": arguments.inner}
-                run = model if provider == "eager" else torch.compile(model, backend=tpfuse_backend, options=options)
+                run = model
+                if provider != "eager":
+                    options = {"inner": arguments.inner, **PROVIDERS[provider].get("options", {})}
+                    run = torch.compile(model, backend=tpfuse_backend, options=options)
                 step = Step(model, run, rate=0.5)
                 g = torch.Generator().manual_seed(1)
                 batches = [torch.randint(SMALL.vocabulary, (2, 16), generator=g) for _ in range(8)]
                 losses[provider] = [float(step(batches[i % len(batches)])) for i in range(arguments.steps)]
-            apart = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
+            apart = [max(each) - min(each) for each in zip(*losses.values(), strict=True)]
             record = {
                 "world": dist.get_world_size(), "model": "small", "phase": layout, "dtype": str(dtype),
                 "size": arguments.steps, "furthest_apart": max(apart), "losses": losses,
@@ -301,19 +314,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--micro-pipeline", action="store_true")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--providers", nargs="+", default=["inductor", "tpfuse", "norm_backward"], choices=PROVIDERS)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--curves", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--inner", default="inductor", help="of the curves")
     arguments = parser.parse_args()
-    on_cpu = arguments.smoke or arguments.curves is not None
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    on_cpu = arguments.tiny or arguments.curves is not None
+    device = torch.device("cpu")
     if on_cpu:
         torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
     else:
-        torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(minutes=5))
+        _, device = join_ranks(300)
     out = arguments.curves or arguments.out
     records = curves(arguments) if arguments.curves else [asdict(record) for record in measured(arguments, device)]
     if out is not None and dist.get_rank() == 0:

@@ -105,6 +105,50 @@ def test_with_inductor(rewrites, how):
     assert_right(2, (how,), torch.float32, "inductor", rewrites)
 
 
+def with_graphs_that_differ(rank: int) -> dict:
+    """Rank 1 gates the rows it gets in the first block: its own affair, and its boundary is not fused."""
+    ids, gate = tokens("megatron"), torch.linspace(0.5, 1.5, models.HIDDEN)
+
+    def ranks_own(dtype: torch.dtype) -> nn.Module:
+        model = cut("megatron", 2, dtype=dtype)
+        if rank == 1:
+            block = model.layers[0]
+            scatter = block.out_of
+            block.out_of = lambda x: scatter(x) * torch.sigmoid(scatter(x) * gate.to(dtype))
+        else:
+            block = model.layers[0]
+            scatter = block.out_of
+            block.out_of = lambda x: scatter(x) + scatter(x).sin()
+        return model
+
+    exact = gradients(wide := ranks_own(torch.float64), wide, ids)
+    seen = {}
+    for name, rewrites in (("default", DEFAULT_REWRITES), ("all", REWRITES)):
+        torch._dynamo.reset()
+        model = ranks_own(torch.float32)
+        options = {"inner": "aot_eager", "rewrites": rewrites}
+        compiled = torch.compile(model, backend="tpfuse", options=options, fullgraph=True)
+        executed = {
+            how: executed_collectives(lambda run=run: run(ids).square().mean().backward())
+            for how, run in (("eager", model), ("compiled", compiled))
+        }
+        errors = relative_error(gradients(model, compiled, ids), exact)
+        fused = [b.fused for b in tpfuse.reports()[-1].boundaries if b.collective == "reduce_scatter"]
+        seen[name] = {"errors": errors, "executed": executed, "fused": fused}
+    return seen
+
+
+@pytest.mark.nightly
+def test_graphs_of_ranks_that_differ_behind_their_collectives():
+    """What stands behind a reduce-scatter is each rank's own, whether it is fused or not."""
+    first, second = run_processes(2, with_graphs_that_differ)
+    for name in ("default", "all"):
+        assert first[name]["fused"] != second[name]["fused"]
+        for rank in (first, second):
+            assert max(rank[name]["errors"]) < 1e-5
+            assert rank[name]["executed"]["compiled"] == rank[name]["executed"]["eager"]
+
+
 FORMS = [
     ("megatron", nn.RMSNorm),
     ("torchtitan", nn.LayerNorm),

@@ -11,7 +11,7 @@ from torch import Tensor
 from tpfuse.passes.facts.groups import resolve_group
 from tpfuse.passes.pipeline import PassOptions, fuse
 
-from ..graphs import executed_collectives, fake_world, on_ranks, relative_error, trace
+from ..graphs import all_reduce, executed_collectives, fake_world, on_ranks, relative_error, trace
 from .test_norm_backward import BF16, EPS, F32, H, exact, example, reduce_scatter
 
 ROWS, BATCH = 4, 3
@@ -178,6 +178,22 @@ def test_what_is_more_than_rows_and_an_addition_stays(two_ranks, form, fused):
     after, report = rewritten(before)
     assert sum(b.fused for b in report.boundaries) == fused
     assert all(b.fused or b.reason for b in report.boundaries)
+    for old, new in zip(on_ranks(before, 2, *inputs), on_ranks(after, 2, *inputs), strict=True):
+        torch.testing.assert_close(new, old)
+
+
+def test_scattered_rows_do_not_move_in_front_of_another_sum(two_ranks):
+    """What a fused reduce-scatter hands out is a rank's own, as what the program's gave was."""
+
+    def program(tangents, partial, r, weight):
+        h, y, _ = residual(reduce_scatter(partial, 2), r, weight)
+        return normed(h + all_reduce(r.cos()) * torch.sigmoid(y), weight)[0], tangents.exp()
+
+    inputs = Program(residual, 2, F32).inputs(0)
+    before = trace(program, *example(inputs))
+    after, report = rewritten(before)
+    scattered, summed = report.boundaries
+    assert scattered.rewrite == "reduce_scatter_norm" and not summed.fused and "differs between ranks" in summed.reason
     for old, new in zip(on_ranks(before, 2, *inputs), on_ranks(after, 2, *inputs), strict=True):
         torch.testing.assert_close(new, old)
 
