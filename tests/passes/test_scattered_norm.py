@@ -170,7 +170,9 @@ def two_of_them(s, r, weight):
     return h, *normed(h, weight)
 
 
-@pytest.mark.parametrize(("form", "fused"), [(gated, 0), (flipped, 0), (two_of_them, 1)], ids=lambda f: str(f))
+@pytest.mark.parametrize(
+    ("form", "fused"), [(gated, 0), (flipped, 0), (two_of_them, 1)], ids=["gated", "flipped", "two_of_them"]
+)
 def test_what_is_more_than_rows_and_an_addition_stays(two_ranks, form, fused):
     program = Program(form, 2, F32)
     inputs = program.inputs(0)
