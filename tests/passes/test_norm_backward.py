@@ -270,19 +270,22 @@ def other_factor(h, weight, bias, dy):
     return y, (g - h * rstd / H * (h * rstd * g).sum(-1, keepdim=True) * 1.001) * rstd, dweight, None
 
 
-def other_eps(h, weight, bias, dy):
-    y, _, dweight, _ = composite(h, weight, bias, dy)
-    rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 2 * EPS)
+def two_eps(h, weight, dy, eps):
+    """Another eps in one of the places where forward's statistics should stand."""
+    rstd, other = (torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + each) for each in (eps, 2 * eps))
+    y = h * rstd * weight
     g = dy * weight
-    return y, (g - h * rstd / H * (h * rstd * g).sum(-1, keepdim=True)) * rstd, dweight, None
+    dx = (g - h * other / H * (h * rstd * g).sum(-1, keepdim=True)) * rstd
+    return y, dx, (dy * h * rstd).sum((0, 1)), None
+
+
+def other_eps(h, weight, bias, dy):
+    return two_eps(h, weight, dy, EPS)
 
 
 def far_smaller_eps(h, weight, bias, dy):
     """The same where rows have numbers around one, and not where they are small."""
-    y = torch.nn.functional.rms_norm(h, (H,), weight, 1e-12)
-    rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 2e-12)
-    g = dy * weight
-    return y, (g - h * rstd / H * (h * rstd * g).sum(-1, keepdim=True)) * rstd, (dy * h * rstd).sum((0, 1)), None
+    return two_eps(h, weight, dy, 1e-12)
 
 
 def of_other_rows(h, weight, bias, dy):
