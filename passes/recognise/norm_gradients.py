@@ -252,7 +252,10 @@ def _residuals(
         return None
     expected = dx
     for other in read:
-        expected = expected + rows.known[other]
+        added = rows.known[other]
+        if added is None:
+            return None
+        expected = expected + added
     return tuple(read) if _close(numbers, expected) else None
 
 
