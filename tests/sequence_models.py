@@ -135,6 +135,14 @@ class Scatter(torch.autograd.Function):
         return funcol.all_gather_tensor(grad.contiguous(), 0, dist.group.WORLD)
 
 
+def gathered(x: Tensor) -> Tensor:
+    return Gather.apply(x)
+
+
+def scattered(x: Tensor) -> Tensor:
+    return Scatter.apply(x)
+
+
 def permuted(function: type[torch.autograd.Function]) -> Callable[[Tensor], Tensor]:
     """torchtitan's form: the sequence is the second dimension, and is put first for the collective."""
 
@@ -164,7 +172,7 @@ def cut_by_hand(model: Model, dim: int) -> Model:
     def cut(part: nn.Module, along: int) -> None:
         part.weight = nn.Parameter(part.weight.detach().chunk(world, along)[rank].clone())
 
-    into, out_of = (Gather.apply, Scatter.apply) if dim == 0 else (permuted(Gather), permuted(Scatter))
+    into, out_of = (gathered, scattered) if dim == 0 else (permuted(Gather), permuted(Scatter))
     for layer in model.layers:
         for name in COLUMNS:
             cut(layer.get_submodule(name), 0)
