@@ -199,7 +199,7 @@ def test_collectives_inside_higher_order_operators_are_listed(operator):
     outer.recompile()
     report = tpfuse.fuse_graph(outer)
     (verdict,) = report.boundaries
-    assert verdict.collective == "all_reduce" and "subgraph 'body'" in verdict.reason and verdict.group == (0, 1)
+    assert verdict.collective == "all_reduce" and "graph 'body' of" in verdict.reason and verdict.group == (0, 1)
     assert report.collectives_after == 1
 
 
