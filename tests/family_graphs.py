@@ -60,11 +60,13 @@ def trace(function: Any, arguments: Mapping[str, Any], dynamic: bool = False) ->
     """`function(**arguments)` as one graph: a graph break raises."""
     from tpfuse import _torch_private as private
     from tpfuse.backend import _with_aot_eager
-    from tpfuse.runtime import report_store
+    from tpfuse.runtime import held_numbers, report_store
 
     recorder = _Recorder()
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        held_numbers.make_constant(gm)
+        held_numbers.compiled()
         _with_aot_eager(gm, inputs, recorder, {})
         raise private.raised_through_dynamo(_Traced())
 

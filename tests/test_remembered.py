@@ -20,6 +20,8 @@ ELSEWHERE = {
     ("tpfuse.strict_json", "_hints"): "a cache of a pure function",
     ("tpfuse._torch_private.operators", "defaults_of"): "a cache of a pure function: operators keep their schemas",
     ("kernels.add_norm", "tuning"): "a cache of a pure function",
+    ("passes.verdict.names", "clean_path"): "a cache of a pure function",
+    ("passes.verdict.names", "role_of_name"): "a cache of a pure function",
     ("kernels.quantise_program", "encoded"): "a cache of a pure function",
     ("kernels.quantise_program", "converts_fp8"): "a cache of a pure function: a card keeps its capability",
     ("tpfuse.quantisation", "read_quantisation"): "a cache of a pure function",

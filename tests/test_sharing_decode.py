@@ -31,7 +31,7 @@ POLICIES = [(tp, dp, dense) for tp, dp in [(4, 2), (8, 2), (8, 4)] for dense in 
 #: What runs with every change; everything else is nightly.
 SHORT = {
     "collectives": {("llama", 8, 2, None, "decode")},
-    "tokens": {("llama", 4, 2, None, "decode")},
+    "tokens": {("llama", 4, 2, None, "prefill")},
 }
 PROMPT, STEPS = 3, 3
 WHOLE_GROUP, OWN_ROWS, ATTENTION_GROUP = "gather_full_tp", "scatter_dense", "all_reduce_norm"

@@ -90,6 +90,14 @@ class Breaks:
 #: Owner: tpfuse.runtime.endings. Lock: LOCK.
 BREAKS = Breaks()
 
+#: By Dynamo's number of a piece of code and where it reads a float that a module holds: the value that was compiled in.
+#: Owner: tpfuse.runtime.held_numbers. Lock: LOCK.
+HELD_NUMBERS: dict[tuple[int, str], float] = {}
+
+#: By compilation, the symbols that Dynamo was told to trace as constants; until it is over.
+#: Owner: tpfuse.runtime.held_numbers. Lock: LOCK.
+MADE_CONSTANT: dict[tuple[int | None, int], list[str]] = {}
+
 # -- cut models -------------------------------------------------------------------------------------------------------
 
 #: By module, the parameters and buffers that it owns by name.

@@ -33,7 +33,7 @@ from .passes.pipeline import PassOptions, fuse
 from .passes.rewrite.lower import lower
 from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record
-from .runtime import report_store
+from .runtime import held_numbers, report_store
 from .runtime.ballots import Place, ledger
 from .runtime.cache_key import cache_key
 from .runtime.endings import Surroundings, surroundings, with_surroundings
@@ -82,6 +82,7 @@ def tpfuse(
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    held_numbers.make_constant(gm)
     options = with_recorded_policy(options, gm)
     marks = take_marks(gm)
     if any(mark.says.fault for mark in marks):
@@ -107,6 +108,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
             record(its_report)
         return checking(again, spare, marks), its_report
 
+    held_numbers.compiled()
     place = Place(*private.compilation(), private.compiled_codes())
     return guard(checking(compiled, spare, marks), report, options, written, place)
 

@@ -78,7 +78,7 @@ def apply(graph: fx.Graph, plan: Plan) -> None:
         _hand_out(graph, plan, wanted, fused, out, waits, rows)
     # The partitioner never recomputes a collective of its own accord, but knows one by its namespace only.
     fused.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
-    _erase(graph, wanted.dead, waits)
+    _erase(graph, wanted.dead, waits, partial)
 
 
 # -- what is needed ---------------------------------------------------------------------------------------------------
@@ -307,7 +307,11 @@ def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     return insert_call(graph, aten.reshape.default, (node, sizes_of(graph, like)), like=like)
 
 
-def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:
+def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective], partial: fx.Node) -> None:
+    for node in dead:
+        for size in [user for user in node.users if user.target is aten.sym_size.int and user not in dead]:
+            if same_shape(node, partial):
+                size.replace_input_with(node, partial)  # its sizes were read off what goes now
     for node in sorted(dead, reverse=True):
         if not node.users:
             graph.erase_node(node)

@@ -206,6 +206,52 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
+def held_numbers(gm: fx.GraphModule) -> dict[str, tuple[str, float]]:
+    """The floats that modules hold and that Dynamo made symbolic in this graph, as it does under `dynamic=True`: where
+    the program reads each, its symbol and its value.
+
+    If a symbolic float comes in another way than as a tensor with `item_memo`: none, and what is multiplied by one
+    stays behind its sum.
+    """
+    found = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        number = getattr(node.meta.get("example_value"), "item_memo", None)
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if not isinstance(number, torch.SymFloat) or source is None or number.node.hint is None:
+            continue
+        kind, name = (one() if callable(one) else one for one in (source.guard_source, source.name))
+        symbol = getattr(getattr(number.node, "_expr", None), "name", "")
+        if symbol and "NN_MODULE" in getattr(kind, "name", ""):
+            found[name] = symbol, float(number.node.hint)
+    return found
+
+
+def trace_again_with_constants(symbols: Sequence[str]) -> None:
+    """Raise what lets Dynamo trace the program once more with these symbolic floats as constants, each with a guard.
+
+    If `TensorifyState` goes: nothing is raised, and they stay symbolic.
+    """
+    try:
+        from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+        from torch._dynamo.symbolic_convert import TensorifyState
+    except ImportError:
+        return
+    for symbol in symbols:
+        TensorifyState.specialize(symbol)
+    raise TensorifyScalarRestartAnalysis
+
+
+def symbolic_again(symbols: Sequence[str]) -> None:
+    """Undo what `trace_again_with_constants` told Dynamo: it goes by names, which other graphs have as well.
+
+    If `TensorifyState` goes, there is nothing to undo.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._dynamo.symbolic_convert import TensorifyState
+
+        TensorifyState.force_specializations.difference_update(symbols)
+
+
 def compilation() -> tuple[int | None, int]:
     """(the number of the piece of code that Dynamo compiles now, how many times it has compiled it before).
 
