@@ -244,7 +244,7 @@ def trace_again_with_constants(symbols: Sequence[str]) -> None:
 def symbolic_again(symbols: Sequence[str]) -> None:
     """Undo what `trace_again_with_constants` told Dynamo: it goes by names, which other graphs have as well.
 
-    If `TensorifyState` goes, there is nothing to undo.
+    If `TensorifyState` goes: nothing is undone, and nothing was told.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch._dynamo.symbolic_convert import TensorifyState
