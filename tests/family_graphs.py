@@ -66,8 +66,8 @@ def trace(function: Any, arguments: Mapping[str, Any], dynamic: bool = False) ->
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         held_numbers.make_constant(gm)
-        held_numbers.compiled()
-        _with_aot_eager(gm, inputs, recorder, {})
+        with held_numbers.until_compiled():
+            _with_aot_eager(gm, inputs, recorder, {})
         raise private.raised_through_dynamo(_Traced())
 
     torch.compiler.reset()

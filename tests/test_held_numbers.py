@@ -72,3 +72,13 @@ def test_a_number_that_is_an_argument_stays_symbolic(compiled) -> None:
     for factor in (0.5, 0.75):
         torch.testing.assert_close(fn(torch.ones(3, H), factor), program(torch.ones(3, H), factor))
     assert len(tpfuse.reports()) == before + 1 and fused() == [False]
+
+
+def test_after_a_reset_another_number_is_a_constant_as_well(compiled) -> None:
+    block, fn = compiled
+    x = torch.randn(3, H)
+    for factor in (0.25, 0.5):
+        torch._dynamo.reset()
+        block.factor = factor
+        torch.testing.assert_close(fn(x), block(x))
+        assert fused() == [True]

@@ -91,7 +91,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     around = surroundings(gm)
     tracing = private.tracing_again(example_inputs)
     book = ledger() if options.check_plans else None
-    with book.compiling() if book is not None else contextlib.nullcontext():
+    with held_numbers.until_compiled(), book.compiling() if book is not None else contextlib.nullcontext():
         compiled, report = _compiled(gm, example_inputs, options, around)
 
     def written() -> tuple[Callable[..., Any], Report]:
@@ -108,7 +108,6 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
             record(its_report)
         return checking(again, spare, marks), its_report
 
-    held_numbers.compiled()
     place = Place(*private.compilation(), private.compiled_codes())
     return guard(checking(compiled, spare, marks), report, options, written, place)
 

@@ -9,6 +9,9 @@ again at every step.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import fx
 
 from tpfuse import _state as state
@@ -17,23 +20,37 @@ from tpfuse import _torch_private as private
 
 def make_constant(gm: fx.GraphModule) -> None:
     """Let Dynamo trace again where a graph's held numbers can be constants; once a compilation."""
-    compilation = code, _ = private.compilation()
+    compilation = code, before = private.compilation()
     if code is None or compilation in state.MADE_CONSTANT or not (held := private.held_numbers(gm)):
         return
+    constant = []
     with state.LOCK:
-        constant = [
-            symbol
-            for name, (symbol, value) in held.items()
-            if state.HELD_NUMBERS.setdefault((code, name), value) == value
-        ]
+        for name, (symbol, value) in held.items():
+            if before == 0:  # new code, or Dynamo was reset and counts anew
+                state.HELD_NUMBERS[code, name] = value
+            if state.HELD_NUMBERS.setdefault((code, name), value) == value:
+                constant.append(symbol)
         if constant:
             state.MADE_CONSTANT[compilation] = constant
     if constant:
         private.trace_again_with_constants(constant)
 
 
-def compiled() -> None:
-    """The compilation is over: what other graphs call by these names is not meant."""
+@contextlib.contextmanager
+def until_compiled() -> Iterator[None]:
+    """Behind it the compilation is over, unless Dynamo traces once more: what other graphs call by the same names was
+    not meant, and a compilation that failed begins anew."""
+    try:
+        yield
+    except private.restarts_tracing():
+        raise
+    except BaseException:
+        _over()
+        raise
+    _over()
+
+
+def _over() -> None:
     with state.LOCK:
         symbols = state.MADE_CONSTANT.pop(private.compilation(), None)
     if symbols:
