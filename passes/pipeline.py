@@ -1,6 +1,6 @@
 """The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
 
-    normalise → relayout → merge → norm_backward → fuse → settle → quantise → account
+    normalise → relayout → merge → norm_backward → fuse → settle → quantise → gather → account
 
 Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
 by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
@@ -36,6 +36,7 @@ from .recognise.sites import Recognition
 from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
+from .rewrite.gather import gather
 from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.norm_backward import norm_backward
 from .rewrite.normalise import normalise
@@ -320,6 +321,21 @@ def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
     return {name: replace(b, quantised=words[name]) for name, b in context.boundaries.items() if name in words}
 
 
+def _gather(graph: fx.Graph, context: Context) -> Verdicts:
+    """Put the gathers of what fused operations give each rank into these operations."""
+    known = context.known
+    if not context.rewritten or not (known.backward or context.options.split):
+        return {}
+    taken = {name: of for name, of in gather(known).items() if {name, of} <= context.boundaries.keys()}
+    context.edited = True
+    graph.lint()
+    boundaries = {name: (_left(context.boundaries[name], None), context.boundaries[of]) for name, of in taken.items()}
+    return {
+        name: replace(boundary, fused=True, rewrite=of.rewrite, norm=of.norm, runs=of.runs)
+        for name, (boundary, of) in boundaries.items()
+    }
+
+
 def _account(graph: fx.Graph, context: Context) -> Verdicts:
     """What every boundary sent and sends now, and how its rows lie."""
     performed = accounting.transfers(graph, context.known.resolve) if context.rewritten else context.written
@@ -345,6 +361,7 @@ STEPS = (
     Step(_fuse),
     Step(_settle),
     Step(_quantise, rewrite="quantised_outputs"),
+    Step(_gather),
     Step(_account, invalidates=()),
 )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from . import _torch_private as private
-from . import backward_ops as _backward_ops  # noqa: F401
+from . import gather_ops as _gather_ops  # noqa: F401 (with all operators)
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .declared import Declaration, declarations
 from .errors import FusionError, OptionError, TPFuseError
@@ -31,6 +31,7 @@ from .passes.facts.groups import resolve_group
 from .passes.facts.refusals import Code
 from .passes.pipeline import PassOptions, fuse
 from .passes.rewrite.lower import lower
+from .passes.rewrite.take_apart import take_apart
 from .passes.verdict.steps import find_steps, with_late_steps
 from .report import Report, record
 from .runtime import held_numbers, report_store
@@ -226,13 +227,20 @@ class FusionPass(CustomGraphPass):
         report = self.reports[-1]
         boundaries = list(report.boundaries)
         for index, name in enumerate(names):
-            if boundaries[index].code == Code.ASTRIDE and name in late:
+            # Behind a boundary that waited, a gather that it takes in waited as well.
+            waited = boundaries[index].code == Code.ASTRIDE or (name in late and late[name].fused)
+            if waited and name in late and not boundaries[index].fused:
                 boundaries[index] = late[name]
         inner = len(outcome.report.boundaries) - len(outcome.names)
         fewer = before - (outcome.report.collectives_after - inner)
         steps = with_late_steps(report.steps, outcome.report.steps)
         after = report.collectives_after - fewer
         self.reports[-1] = replace(report, boundaries=boundaries, collectives_after=after, steps=steps)
+
+    def finish_half(self, graph: fx.Graph) -> None:
+        """The same for either half as Inductor has it, whose own passes see gathers by themselves."""
+        self.finish(graph)
+        take_apart(_owner(graph).graph)
 
     def uuid(self) -> bytes | None:
         """None, which bypasses the caches, where a user's pass or a declaration's `resolve` has no key of its own."""
@@ -283,7 +291,7 @@ def assemble(options: Options) -> tuple[FusionPass, dict[str, Any]]:
     fusion = FusionPass(options, _users_passes(patches, "joint_custom_post_pass"))
     patches["joint_custom_post_pass"] = fusion
     # The rest of the boundaries, once the joint graph is split; and at the end the form that costs the host least.
-    for stage, then in (("post_grad_custom_pre_pass", fusion.finish), ("post_grad_custom_post_pass", lower)):
+    for stage, then in (("post_grad_custom_pre_pass", fusion.finish_half), ("post_grad_custom_post_pass", lower)):
         patches[stage] = HalfPass(fusion, _users_passes(patches, stage), then)
     return fusion, patches
 

@@ -28,7 +28,7 @@ from ._torch_private import group_size, register_local_tensor_rule
 from .kernels.norm_backward import norm_backward
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
-_ARGUMENTS = (
+ARGUMENTS = (
     "(Tensor x, Tensor h, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? residual, *, str norm, float eps,"
     " float weight_offset, ScalarType out_dtype, bool want_sum, bool want_weight, bool want_bias, str group_name)"
     " -> Tensor[]"
@@ -70,7 +70,7 @@ def _define(name: str, pay: Callable[[Tensor, str], Tensor], scattered: bool) ->
             outputs.append(x.new_empty((rows, x.shape[1])))
         return outputs + [x.new_empty(x.shape[1:], dtype=vector) for wanted in (want_weight, want_bias) if wanted]
 
-    _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
     register_local_tensor_rule(f"tpfuse::{name}", run)
@@ -98,7 +98,7 @@ def _define_local() -> None:
         vectors = [total.new_empty(total.shape[1:], dtype=vector) for wanted in (want_weight, want_bias) if wanted]
         return [total.new_empty(total.shape, dtype=out_dtype), *vectors]
 
-    arguments = _ARGUMENTS.replace("Tensor x,", "Tensor total,").replace(" bool want_sum,", "")
+    arguments = ARGUMENTS.replace("Tensor x,", "Tensor total,").replace(" bool want_sum,", "")
     arguments = arguments.replace(", str group_name)", ")")
     _LIBRARY.define("norm_backward" + arguments, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl("norm_backward", run, "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import fx
 
 from . import _torch_private as private
-from . import backward_ops as _backward_ops  # noqa: F401
+from . import gather_ops as _gather_ops  # noqa: F401 (with all operators)
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .declared import declarations
 from .errors import PlanError, PolicyError, TPFuseError

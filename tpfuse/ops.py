@@ -43,7 +43,8 @@ from .lean import define as define_lean
 from .parallel.mesh import group_name_of, no_such_group
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
-_ARGUMENTS = (
+#: Of each of the operators, and what it returns.
+ARGUMENTS = (
     "(Tensor x, Tensor? residual, Tensor? pre_bias, Tensor? weight, Tensor? bias, Tensor? eps_tensor, *, "
     f"{Options.schema()}) -> Tensor[]"
 )
@@ -274,7 +275,7 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     def rule(*operands: Any, **options: Any) -> list[Tensor]:
         return functional(Call(*operands, **options))
 
-    _LIBRARY.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
     register_local_tensor_rule(f"tpfuse::{name}", rule)

@@ -18,6 +18,8 @@ from .fakes import call_on_fakes
 
 #: Metadata: the name of the collective that a node stands for (see accounting.py).
 ORIGIN = "tpfuse_origin"
+#: Metadata of an operation that gathers as well: the name of the gather that it stands for.
+GATHERS = "tpfuse_gathers"
 #: Metadata of a gather: it gathers what is each rank's own, whatever that is.
 OWN_ROWS = "tpfuse_own_rows"
 #: Metadata of a fused operation: its rank finishes rows that other ranks read, with its own residual, weight and bias.

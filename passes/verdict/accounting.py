@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema
@@ -19,7 +20,7 @@ from tpfuse.report import Boundary, Transfer
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup, is_collective
-from ..facts.graph import ORIGIN, argument, value
+from ..facts.graph import GATHERS, ORIGIN, argument, value
 from ..facts.groups import MeshGroups
 from ..plan.layouts import STEP_LAYOUTS, sent_bytes
 
@@ -29,6 +30,8 @@ OURS = {
     "tpfuse::reduce_scatter_norm": "reduce_scatter",
     "tpfuse::all_reduce_norm_backward": "all_reduce",
     "tpfuse::reduce_scatter_norm_backward": "reduce_scatter",
+    "tpfuse::reduce_scatter_norm_gather": "reduce_scatter",
+    "tpfuse::reduce_scatter_norm_backward_gather": "reduce_scatter",
 }
 
 
@@ -50,6 +53,8 @@ def transfers(graph: fx.Graph, resolve: ResolveGroup) -> dict[str, tuple[Transfe
         transfer = _transfer(node, resolve)
         if transfer is not None:
             found[origin(node)].append(transfer)
+            if GATHERS in node.meta:
+                found[node.meta[GATHERS]].append(_gathered(node, transfer.group))
     return {name: tuple(items) for name, items in found.items()}
 
 
@@ -117,9 +122,17 @@ def performs(node: fx.Node) -> str | None:
     return next((kind for kind in ops.COLLECTIVE_KINDS if name.startswith(kind)), name)
 
 
+def _gathered(node: fx.Node, ranks: tuple[int, ...]) -> Transfer:
+    """What an operation sends to gather its last result."""
+    return Transfer("all_gather", ranks, _bytes("all_gather", node.meta["val"][-1], len(ranks)))
+
+
 def _sent(node: fx.Node, kind: str, ranks: int) -> int | None:
+    return _bytes(kind, value(node if kind == "all_gather" else node.args[0] if node.args else None), ranks)
+
+
+def _bytes(kind: str, sent: torch.Tensor | None, ranks: int) -> int | None:
     """Bytes each rank sends; None where a size is unknown."""
-    sent = value(node if kind == "all_gather" else node.args[0] if node.args else None)
     count = _hinted(sent.numel()) if sent is not None else None
     if sent is None or count is None or ranks == 0:
         return None

@@ -22,11 +22,14 @@ from tpfuse._torch_private import is_higher_order, is_operator, without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
-from ..facts.graph import FINISHES, argument, is_call, symbols, value
+from ..facts.graph import FINISHES, GATHERS, argument, is_call, symbols, value
 from ..recognise.streams import calls
 
-#: The fused operators that communicate: one collective each.
-FUSED = ("all_reduce_norm", "reduce_scatter_norm", "all_reduce_norm_backward", "reduce_scatter_norm_backward")
+#: The fused operators that communicate: one collective each, and a gather behind it where their name says so.
+FUSED = (
+    "all_reduce_norm", "reduce_scatter_norm", "all_reduce_norm_backward", "reduce_scatter_norm_backward",
+    "reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather",
+)  # fmt: skip
 #: Their lists are sizes, which differ with the rows: compared at the first run, and no part of the words.
 _SIZED = {
     ops.aten.view.default,
@@ -257,6 +260,8 @@ def _called(node: fx.Node) -> str:
     norm, position = node.args
     assert isinstance(norm, fx.Node) and isinstance(position, int)
     options = norm.kwargs
+    if GATHERS in norm.meta and position == len(norm.meta["val"]) - 1:
+        return "gathered"
     if "want_weight" in options:
         wanted = {"dx": True, "sum": options["want_sum"], "dweight": options["want_weight"]}
         return [*(name for name, is_wanted in wanted.items() if is_wanted), "dbias"][position]

@@ -16,7 +16,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.declared import operator_of
-from ..facts.graph import FINISHES, OWN_ROWS, argument, is_call, symbols, value
+from ..facts.graph import FINISHES, GATHERS, OWN_ROWS, argument, is_call, symbols, value
 from ..facts.groups import resolve_group
 from ..recognise.streams import calls
 from .accounting import origin
@@ -86,6 +86,10 @@ class Sent:
         how = digest([str(argument(node, "reduce_op")), *expression.words()])
         return f"{how}:{','.join(f'#{i}' for i in found)}"
 
+    def gathered_by(self, node: fx.Node) -> str:
+        """What an operation that gathers as well sends behind its sum: its rank's own rows, as the program does."""
+        return f"#{self.index[name]}" if (name := node.meta[GATHERS]) in self.index else "?"
+
     def relied_on(self, node: fx.Node) -> tuple[int, ...]:
         """Which of the compiled graph's inputs `node` takes for equal on all ranks, in the order in which what is sent
         reads them; their values are compared before the first run. -1 is one that cannot be told."""
@@ -120,4 +124,4 @@ def _input(node: fx.Node) -> object:
 def _same_collective(targets: Mapping[str, object], node: fx.Node) -> bool:
     """Whether a fused operation performs its original's collective: a fused sum instead of an average does not."""
     kind = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
-    return kind is not None and kind.removesuffix("_backward").removesuffix("_norm") in str(targets[origin(node)])
+    return kind is not None and kind.partition("_norm")[0] in str(targets[origin(node)])

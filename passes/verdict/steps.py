@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_name
 from tpfuse.report import Step
 
 from ..facts.collectives import ResolveGroup
-from ..facts.graph import argument, last_dim, value
+from ..facts.graph import GATHERS, argument, value
 from ..recognise.streams import calls
 from .expression import FUSED, communicates, digest
 from .names import module_name
@@ -19,8 +20,8 @@ from .sent import Sent, communicating
 
 
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
-    """One step for every collective and every fused operation of `graph`, in graph order. `original`: what `graph` was
-    before it was rewritten, where it was."""
+    """One step for every collective and every fused operation of `graph`, in graph order, and one more where that
+    gathers as well. `original`: what `graph` was before it was rewritten, where it was."""
     written = original or graph
     sent = Sent(communicating(written), written.owning_module, resolve)
     steps = []
@@ -30,11 +31,14 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         fused = next((name for name in FUSED if calls(node, f"tpfuse::{name}")), None)
         group = argument(node, "group_name")
         ranks = resolve(group) if isinstance(group, str) else None
-        op = fused or operator_name(node.target)
+        op = fused.removesuffix("_gather") if fused else operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
         relies, shapes = sent.relied_on(node), sent.shapes(node)
         steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies, shapes))
+        if GATHERS in node.meta:
+            gather, rows = "all_gather_into_tensor", sent.gathered_by(node)
+            steps.append(Step(gather, ranks or (), *_of(node.meta["val"][-1]), module_name(node), rows))
     return steps
 
 
@@ -55,7 +59,9 @@ def with_late_steps(steps: list[Step], late: list[Step]) -> list[Step]:
 def dtype_and_hidden(node: object) -> tuple[str, int | None]:
     """("float32", 4096), as far as they are known before the graph runs."""
     tensor = value(node)
-    if tensor is None or not isinstance(node, fx.Node):
-        return "", None
-    hidden = last_dim(node) if tensor.dim() else None
+    return ("", None) if tensor is None else _of(tensor)
+
+
+def _of(tensor: torch.Tensor) -> tuple[str, int | None]:
+    hidden = tensor.shape[-1] if tensor.dim() else None
     return str(tensor.dtype).removeprefix("torch."), hidden if isinstance(hidden, int) else None

@@ -1,0 +1,111 @@
+"""Recognise: a gather of the rows that one of our operations gives each rank.
+
+    y, ... = reduce_scatter_norm(...)                gathered = all-gather of y over the same ranks
+    dx, ... = reduce_scatter_norm_backward(...)      gathered = all-gather of dx
+
+What stands between are views that leave the rows in their order. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..facts import aten_ops as ops
+from ..facts.checkpoint import recompute_tag
+from ..facts.collectives import Collective
+from ..facts.graph import argument, input_node, is_call, is_float, last_dim, same_shape, same_size, val
+from .known import Known
+from .streams import calls
+
+aten = ops.aten
+#: Our operations that scatter, and whose first result are rows of a rank's own.
+SCATTERING = ("tpfuse::reduce_scatter_norm", "tpfuse::reduce_scatter_norm_backward")
+
+
+@dataclass(frozen=True)
+class Gather:
+    """`collective` gathers `rows`, the first result of `fused`, seen through `views`."""
+
+    fused: fx.Node
+    rows: fx.Node
+    views: tuple[fx.Node, ...]
+    collective: Collective
+
+
+def find_gathers(known: Known) -> list[Gather]:
+    """In graph order: at most one of an operation, and none that another collective stands in front of."""
+    found: list[Gather] = []
+    taken: set[fx.Node] = set()
+    for collective in known.collectives:
+        gather = _gather(collective, known)
+        if gather is not None and gather.fused not in taken:
+            taken.add(gather.fused)
+            found.append(gather)
+    return found
+
+
+def _gather(collective: Collective, known: Known) -> Gather | None:
+    plain = str(collective.node.target).endswith("all_gather_into_tensor.default")
+    if not plain or collective.problem or collective.wait is None or len(collective.node.users) != 1:
+        return None
+    if not is_float(argument(collective.node, "input")):
+        return None
+    node, views = collective.input, list[fx.Node]()
+    while is_call(node, ops.VIEWS | ops.COPIES_OF_VALUES) and is_float(node.args[0]):
+        views.append(node)
+        node = input_node(node)
+    if node.target is not ops.operator.getitem or node.args[1] != 0:
+        return None
+    fused = input_node(node)
+    if not any(calls(fused, name) for name in SCATTERING) or fused.kwargs.get("quant"):
+        return None
+    group = argument(fused, "group_name")
+    ranks = known.resolve(group) if isinstance(group, str) else None
+    if ranks is None or ranks != collective.ranks or not _keeps_rows(node, views[::-1]):
+        return None
+    if _overtakes(collective.node, fused):
+        return None
+    if known.backward and not _tagged_alike(fused, collective.node):  # it is still to be split by these tags
+        return None
+    return Gather(fused, node, tuple(views), collective)
+
+
+def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
+    """Whether `rows`, [rows, H], are still in their order after these views: permuted and back at the most."""
+    order = [0, 1]
+    for view in views:
+        if is_call(view, {aten.permute.default}):
+            order = [order[dim % len(order)] for dim in argument(view, "dims")]
+        elif is_call(view, {aten.transpose.int}):
+            a, b = (argument(view, name) % len(order) for name in ("dim0", "dim1"))
+            order[a], order[b] = order[b], order[a]
+        elif is_call(view, ops.REORDERINGS):
+            return False
+        elif not same_shape(view, input_node(view)):
+            if order != sorted(order) or not same_size(last_dim(view), last_dim(rows)):
+                return False
+            order = list(range(val(view).dim()))
+    return order == sorted(order) and len(order) > 1
+
+
+def _overtakes(gather: fx.Node, fused: fx.Node) -> bool:
+    """Whether something else communicates between the operation and the gather, which would come before it."""
+    node = fused.next
+    while node is not gather:
+        if str(node.target).startswith(("_c10d_functional.", "tpfuse.")) and node.target is not ops.WAIT:
+            return True
+        node = node.next
+    return False
+
+
+def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:
+    """Whether an activation checkpoint treats both alike. An operation outside of any is tagged by us: it is saved."""
+    if "ac_graph_id" not in fused.meta and "ac_graph_id" not in gather.meta:
+        return "recompute" not in gather.meta
+    return recompute_tag(fused) == recompute_tag(gather)
+
+
+__all__ = ["SCATTERING", "Gather", "find_gathers"]

@@ -1,0 +1,53 @@
+"""The gather behind a fused reduce-scatter, in the same operation: of a norm's rows, or of the gradient behind it.
+
+The operation hands out the gathered rows besides its other results. The two collectives keep their order, and nothing
+stands between them, so what is sent is what the program sends, and no other rank need have the same graph.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tpfuse._torch_private import operator_full_name
+
+from ..facts import aten_ops as ops
+from ..facts.graph import GATHERS, insert_call, inserting_behind, val
+from ..recognise.gathers import Gather, find_gathers
+from ..recognise.known import Known
+from ..verdict.accounting import origin
+from .replay import sizes_of
+
+aten = ops.aten
+
+
+def gather(known: Known) -> dict[str, str]:
+    """Take in every gather that can be. Changes the graph. Returns, by the name of the program's gather, that of the
+    collective in whose operation it is."""
+    found = {}
+    for each in find_gathers(known):
+        found[origin(each.collective.node)] = origin(each.fused)
+        _apply(known.graph, each)
+    return found
+
+
+def _apply(graph: fx.Graph, found: Gather) -> None:
+    old, collective = found.fused, found.collective
+    name = operator_full_name(old.target).partition("::")[2]
+    result = collective.result
+    with inserting_behind(graph, old):
+        operator = getattr(ops.tpfuse, f"{name}_gather").default
+        fused = insert_call(graph, operator, old.args, dict(old.kwargs), like=old)
+        fused.meta |= {key: kept for key, kept in old.meta.items() if key not in fused.meta}
+        fused.meta[GATHERS] = origin(collective.node)
+        count = len(old.meta["val"])
+    old.replace_all_uses_with(fused, propagate_meta=False)
+    graph.erase_node(old)
+    with graph.inserting_before(collective.node):
+        rows = insert_call(graph, ops.operator.getitem, (fused, count), like=result)
+        if val(result).dim() != 2:
+            sizes = [-1, *sizes_of(graph, collective.input)[1:]]
+            rows = insert_call(graph, aten.reshape.default, (rows, sizes), like=result)
+    result.replace_all_uses_with(rows, propagate_meta=False)
+    for node in (result, collective.node, *found.views, found.rows):
+        if not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,46 @@
+"""A graph that is split holds gathers by themselves again: no kernel does one with what stands in front of it.
+
+That comes before the compiler's own passes on collectives, which then see every gather (and products behind it, for
+PyTorch's async tensor parallelism) as in a graph of the program's. What is sent, and in which order, stays.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tpfuse._torch_private import group_size, operator_full_name
+
+from ..facts import aten_ops as ops
+from ..facts.graph import GATHERS, ORIGIN, argument, insert_call
+from ..recognise.gathers import SCATTERING
+
+c10d = ops.c10d
+_OURS = {f"{name}_gather" for name in SCATTERING}
+
+
+def take_apart(graph: fx.Graph) -> int:
+    """Put an operation and a gather in the place of every operation that holds both; how many there were."""
+    found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
+    for node in found:
+        _take_apart(graph, node)
+    return len(found)
+
+
+def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
+    name, group = operator_full_name(node.target), argument(node, "group_name")
+    operator = getattr(ops.tpfuse, name.partition("::")[2].removesuffix("_gather")).default
+    last = len(node.meta["val"]) - 1
+    with graph.inserting_before(node):
+        fused = insert_call(graph, operator, node.args, dict(node.kwargs), like=node)
+        fused.meta |= {key: kept for key, kept in node.meta.items() if key not in fused.meta and key != GATHERS}
+        rows = insert_call(graph, ops.operator.getitem, (fused, 0), like=node)
+        given = (rows, group_size(group), group)
+        pending = insert_call(graph, c10d.all_gather_into_tensor.default, given, like=node)
+        pending.meta[ORIGIN] = node.meta.get(GATHERS, pending.name)
+        gathered = insert_call(graph, ops.WAIT, (pending,), like=pending)
+    for user in list(node.users):
+        if user.args[1] == last:
+            user.replace_all_uses_with(gathered)
+            graph.erase_node(user)
+    node.replace_all_uses_with(fused, propagate_meta=False)
+    graph.erase_node(node)
