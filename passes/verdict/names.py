@@ -172,10 +172,13 @@ def _consumer_role(start: fx.Node) -> str | None:
 
 
 def _structural_consumer_role(product: fx.Node) -> str | None:
-    """What the operators from a matrix product up to the next sum over ranks look like; None if no sum follows."""
+    """What the operators from a matrix product up to the next sum over ranks look like; None if no sum follows, or if
+    the sum is of the product itself: a row-wise output projection sums its logits."""
     forward = _walk(product, lambda n: () if is_collective(n) else n.users, limit=60)
     names = [str(node.target) for node in forward]
     if not any("all_reduce" in name or "reduce_scatter" in name for name in names):
+        return None
+    if all(node is product or is_collective(node) or node.target in ops.VIEWS for node in forward):
         return None
     if any(word in name for name in names for word in _ATTENTION_OPS):
         return "attention"

@@ -118,6 +118,21 @@ def test_the_block_behind_a_gather_of_rows_reads_the_norm(four_ranks):
     assert report.boundaries[0].kind == "dense_mlp→dense_mlp"
 
 
+def test_an_output_projection_whose_logits_are_summed_is_no_block():
+    class RowwiseHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Sandwich(SelfAttention, FeedForward, "self_attn", "ffn"), nn.RMSNorm(HIDDEN))
+            self.head = nn.Linear(HIDDEN // WORLD, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return funcol.all_reduce(self.head(self.blocks(x).chunk(WORLD, -1)[0]), "sum", dist.group.WORLD)
+
+    with fake_world(WORLD), torch.no_grad():
+        report = tpfuse.explain(RowwiseHead(), (torch.randn(1, 4, HIDDEN),))
+    assert [boundary.kind for boundary in report.boundaries[:-1]] == ["attention→dense_mlp", "dense_mlp→final_norm"]
+
+
 def test_products_of_quantised_weights_are_products(four_ranks):
     def run(x, w, r, weight):
         h = r + torch.ops._c10d_functional.wait_tensor(
