@@ -12,7 +12,7 @@ where the kernel does not reach, it runs `norm_backward_reference`: the same for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,41 @@ from .device import LAYER
 #: Programs to a multiprocessor: they hide each other's waits, and each leaves one row of partial sums behind.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 _PROGRAMS_ELSEWHERE = 8  # in the interpreter
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBackwardCall:
+    """What the backward of a norm computes on. dy, h, residual: [rows, H]; mean, rstd: [rows, 1], or None: computed
+    from `h` and `eps` then; weight: [H] or None; any float dtypes. want_weight, want_bias: which gradients of vectors
+    are wanted."""
+
+    dy: Tensor = field(kw_only=False)
+    h: Tensor = field(kw_only=False)
+    mean: Tensor | None = field(default=None, kw_only=False)
+    rstd: Tensor | None = field(default=None, kw_only=False)
+    weight: Tensor | None = field(default=None, kw_only=False)
+    residual: Tensor | None = field(default=None, kw_only=False)
+    norm: str
+    eps: float
+    weight_offset: float = 0.0
+    out_dtype: torch.dtype
+    want_weight: bool
+    want_bias: bool
+
+    @property
+    def given(self) -> tuple[Tensor | None, ...]:
+        return self.dy, self.h, self.mean, self.rstd, self.weight, self.residual
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        """In which all is computed, and gradients of vectors are given."""
+        given = (self.dy, self.h, self.weight, self.residual)
+        return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
+
+    def kernel_takes(self) -> bool:
+        rows, hidden = self.dy.shape
+        sized = 0 not in (rows, hidden) and hidden <= MAX_HIDDEN
+        return sized and self.out_dtype in KERNEL_DTYPES and kernel_takes(*self.given)
 
 
 @dataclass(frozen=True)
@@ -85,45 +120,24 @@ def _norm_backward_kernel(
         tl.store(dbias_ptr + pid * H + cols, dbias, mask=mask)
 
 
-def norm_backward(
-    dy: Tensor,
-    h: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    weight_offset: float = 0.0,
-    out_dtype: torch.dtype,
-    want_weight: bool,
-    want_bias: bool,
-) -> NormBackwardOut:
-    """The formula above. dy, h, residual: [rows, H]; mean, rstd: [rows, 1], or None, then they are computed from `h`
-    and `eps`; weight: [H] or None; any float dtypes. Raises KeyError for an unknown `norm`."""
-    rows, H = dy.shape
-    given = (dy, h, mean, rstd, weight, residual)
-    plain = out_dtype not in KERNEL_DTYPES or H > MAX_HIDDEN or 0 in (rows, H) or not kernel_takes(*given)
-    if plain:
-        return norm_backward_reference(
-            dy, h, mean, rstd, weight, residual, norm=norm, eps=eps, weight_offset=weight_offset, out_dtype=out_dtype,
-            want_weight=want_weight, want_bias=want_bias,
-        )  # fmt: skip
-    dy, h = _unit(dy), _unit(h)
-    residual = None if residual is None else _unit(residual)
+def norm_backward(call: NormBackwardCall) -> NormBackwardOut:
+    """The formula above. Raises KeyError for an unknown `norm`."""
+    if not call.kernel_takes():
+        return norm_backward_reference(call)
+    rows, H = call.dy.shape
+    dy, h, residual = _unit(call.dy), _unit(call.h), None if call.residual is None else _unit(call.residual)
     strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
     programs = min(rows, _programs(dy.device))
     block = next_power_of_2(H)
     with on_device_of(dy):
-        dx = torch.empty((rows, H), dtype=out_dtype, device=dy.device)
+        dx = torch.empty((rows, H), dtype=call.out_dtype, device=dy.device)
         partial = [
             torch.empty((programs, H), dtype=torch.float32, device=dy.device) if wanted else None
-            for wanted in (want_weight, want_bias)
+            for wanted in (call.want_weight, call.want_bias)
         ]
         _norm_backward_kernel[(programs,)](
-            dy, h, _flat(mean), _flat(rstd), _flat(weight), residual, dx, *partial,
-            weight_offset, eps, rows, programs, *strides, H=H, BLOCK=block, NORM=NORMS[norm],
+            dy, h, _flat(call.mean), _flat(call.rstd), _flat(call.weight), residual, dx, *partial,
+            call.weight_offset, call.eps, rows, programs, *strides, H=H, BLOCK=block, NORM=NORMS[call.norm],
             STRIDED=any(stride != H for stride in strides), num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
         vectors = [None if each is None else each.sum(0) for each in partial]
@@ -144,35 +158,20 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(-1).contiguous()
 
 
-def norm_backward_reference(
-    dy: Tensor,
-    h: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    weight_offset: float = 0.0,
-    out_dtype: torch.dtype,
-    want_weight: bool,
-    want_bias: bool,
-) -> NormBackwardOut:
+def norm_backward_reference(call: NormBackwardCall) -> NormBackwardOut:
     """The same contract as `norm_backward` in plain torch operations: any device."""
-    layer = NORMS[norm] == LAYER
-    given = [t for t in (dy, h, weight, residual) if t is not None]
-    acc = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
-    dy, h = dy.to(acc), h.to(acc)
+    layer, acc = NORMS[call.norm] == LAYER, call.vector_dtype
+    dy, h, weight = call.dy.to(acc), call.h.to(acc), call.weight
     if layer:
-        h = h - (h.mean(-1, keepdim=True) if mean is None else mean.to(acc))
-    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) if rstd is None else rstd.to(acc)
+        h = h - (h.mean(-1, keepdim=True) if call.mean is None else call.mean.to(acc))
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + call.eps) if call.rstd is None else call.rstd.to(acc)
     n = h * rstd
-    g = dy * (weight_offset + (1.0 if weight is None else weight.to(acc)))
+    g = dy * (call.weight_offset + (1.0 if weight is None else weight.to(acc)))
     dx = g - n * (g * n).mean(-1, keepdim=True)
     if layer:
         dx = dx - g.mean(-1, keepdim=True)
     dx = dx * rstd
-    if residual is not None:
-        dx = dx + residual.to(acc)
-    return NormBackwardOut(dx.to(out_dtype), (dy * n).sum(0) if want_weight else None, dy.sum(0) if want_bias else None)
+    if call.residual is not None:
+        dx = dx + call.residual.to(acc)
+    dweight, dbias = (dy * n).sum(0) if call.want_weight else None, dy.sum(0) if call.want_bias else None
+    return NormBackwardOut(dx.to(call.out_dtype), dweight, dbias)

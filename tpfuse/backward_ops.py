@@ -20,12 +20,13 @@ device they are a functional collective and the local kernel (kernels/norm_backw
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._torch_private import group_size, register_local_tensor_rule
-from .kernels.norm_backward import norm_backward
+from .kernels.norm_backward import NormBackwardCall, norm_backward
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 ARGUMENTS = (
@@ -44,72 +45,55 @@ def _scattered(x: Tensor, group_name: str) -> Tensor:
     return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", group_size(group_name), group_name))
 
 
-def _define(name: str, pay: Callable[[Tensor, str], Tensor], scattered: bool) -> None:
-    def run(
-        x: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None, residual: Tensor | None,
-        *, norm: str, eps: float, weight_offset: float, out_dtype: torch.dtype, want_sum: bool, want_weight: bool,
-        want_bias: bool, group_name: str,
-    ) -> list[Tensor]:  # fmt: skip
-        total = pay(x, group_name)
-        out = norm_backward(
-            total, h, mean, rstd, weight, residual, norm=norm, eps=eps, weight_offset=weight_offset,
-            out_dtype=out_dtype, want_weight=want_weight, want_bias=want_bias,
-        )  # fmt: skip
-        found = (out.dx, total if want_sum else None, out.dweight, out.dbias)
-        return [t for t in found if t is not None]
+def _results(call: NormBackwardCall, total: Tensor | None) -> list[Tensor]:
+    """[dx, the sum, dweight, dbias] of a sum that is there, without what is not wanted."""
+    out = norm_backward(call)
+    return [t for t in (out.dx, total, out.dweight, out.dbias) if t is not None]
 
-    def fake(
-        x: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None, residual: Tensor | None,
-        *, norm: str, eps: float, weight_offset: float, out_dtype: torch.dtype, want_sum: bool, want_weight: bool,
-        want_bias: bool, group_name: str,
-    ) -> list[Tensor]:  # fmt: skip
-        rows = x.shape[0] // group_size(group_name) if scattered else x.shape[0]
-        vector = _vector_dtype(x, h, weight, residual)
-        outputs = [x.new_empty((rows, x.shape[1]), dtype=out_dtype)]
-        if want_sum:
-            outputs.append(x.new_empty((rows, x.shape[1])))
-        return outputs + [x.new_empty(x.shape[1:], dtype=vector) for wanted in (want_weight, want_bias) if wanted]
 
-    _LIBRARY.define(name + ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+def _fake_results(call: NormBackwardCall, rows: Any, want_sum: bool) -> list[Tensor]:
+    hidden = call.dy.shape[1]
+    outputs = [call.dy.new_empty((rows, hidden), dtype=call.out_dtype)]
+    outputs += [call.dy.new_empty((rows, hidden))] if want_sum else []
+    vectors = (call.want_weight, call.want_bias)
+    return outputs + [call.dy.new_empty((hidden,), dtype=call.vector_dtype) for wanted in vectors if wanted]
+
+
+def _define(name: str, arguments: str, run: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]) -> None:
+    _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
     register_local_tensor_rule(f"tpfuse::{name}", run)
 
 
+def _define_paying(name: str, pay: Callable[[Tensor, str], Tensor], scattered: bool) -> None:
+    """An operator that pays the sum by `pay` first."""
+
+    def run(x: Tensor, *operands: Any, want_sum: bool, group_name: str, **options: Any) -> list[Tensor]:
+        total = pay(x, group_name)
+        return _results(NormBackwardCall(total, *operands, **options), total if want_sum else None)
+
+    def fake(x: Tensor, *operands: Any, want_sum: bool, group_name: str, **options: Any) -> list[Tensor]:
+        rows = x.shape[0] // group_size(group_name) if scattered else x.shape[0]
+        return _fake_results(NormBackwardCall(x, *operands, **options), rows, want_sum)
+
+    _define(name, ARGUMENTS, run, fake)
+
+
 def _define_local() -> None:
     """tpfuse::norm_backward, the same of a sum that is there: what compiled graphs call behind the collective."""
 
-    def run(
-        total: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None,
-        residual: Tensor | None, *, norm: str, eps: float, weight_offset: float, out_dtype: torch.dtype,
-        want_weight: bool, want_bias: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        out = norm_backward(
-            total, h, mean, rstd, weight, residual, norm=norm, eps=eps, weight_offset=weight_offset,
-            out_dtype=out_dtype, want_weight=want_weight, want_bias=want_bias,
-        )  # fmt: skip
-        return [t for t in (out.dx, out.dweight, out.dbias) if t is not None]
+    def run(*operands: Any, **options: Any) -> list[Tensor]:
+        return _results(NormBackwardCall(*operands, **options), None)
 
-    def fake(
-        total: Tensor, h: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None,
-        residual: Tensor | None, *, out_dtype: torch.dtype, want_weight: bool, want_bias: bool, **_: object,
-    ) -> list[Tensor]:  # fmt: skip
-        vector = _vector_dtype(total, h, weight, residual)
-        vectors = [total.new_empty(total.shape[1:], dtype=vector) for wanted in (want_weight, want_bias) if wanted]
-        return [total.new_empty(total.shape, dtype=out_dtype), *vectors]
+    def fake(*operands: Any, **options: Any) -> list[Tensor]:
+        call = NormBackwardCall(*operands, **options)
+        return _fake_results(call, call.dy.shape[0], want_sum=False)
 
     arguments = ARGUMENTS.replace("Tensor x,", "Tensor total,").replace(" bool want_sum,", "")
-    arguments = arguments.replace(", str group_name)", ")")
-    _LIBRARY.define("norm_backward" + arguments, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl("norm_backward", run, "CompositeExplicitAutograd")
-    torch.library.register_fake("tpfuse::norm_backward", fake, lib=_LIBRARY)
-    register_local_tensor_rule("tpfuse::norm_backward", run)
-
-
-def _vector_dtype(*given: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
+    _define("norm_backward", arguments.replace(", str group_name)", ")"), run, fake)
 
 
 _define_local()
-_define("all_reduce_norm_backward", _all_reduced, scattered=False)
-_define("reduce_scatter_norm_backward", _scattered, scattered=True)
+_define_paying("all_reduce_norm_backward", _all_reduced, scattered=False)
+_define_paying("reduce_scatter_norm_backward", _scattered, scattered=True)

@@ -5,7 +5,7 @@ import torch
 
 from tpfuse.kernels import norm_backward as module
 from tpfuse.kernels.compat import INTERPRETED
-from tpfuse.kernels.norm_backward import norm_backward
+from tpfuse.kernels.norm_backward import NormBackwardCall, norm_backward
 
 BF16, F32 = torch.bfloat16, torch.float32
 EPS = 1e-3
@@ -44,10 +44,11 @@ def test_gradients_are_those_of_autograd(rows, H, saved, norm, dtype):
     centred = h.float() - (mean if layer else 0.0)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS)
     offset = 1.0 if not layer else 0.0
-    out = norm_backward(
+    call = NormBackwardCall(
         dy, h, mean if saved else None, rstd if saved else None, weight, residual, norm=norm, eps=EPS,
         weight_offset=offset, out_dtype=dtype, want_weight=True, want_bias=True,
     )  # fmt: skip
+    out = norm_backward(call)
     for got, reference in zip(
         (out.dx, out.dweight, out.dbias), expected(dy, h, weight, bias, residual, norm, offset), strict=True
     ):
@@ -59,9 +60,10 @@ def test_gradients_are_those_of_autograd(rows, H, saved, norm, dtype):
 def test_strided_rows_and_nothing_but_the_gradient():
     g = torch.Generator().manual_seed(0)
     dy, h = torch.randn(6, 2, 64, generator=g)[:, 1], torch.randn(64, 6, generator=g).t()
-    out = norm_backward(
+    call = NormBackwardCall(
         dy, h, None, None, None, None, norm="rms_norm", eps=EPS, out_dtype=F32, want_weight=False, want_bias=False
     )
+    out = norm_backward(call)
     ones, zeros = torch.ones(64), torch.zeros(64)
     reference, _, _ = expected(dy, h, ones, zeros, torch.zeros(6, 64), "rms_norm", 0.0)
     assert (out.dx.double() - reference).norm() <= 1e-5 * reference.norm()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpfuse.kernels.norm_backward import norm_backward, norm_backward_reference
+from tpfuse.kernels.norm_backward import NormBackwardCall, norm_backward, norm_backward_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BF16 = torch.bfloat16
@@ -16,8 +16,8 @@ def test_it_agrees_with_the_reference(rows, H, norm):
     dy, h, residual = (torch.randn(rows, H, generator=g, device="cuda").to(BF16) for _ in range(3))
     weight = torch.randn(H, generator=g, device="cuda").to(BF16)
     options = {"norm": norm, "eps": 1e-5, "out_dtype": BF16, "want_weight": True, "want_bias": True}
-    out = norm_backward(dy, h, None, None, weight, residual, **options)
+    out = norm_backward(NormBackwardCall(dy, h, None, None, weight, residual, **options))
     wide = [t.double() for t in (dy, h, weight, residual)]
-    reference = norm_backward_reference(wide[0], wide[1], None, None, wide[2], wide[3], **options)
+    reference = norm_backward_reference(NormBackwardCall(wide[0], wide[1], None, None, wide[2], wide[3], **options))
     for got, expected in zip((out.dx, out.dweight, out.dbias), vars(reference).values(), strict=True):
         assert (got.double() - expected.double()).norm() <= 4e-3 * expected.double().norm()
