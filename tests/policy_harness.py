@@ -33,7 +33,7 @@ compiles_in_threads = pytest.mark.skipif(bool(_WHY_NOT), reason=f"torch {torch._
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 32, 8, 8, 4, 64, 32
 
 
-def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_threads(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """`fn(rank, *args)` on `world` threads, each with a process group of its own; results in rank order."""
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     _install_threaded_pg()
