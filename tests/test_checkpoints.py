@@ -171,7 +171,9 @@ def test_an_optimizers_state_of_another_shape_is_not_saved_as_if_it_were_everybo
         optimizer = torch.optim.Adafactor(model.parameters())
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
+        with pytest.raises(tpfuse.PlanError, match=r"Adafactor .* does not work element by element"):
+            optimizer.step()
+        type(optimizer).step.__wrapped__(optimizer)
         with pytest.raises(CheckpointException, match="belongs to one rank's slice"):
             dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
         torch.optim.Adafactor(model.parameters()).load_state_dict(optimizer.state_dict())

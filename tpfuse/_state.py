@@ -126,11 +126,12 @@ LOOKED_AT: WeakKeyDictionary[nn.Module, frozenset[tuple[bool, bool]]] = WeakKeyD
 
 class CutModels:
     """count: how many models were cut in this process; seen_by: how many there were when an optimizer was last looked
-    at."""
+    at; steps: how many it has made since there was one."""
 
     def __init__(self) -> None:
         self.count = 0
         self.seen_by: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self.steps: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 #: Owner: tpfuse.parallel.earlier_state. Lock: LOCK.

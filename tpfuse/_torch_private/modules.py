@@ -87,6 +87,26 @@ def replace_total_norm(total_norm: Any) -> None:
             vars(module)["get_total_norm"] = known
 
 
+def see_overflows(seen: Any) -> None:
+    """Let `torch.amp.GradScaler` tell `seen(optimizer, {device: whether a gradient overflowed})`, which may write into
+    these tensors, before it decides about a step; once.
+
+    If `_unscale_grads_` goes: ranks of cut models decide each by its own slices.
+    """
+    original = getattr(torch.amp.GradScaler, "_unscale_grads_", None)
+    if original is None or hasattr(original, "_tpfuse_original"):
+        return
+
+    @functools.wraps(original)
+    def told(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, optimizer, *args, **kwargs)
+        seen(optimizer, found)
+        return found
+
+    told._tpfuse_original = original  # type: ignore[attr-defined]
+    torch.amp.GradScaler._unscale_grads_ = told  # type: ignore[method-assign]
+
+
 def backward_task() -> int:
     """The number of the backward pass that runs now.
 

@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tpfuse import _state as state
+from tpfuse._torch_private import see_overflows
 from tpfuse.parallel.cut_tensor import widened
 from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.owners import owned_tensors
+from tpfuse.parallel.steps import compare_gradients, overflows_of_all, refuse_unless_by_element
 
 
 def cut_gradient(tensor: Tensor, cut: Cut) -> None:
@@ -31,11 +33,18 @@ def watch_optimizers() -> None:
         state.CUT_MODELS.count += 1
         if state.CUT_MODELS.count == 1:
             register_optimizer_step_pre_hook(_before_step)
+            see_overflows(overflows_of_all)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not torch.compiler.is_compiling():
-        cut_moments(optimizer)
+    if torch.compiler.is_compiling():
+        return
+    if state.CUT_MODELS.seen_by.get(optimizer) != state.CUT_MODELS.count:
+        refuse_unless_by_element(optimizer)
+    cut_moments(optimizer)
+    state.CUT_MODELS.steps[optimizer] = step = state.CUT_MODELS.steps.get(optimizer, 0) + 1
+    if step & (step - 1) == 0:  # 1, 2, 4, 8, ...
+        compare_gradients(optimizer, step)
 
 
 @torch.no_grad()

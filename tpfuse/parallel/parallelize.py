@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -54,7 +55,8 @@ def parallelize(
         mesh: 2-D (dp, attn_tp), or 1-D for dp 1. Every rank of the mesh calls this, in the same order.
         policy: None reads the one attached by `tpfuse.share_tp_group`.
         plan: Hugging Face style names by module-name pattern, e.g. {"layers.*.mlp.gate_proj": "colwise"}.
-        verify: whether to prove the cut at once, with `tpfuse.verify(model)` (a Hugging Face model with real weights).
+        verify: whether to prove the cut at once, as `tpfuse.verify(model)` does, against a copy of the whole model that
+            is made before the cut (a Hugging Face model with real weights; each rank holds it twice meanwhile).
 
     Returns:
         `model`.
@@ -84,6 +86,8 @@ def parallelize(
     cuts = _one_cut_each(model, [cut for _, _, cut in done] + edges)
     _refuse_hooked(model, cuts)
 
+    before = copy.deepcopy(model) if verify else None
+
     # Nothing was changed up to here, and nothing is refused from here on.
     groups = create_whole_group(mesh, groups)
     _apply(model, cuts)
@@ -96,7 +100,8 @@ def parallelize(
     model.register_forward_pre_hook(LookAtReads(where))
     watch_losses(model, where, owed, groups)
     sum_gradients(model)
-    watch(model, [*(name for name, _, cut in done if cut.over), *(edge.name for edge in edges)])
+    own_rows = {site.name for site in sites if site.kind == "dense_mlp" and groups.attention.size > 1}
+    watch(model, [*(name for name, _, cut in done if cut.over or name in own_rows), *(edge.name for edge in edges)])
     if any(isinstance(getattr(module, "_tpfuse_boundary", None), AllRows) for module in model.modules()):
         sync_generation(model, groups)
     keep_state(model)
@@ -111,9 +116,9 @@ def parallelize(
             holder.register_forward_hook(ShareRouterLogits(blocks[0].size))
     log_summary(model, left)
     if verify:
-        from tpfuse.parallel.verify import verify as check
+        from tpfuse.parallel.verify import verify_against
 
-        check(model)
+        verify_against(model, before)
     return model
 
 

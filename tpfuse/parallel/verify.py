@@ -54,6 +54,10 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verified:
     weights. One module's weights are gathered at a time; the whole model's at the end. The model, its gradients, its
     training mode and the random state are left as they were.
 
+    The copy is made of the ranks' slices, since nothing else is left of the whole weights: slices that all ranks hold
+    in another order than the uncut model (its packed halves swapped) are another model's, and right for it.
+    `parallelize(..., verify=True)` compares with the weights from before the cut, and finds that too.
+
     Args:
         model: a parallelized model.
         args, kwargs: what the model is called with to see what its modules are given; a few random ids for a Hugging
@@ -65,6 +69,11 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verified:
         VerifyError: on all ranks, for the first module that differs: its name, what differs, by how much, and why
             where the numbers tell.
     """
+    return verify_against(model, None, *args, **kwargs)
+
+
+def verify_against(model: nn.Module, before: nn.Module | None, *args: Any, **kwargs: Any) -> Verified:
+    """`verify`, against a copy of the model from before the cut instead of one made of the ranks' slices."""
     state: Parallelized | None = getattr(model, "_tpfuse", None)
     if state is None:
         raise PolicyError(f"verify: this {type(model).__name__} was not parallelized; call tpfuse.parallelize first")
@@ -75,7 +84,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verified:
         calls = _record(model, _names(model, state), args, kwargs)
         calls[""] = (args, kwargs)
         for name, (inputs, named) in calls.items():
-            found = _check(name, model.get_submodule(name), inputs, named, state, tolerance)
+            twin = _twin(name, model, before, state)
+            found = _check(name, model.get_submodule(name), twin, inputs, named, state, tolerance)
             found = _together(found, state.groups.whole)
             for one in found:
                 if not one.error <= tolerance:
@@ -154,11 +164,19 @@ def _record(model: nn.Module, names: list[str], args: tuple, kwargs: dict) -> di
     return {name: calls[name] for name in names if name in calls}
 
 
+def _twin(name: str, model: nn.Module, before: nn.Module | None, state: Parallelized) -> nn.Module:
+    if before is None:
+        return uncut(name, model.get_submodule(name), state.cuts, state.groups)
+    before.eval()
+    for parameter in before.parameters():
+        parameter.grad = None
+    return before.get_submodule(name)
+
+
 def _check(
-    name: str, module: nn.Module, args: tuple, kwargs: dict, state: Parallelized, tolerance: float
+    name: str, module: nn.Module, twin: nn.Module, args: tuple, kwargs: dict, state: Parallelized, tolerance: float
 ) -> list[_Compared]:
     """This rank's comparison of one module. The same collectives in the same order on all ranks."""
-    twin = uncut(name, module, state.cuts, state.groups)
     twin_args, twin_kwargs, twin_x = _inputs(args, kwargs, state.groups.dp.index)
     args, kwargs, x = _inputs(args, kwargs, state.groups.dp.index)
     want, got = _run(twin, twin_args, twin_kwargs), _run(module, args, kwargs)
