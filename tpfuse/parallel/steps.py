@@ -8,7 +8,6 @@ whether a step is left out (an overflow in float16 may lie in one rank's slice).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,8 +48,9 @@ def compare_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
     Raises:
         PolicyError: on all ranks, where gradients differ that must not.
     """
-    if backward_task() >= 0 or under_dispatch_mode():
-        return  # an optimizer that steps inside of a backward pass
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if backward_task() >= 0 or under_dispatch_mode() or capturing:
+        return  # an optimizer that steps inside of a backward pass, or in a CUDA graph, which cannot be asked
     by_group: dict[Group, list[Tensor]] = {}
     for parameter, owned in _owned(optimizer):
         plain = parameter.grad is not None and type(parameter.grad) is Tensor and not parameter.grad.is_sparse
@@ -61,9 +61,7 @@ def compare_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
         if ranks is None or dist.get_backend(ranks) == "fake":
             continue
         grads = [p.grad for p in parameters if p.grad is not None]
-        norms = torch.stack([g.double().norm() for g in grads]).tolist()
-        everywhere: list[Any] = [None] * group.size
-        dist.all_gather_object(everywhere, norms, group=ranks)
+        everywhere = _of_all(torch.stack([g.double().norm() for g in grads]), group)
         narrow = any(g.element_size() < 4 for g in grads)
         if words := _differ(parameters, everywhere, _TOLERANCE_16_BITS if narrow else _TOLERANCE):
             raise PolicyError(
@@ -73,6 +71,18 @@ def compare_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
                 "gradients are clipped by torch.nn.utils.clip_grad_norm_, which knows cut parameters, and by no norm "
                 "of this rank's slices"
             )
+
+
+def _of_all(norms: Tensor, group: Group) -> list[list[float]]:
+    """Every rank's `norms` [n], where each has as many; else as many zeros as it has."""
+    counts = norms.new_zeros(group.size)
+    counts[group.index] = len(norms)
+    every = [int(count) for count in all_reduce(counts, group.name).tolist()]
+    if len(set(every)) > 1:
+        return [[0.0] * count for count in every]
+    rows = norms.new_zeros(group.size, len(norms))
+    rows[group.index] = norms
+    return all_reduce(rows, group.name).tolist()
 
 
 def _differ(parameters: list[Tensor], everywhere: list[list[float]], tolerance: float) -> str:
