@@ -67,8 +67,8 @@ def _trial(optimizer: Any, like: Tensor, parameters: list[Any]) -> Any:
     trial = object.__new__(type(optimizer))
     plain = (int, float, bool, str, type(None))
     vars(trial).update({k: v for k, v in vars(optimizer).items() if isinstance(v, plain)})
-    if any(value is group["params"] for value in vars(optimizer).values()):  # L-BFGS
-        trial._params = parameters
+    lists = [name for name, value in vars(optimizer).items() if value is group["params"]]  # L-BFGS keeps one
+    vars(trial).update(dict.fromkeys(lists, parameters))
     trial.defaults, trial.state = dict(optimizer.defaults), defaultdict(dict)
     trial.param_groups = [{**settings, "params": parameters}]
     return trial
