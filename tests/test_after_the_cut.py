@@ -16,6 +16,7 @@ from tpfuse.parallel.state_dict import full_state_dict
 from tpfuse.policy import SharingPolicy
 
 POLICY = SharingPolicy(2)
+OWN_ROWS = SharingPolicy(2, moe_dense_tp_size=1)
 IDS = torch.arange(3, 9).view(2, 3)
 
 
@@ -62,6 +63,22 @@ def forward_mode(model):
 )
 def test_what_a_cut_model_cannot_do_says_what_to_do(use, words):
     run_threads(2, refused, [model_of("llama") for _ in range(2)], use, words)
+
+
+def parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+
+
+def refused_with_own_rows(rank, models):
+    model = parallelize(models[rank], init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "attn_tp")), OWN_ROWS)
+    with pytest.raises(PlanError, match=r"down_proj.parametrizations.weight was cut by parallelize.*in first"):
+        parametrized(model)
+
+
+def test_a_parametrization_of_a_cut_module_or_of_one_with_own_rows_is_refused():
+    words = r"down_proj.parametrizations.weight was cut by parallelize.*parametrizations.*in first"
+    run_threads(2, refused, [model_of("llama") for _ in range(2)], parametrized, words)
+    run_threads(2, refused_with_own_rows, [model_of("llama") for _ in range(2)])
 
 
 def test_forward_mode_is_refused():

@@ -57,17 +57,20 @@ def _registered(owner: nn.Module, leaf: str, module: nn.Module | None) -> None:
     name = f"{part.name}.{leaf}" if part.name else leaf
     if before is not None and before is not module and base_of(before) is module:
         _unwrapped(before, module, name, record)
-    new = [m for m in module.modules() if m not in state.PARTS and any(True for _ in m.parameters(recurse=False))]
-    if not new:
-        return
+    fresh = {sub: m for sub, m in module.named_modules() if m not in state.PARTS}
+    new = [m for m in fresh.values() if any(True for _ in m.parameters(recurse=False))]
     replaced = state.PARTS.get(before) if before is not None else None
-    if record.groups.whole.size > 1 and (part.inside or (replaced is not None and replaced.inside)):
+    inside = part.inside or (replaced is not None and replaced.inside)
+    if new and record.groups.whole.size > 1 and inside:
         raise PlanError(
             f"{name} was cut by parallelize, and {type(module).__name__} ({type(module).__module__}) brings parameters "
-            "that were not. Put adapters and other modules in first, and give parallelize the model that has them: "
-            "model = get_peft_model(model, config); parallelize(model, mesh, policy)"
+            "that were not. Put adapters, parametrizations and other modules in first, and give parallelize the model "
+            "that has them: model = get_peft_model(model, config); parallelize(model, mesh, policy)"
         )
-    if record.groups.dp.size > 1:
+    with state.LOCK:  # torch's parametrizations come in an empty container, which is filled afterwards
+        for sub, one in fresh.items():
+            state.PARTS[one] = Part(part.model, f"{name}.{sub}".removesuffix("."), inside)
+    if new and record.groups.dp.size > 1:
         _sum(name, module, record)
 
 
