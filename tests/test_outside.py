@@ -15,6 +15,7 @@ import tpfuse
 from tests.graphs import fake_world
 from tests.policy_harness import loss_of, relative, run_threads
 from tpfuse.errors import PlanError
+from tpfuse.parallel import outside
 from tpfuse.parallel.generation import SyncedGenerate
 from tpfuse.parallel.parallelize import parallelize
 
@@ -260,6 +261,19 @@ class RoutedNet(nn.Module):
 
 def balance(m):
     return m.scores.pow(2).sum()
+
+
+def test_a_backward_pass_that_is_too_long_to_be_looked_at_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(outside, "_MOST", 5)
+    outside._say_how_far.cache_clear()
+    x = torch.ones(3, requires_grad=True)
+    for steps in (2, 9, 9):
+        y = x
+        for _ in range(steps):
+            y = y * 2
+        outside._look([y.sum()])
+        assert caplog.text.count("a backward pass has more than 5 steps") == (steps > 2)
+    outside._say_how_far.cache_clear()
 
 
 def test_a_loss_on_scores_that_a_block_returns_is_counted_once():

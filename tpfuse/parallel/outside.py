@@ -14,8 +14,10 @@ from the loss, down to where modules paid their sums and no further, which is a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch.nn as nn
@@ -26,6 +28,8 @@ from tpfuse.errors import PlanError
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.paths import ENTRY, EXITS, OWN_ROWS
 from tpfuse.parallel.places import Place
+
+log = logging.getLogger(__name__)
 
 #: On parameters of cut modules.
 _READ = "_tpfuse_read"
@@ -107,7 +111,17 @@ def _finds(start: list[Any]) -> bool:
         if _enters(node) or _read_of(node) is not None:
             return True
         waiting.extend(one for _, one in _next(node))
+    if waiting:
+        _say_how_far()
     return False
+
+
+@cache
+def _say_how_far() -> None:
+    log.warning(
+        "a backward pass has more than %d steps outside of cut modules: what its loss reads of their weights beyond "
+        "these (penalties, values kept from inside) is not looked for", _MOST,
+    )  # fmt: skip
 
 
 def _judge(start: list[Any]) -> None:
