@@ -1,0 +1,100 @@
+"""A Hugging Face model that is cut by its plan and quantised by torchao: where torchao is installed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import tpfuse
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES
+
+from .ranks import run_processes
+
+WORLD, LAYERS, VOCAB, HIDDEN = 2, 2, 64, 32
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
+
+
+def quantised(folder: str, rank: int, kind: str):
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+    )
+    from transformers import LlamaForCausalLM, TorchAoConfig
+
+    # torchao asks for a GPU; the product that it calls is there on CPUs as well.
+    importlib.import_module("torchao.quantization.quant_api")._check_hardware_support = lambda granularity: None
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    config = (
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        if kind == "FP8"
+        else Int8DynamicActivationInt8WeightConfig()
+    )
+    return LlamaForCausalLM.from_pretrained(
+        folder, tp_plan="auto", dtype=torch.bfloat16, quantization_config=TorchAoConfig(config)
+    ).eval()
+
+
+def decoded(call, config, ids, steps: int = 3) -> list[torch.Tensor]:
+    """Logits of a prompt and of tokens behind it, with a static cache."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=config, max_cache_len=16)
+    found, position = [], 0
+    for step in range(steps):
+        chunk = ids if step == 0 else ids[:, step : step + 1]
+        places = torch.arange(position, position + chunk.shape[1])
+        found.append(call(chunk, past_key_values=cache, position_ids=places[None], use_cache=True).logits)
+        position += chunk.shape[1]
+    return found
+
+
+def run(rank: int, folder: str, kind: str) -> dict:
+    model = quantised(folder, rank, kind)
+    ids = torch.randint(0, VOCAB, (1, 8), generator=torch.Generator().manual_seed(1))
+    answers = {}
+    for how, rewrites in (("plain", DEFAULT_REWRITES), ("quantised", (*DEFAULT_REWRITES, "quantised_outputs"))):
+        torch._dynamo.reset()
+        before = len(tpfuse.reports())
+        compiled = torch.compile(  # sizes are fixed: a vocabulary-parallel DTensor takes no symbolic ones
+            model, backend="tpfuse", dynamic=False, options={"inner": "aot_eager", "rewrites": rewrites}
+        )
+        with torch.no_grad():
+            logits = [compiled(ids, use_cache=False).logits, *decoded(compiled, model.config, ids)]
+        boundaries = [[(b.fused, b.quantised) for b in r.boundaries] for r in tpfuse.reports()[before:]]
+        answers[how] = ([t.float().numpy() for t in logits], boundaries)
+    return answers
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["FP8"])
+def test_every_boundary_of_a_llama_hands_out_its_rows_quantised(tmp_path, kind):
+    pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
+    for answers in run_processes(WORLD, run, str(tmp_path), kind):
+        (plain, unquantised), (got, graphs) = answers["plain"], answers["quantised"]
+        assert len(graphs) == 3 and all(map(np.array_equal, got, plain)), graphs
+        for graph in graphs:  # of no cache, the prompt, a token behind it
+            *boundaries, final, gather = graph
+            assert len(boundaries) == 2 * LAYERS, graph
+            assert all(fused and text.startswith(kind) and text.endswith("per row") for fused, text in boundaries), (
+                graph
+            )
+            assert final == (True, "") and gather == (False, ""), "the logits' product is not quantised"
+        assert not any(text for graph in unquantised for _, text in graph)
