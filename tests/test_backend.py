@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import tpfuse
+from tpfuse import _torch_private as private
 
 from .graphs import all_reduce, executed_collectives, fake_world
 from .models import HIDDEN, Stack, loss
@@ -297,27 +298,60 @@ def test_keywords_that_are_torch_compiles_own_are_taken_and_others_are_refused()
         backend(gm, [torch.ones(2)], options={"inner": "aot_eager"}, polcy=3)
 
 
-def test_a_graph_that_torch_wants_to_trace_again_runs_as_written_without_a_compiler(monkeypatch):
-    """Ranks find out at the first run that they disagree, and then nobody traces the program again."""
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
+@pytest.fixture
+def written(monkeypatch):
+    """`written(fn, x)`: the graph of fn(x) as its ranks compile it once they find out, at its first run, that they do
+    not agree, its inputs and its report."""
     backend, kept = importlib.import_module("tpfuse.backend"), {}
     guarded = backend.guard
 
-    def watched(compiled, report, options, written, place):
-        run = guarded(compiled, report, options, written, place)
-        kept["written"] = written
+    def watched(compiled, report, options, again, place):
+        run = guarded(compiled, report, options, again, place)
+        kept["again"] = again
         return lambda *args: kept.update(args=args) or run(*args)
 
-    def restarts(*_):
-        raise TensorifyScalarRestartAnalysis
+    def call(fn, x, before=lambda: None):
+        fn(x)
+        before()
+        call, report = kept["again"]()
+        return call(*kept["args"])[0], report
 
     monkeypatch.setattr(backend, "guard", watched)
+    return call
+
+
+def restarts(*_):
+    raise private.restarts_tracing()
+
+
+def test_a_graph_that_torch_wants_to_trace_again_runs_as_written_without_a_compiler(written, monkeypatch):
+    """Nobody traces the program again at its first run."""
+    backend = importlib.import_module("tpfuse.backend")
     fn, model, x = compiled({"inner": "aot_eager"})
-    with torch.no_grad():
-        fn(x)
-        monkeypatch.setitem(backend._INNER, "aot_eager", restarts)
-        with pytest.warns(UserWarning, match="without a compiler"):
-            again, report = kept["written"]()
-        torch.testing.assert_close(again(*kept["args"])[0], model(x))
+    with torch.no_grad(), pytest.warns(UserWarning, match="without a compiler"):
+        got, report = written(fn, x, lambda: monkeypatch.setitem(backend._INNER, "aot_eager", restarts))
+        torch.testing.assert_close(got, model(x))
     assert report.fused_forward == 0 and {b.code for b in report.boundaries} == {"as_written"}
+
+
+def test_a_graph_to_be_trained_never_runs_without_a_compiler(written, monkeypatch):
+    """There torch 2.11 would lose gradients, without a word."""
+    backend = importlib.import_module("tpfuse.backend")
+    fn, _, x = compiled({"inner": "aot_eager"})
+    with pytest.raises(tpfuse.PlanMismatchError, match="cannot compile this one as it was written"):
+        written(fn, x, lambda: monkeypatch.setitem(backend._INNER, "aot_eager", restarts))
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_numbers_that_were_made_constants_are_so_when_the_graph_is_compiled_as_written(inner, written):
+    """Dynamo forgets them once a compilation is over."""
+    torch.manual_seed(0)
+    model = Stack(2)
+    model.scale = 1.5
+    fn = torch.compile(lambda x: model(x * model.scale), backend="tpfuse", dynamic=True, options={"inner": inner})
+    x = torch.randn(3, HIDDEN)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without a compiler.*")
+        got, report = written(fn, x)
+    torch.testing.assert_close(got, model(x * 1.5), rtol=1e-5, atol=1e-5)
+    assert report.fused_forward == 4  # what a fused boundary sends is what was written

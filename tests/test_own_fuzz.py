@@ -50,6 +50,14 @@ def test_compiled_programs_with_values_of_a_ranks_own_are_right(tmp_path):
     check(outcomes(2, range(100), tmp_path, 580, short=True), short=True)
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_programs_that_once_were_wrong_or_raised_are_right(tmp_path):
+    """401: ranks that do not agree, and a number that had been made a constant (wrong gradients on torch 2.11).
+    1170, 1452: a merge in the forward pass that read a size off an incoming gradient."""
+    check(outcomes(2, (401, 1170, 1452), tmp_path, 280, short=False), short=False)
+
+
 def test_without_the_ranks_agreement_numbers_are_wrong(tmp_path):
     """That the programs can tell: two whose ranks send the same tensors, changed in different ways."""
     for rank in outcomes(2, (4, 21), tmp_path, 280, short=True, agree=False, inner="traced"):

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from . import _torch_private as private
 from . import gather_ops as _gather_ops  # noqa: F401 (with all operators)
 from . import ops as _ops  # noqa: F401  (the rewritten graphs call these operators)
 from .declared import Declaration, declarations
-from .errors import FusionError, OptionError, TPFuseError
+from .errors import FusionError, OptionError, PlanMismatchError, TPFuseError
 from .options import Options, inductor_patches, parse_options
 from .parallel.recorded_policy import check_groups, with_recorded_policy
 from .parallel.rows_check import checking, take_marks
@@ -104,6 +105,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
             with tracing():
                 again, its_report = _compiled(copy_graph(spare), example_inputs, as_written, around)
         except private.restarts_tracing():
+            # Run operation by operation, torch 2.11 loses gradients of what an autograd.Function made.
+            tensors = [*private.tensor_leaves(example_inputs), *spare.parameters()]
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                raise PlanMismatchError(UNCOMPILED) from None
             warnings.warn(f"tpfuse runs a graph without a compiler: {UNCOMPILED}", stacklevel=2)
             again, its_report = copy_graph(spare), _uncompiled(report)
             record(its_report)

@@ -1,6 +1,7 @@
 """Where a graph's inputs have a symbolic size. Reads only, but for `Place.read`.
 
-A size is read off an input, since any other value that has it may be what a rewrite is about to take away.
+A size is read off an input, since any other value that has it may be what a rewrite is about to take away; not off an
+incoming gradient, since the forward pass has none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from . import aten_ops as ops
+from .backward import is_incoming_gradient
 from .graph import insert_call, same_size
 
 
@@ -36,6 +38,8 @@ def find_size(graph: fx.Graph, size: torch.SymInt, of_tensor: bool = False) -> P
 
 def _places(graph: fx.Graph, of_tensor: bool) -> Iterator[Place]:
     for node in graph.find_nodes(op="placeholder"):
+        if is_incoming_gradient(node):
+            continue
         known = node.meta.get("val")
         if isinstance(known, torch.SymInt) and not of_tensor:
             yield Place(node)

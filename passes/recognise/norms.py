@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
+from ..facts.backward import is_incoming_gradient
 from ..facts.graph import (
     argument,
     input_node,
@@ -362,7 +363,7 @@ def _is_row_vector(node: fx.Node, source: fx.Node) -> bool:
 def _from_inputs(node: fx.Node, depth: int = 12) -> bool:
     """Whether `node` is a graph input, or computed from graph inputs alone in a few steps."""
     if node.op in ("placeholder", "get_attr"):
-        return not str(node.target).startswith("tangents")
+        return not is_incoming_gradient(node)
     if depth == 0 or node.op != "call_function":
         return False
     return all(_from_inputs(parent, depth - 1) for parent in node.all_input_nodes)

@@ -17,6 +17,7 @@ from tpfuse.boundary_spec import Options
 from tpfuse.errors import TPFuseError
 
 from ..facts import aten_ops as ops
+from ..facts.backward import is_incoming_gradient
 from ..facts.collectives import is_collective
 from ..facts.graph import (
     OWN_ROWS,
@@ -87,7 +88,9 @@ class Chain:
         self.gathers: dict[fx.Node, fx.Node] = {}
         self.hazards = hazards
         #: Nodes that stay, off which sizes may be read; later ones may be computed from what earlier stages hand out.
-        self.staying = [node for node in graph.nodes if node.op == "placeholder"]
+        self.staying = [
+            node for node in graph.nodes if node.op == "placeholder" and not is_incoming_gradient(node)
+        ]
 
     def arrive(self, stage: StreamStage) -> None:
         """From here on sizes may be read off what the stage's collective is given, too."""

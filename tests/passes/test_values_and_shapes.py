@@ -8,7 +8,9 @@ import copy
 import pytest
 import torch
 
-from ..graphs import all_reduce
+from tpfuse.passes.facts.sizes import Place, find_size
+
+from ..graphs import all_reduce, trace
 from . import spellings
 from .unusual import HIDDEN, fuse, inputs, named, nodes, plain_graph, rms
 
@@ -167,3 +169,21 @@ def test_a_residual_that_is_broadcast(rows):
         return rms(all_reduce(x) + r[:1, :1].expand(1, rows, HIDDEN)), r
 
     fuse(run)
+
+
+def test_a_size_is_not_read_off_an_incoming_gradient():
+    """The forward half of a joint graph has no such input."""
+    rows = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
+
+    def both(tangents, x):
+        return tangents * 2, x * 2
+
+    def one(tangents):
+        return (tangents * 2,)
+
+    joint, backward = trace(both, *rows, dynamic=True).graph, trace(one, rows[0], dynamic=True).graph
+    gradient, x = joint.find_nodes(op="placeholder")
+    (only,) = backward.find_nodes(op="placeholder")
+    x.meta["val"] = gradient.meta["val"]  # both have the same symbols
+    assert find_size(joint, x.meta["val"].shape[0]) == Place(x, 0)
+    assert find_size(backward, only.meta["val"].shape[0]) is None

@@ -311,13 +311,28 @@ def restarts_tracing() -> type[Exception]:
     return TensorifyScalarRestartAnalysis
 
 
+def _told_constant() -> set[str]:
+    """The symbols that Dynamo has been told to trace as constants, in the compilation that is under way: its own set,
+    or an empty one where `TensorifyState` is gone."""
+    try:
+        from torch._dynamo.symbolic_convert import TensorifyState
+
+        return TensorifyState.force_specializations
+    except (ImportError, AttributeError):
+        return set()
+
+
 def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]:
     """Called while Dynamo has a graph with these inputs compiled: what makes a later compilation of that graph see the
     same symbols for its sizes and numbers. Without it a graph of symbolic sizes fits those of its first inputs alone.
     It holds Dynamo's lock: tracing patches what other threads' tracing patches too.
 
+    Numbers that Dynamo was told to trace as constants are so again: it forgets them once a compilation is over, and a
+    compiler that meets their symbols unprepared wants the program traced once more, which nobody does then.
+
     If `TracingContext` goes: graphs that ranks do not agree on would have to be compiled once for each size. If
-    `compile_lock` goes: a lock of our own, taken here and in the backend.
+    `compile_lock` goes: a lock of our own, taken here and in the backend. If `TensorifyState` goes: nothing is
+    remembered.
     """
     from torch._dynamo.convert_frame import compile_lock
     from torch._guards import TracingContext, tracing
@@ -329,6 +344,7 @@ def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]
     # Dynamo empties the context once it has what it compiled.
     known = [(t, context.tensor_to_context[t]) for t in tensor_leaves(inputs) if t in context.tensor_to_context]
     shapes = context.fake_mode.shape_env
+    constant = set(_told_constant())
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
@@ -336,6 +352,12 @@ def tracing_again(inputs: Sequence[Any]) -> Callable[[], AbstractContextManager]
         for tensor, symbols in known:
             anew.tensor_to_context[tensor] = symbols
         with compile_lock, tracing(anew):
-            yield
+            told = _told_constant()
+            new = constant - told
+            told |= new
+            try:
+                yield
+            finally:
+                told -= new
 
     return again

@@ -79,16 +79,16 @@ def guard(
         book = ledger() if options.check_plans else None
         try:
             agreed = book is None or book.agree(with_values(plans, args), options.plan_timeout, place)
+            if not agreed and written is not None and not all(record.as_written for record in plans.values()):
+                if len(variants) == 1:
+                    variants.append(Compiled(*written()))
+                chosen = variants[1]
+            else:
+                chosen = variants[0]
         except PlanMismatchError as error:
             # What peers wait for does not come, so nothing that this rank sends from here on would meet what it should.
             note_failure(groups, error, plans)
             raise
-        if not agreed and written is not None and not all(record.as_written for record in plans.values()):
-            if len(variants) == 1:
-                variants.append(Compiled(*written()))
-            chosen = variants[1]
-        else:
-            chosen = variants[0]
         watched = watched_groups(chosen.steps)
         checked = weakref.ref(world)
 
