@@ -26,7 +26,6 @@ _LINKED = [
     Entry("NVIDIA H200", 2, 2048, 1, "one_shot", warps=4),
     Entry("NVIDIA H200", 2, 2048, 128, "one_shot", warps=8),
     Entry("NVIDIA H200", 2, 2048, 131072, "one_shot", warps=8, source="derived"),
-    Entry("NVIDIA H200", 2, 4096, 1, "one_shot", split=4, warps=4),
     Entry("NVIDIA H200", 2, 4096, 8, "one_shot", warps=8),
     Entry("NVIDIA H200", 2, 4096, 128, "one_shot", warps=16),
     Entry("NVIDIA H200", 2, 4096, 65536, "one_shot", warps=16, source="derived"),
