@@ -97,14 +97,6 @@ def overhead_slope(file: str) -> str:
     return table(["Inductor", "Inductor, auto_select", "tpfuse", "tpfuse of Inductor"], lines)
 
 
-def from_python(file: str) -> str:
-    """A decoding step launched from Python, and the same under a CUDA graph."""
-    lines = []
-    for r in records_of(file):
-        lines.append([r["provider"], f"{r['ms']:.3f}", f"{r['spread']:.3f}"])
-    return table(["decode 1", "ms a step", "spread of the rounds"], lines)
-
-
 def models_from_python(file: str) -> str:
     """Steps launched from Python and the same under a CUDA graph, beside both of Inductor's ways."""
     records = records_of(file)
@@ -125,6 +117,7 @@ def models_from_python(file: str) -> str:
 def generate(file: str) -> str:
     """Tokens a second of Hugging Face's `generate`."""
     lines = [
-        [r["provider"], f"{r['tokens_per_s']:.0f}", f"{r['spread']:.0f}", f"{r['fused']}"] for r in records_of(file)
+        [f"{r['world']}", r["provider"], f"{r['tokens_per_s']:.0f}", f"{r['spread']:.0f}", f"{r['fused']}"]
+        for r in records_of(file)
     ]
-    return table(["generate, batch 1", "tokens/s", "spread of the rounds", "boundaries fused"], lines)
+    return table(["GPUs", "generate, batch 1", "tokens/s", "spread of the rounds", "boundaries fused"], lines)

@@ -67,9 +67,9 @@ class Card:
 
 ALONE = 128  # rows, on two linked GPUs of 132 multiprocessors: each has a program of its own
 CARDS = {
-    "h200": Card("NVIDIA H200", (Run("kernels_linked_h200.json", 0, ALONE),), (Run("kernels_h200.json"),),
-                 "norm_h200.json", "layers_h200.json", "end_to_end_h200_x2.json", "norm_variants_h200.json",
-                 (Run("peers_h200.json"),), four=(Run("kernels_linked_h200_x4.json"),)),
+    "h200": Card("NVIDIA H200", tuple(Run("kernels_linked_h200.json", i, ALONE) for i in range(5)),
+                 (Run("kernels_h200.json"),), "norm_h200.json", "layers_h200.json", "end_to_end_h200_x2.json",
+                 "norm_variants_h200.json", (Run("peers_h200.json"),), four=(Run("kernels_linked_h200_x4.json"),)),
     "h100": Card(H100, (*(Run("kernels_linked_h100.json", i, ALONE) for i in range(7)),
                         *(Run("kernels_linked_h100.json", i) for i in range(7, 11))),
                  (Run("kernels_h100.json", 0), Run("kernels_h100.json", 1)), "norm_h100.json", "layers_h100.json",
@@ -357,10 +357,10 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "reduce_overhead": lambda _: model_tables.reduce_overhead(REDUCE_OVERHEAD),
     "overhead": lambda _: model_tables.overhead("op_overhead.json"),
     "overhead_slope": lambda _: model_tables.overhead_slope("op_overhead.json"),
-    "from_python": lambda _: model_tables.from_python("end_to_end_python_h200_x2.json"),
+    "from_python": lambda _: model_tables.models_from_python("end_to_end_python_h200_x2.json"),
     "models_four": lambda _: model_tables.models_from_python("end_to_end_h200_x4.json"),
     "own_rows": lambda _: model_tables.models_from_python("own_rows_h200_x2.json"),
-    "generate": lambda _: model_tables.generate("generate_h200_x4.json"),
+    "generate": lambda _: model_tables.generate("generate_h200.json"),
     "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
 

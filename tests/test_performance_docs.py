@@ -41,6 +41,12 @@ def test_a_number_that_the_results_do_not_have_is_seen():
 
 
 @docs
+def test_a_table_without_rows_is_refused():
+    """A page with an empty table says nothing, and looks right."""
+    with pytest.raises(ValueError, match="no rows for the table"):
+        script("md").table(["GPUs", "tokens/s"], iter(()))
+
+
 def test_the_coverage_page_is_made_from_its_results_file():
     coverage = script("coverage")
     assert (ROOT / "docs/coverage.md").read_text("utf-8") == coverage.page(coverage.Results.load())
