@@ -28,7 +28,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ import plots
 from auto_select import auto_select
 from machine import join_ranks, machine
 from models import Run, Step, build
-from records import write
+from records import OfModel, write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
@@ -51,13 +51,9 @@ BOUNDARY = re.compile(r"nccl|_one_shot_kernel|_two_shot_kernel|_barrier_kernel|_
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(OfModel):
     """ms: of one step. The profile's times are in ms too; note says what failed."""
 
-    world: int
-    model: str
-    phase: str
-    size: int
     layers: int
     provider: str
     ms: float | None
@@ -263,8 +259,7 @@ def main() -> None:
             print(f"{run.model} {run.phase} {run.size}:", *map(_cell, here), sep="  ", flush=True)
             if arguments.out and cuda:
                 described = machine("linked GPUs, one process each") | {"context": arguments.context}
-                each = [asdict(record) for record in records]
-                write(arguments.out, {"machine": described, "records": each})
+                write_run(arguments.out, described, records)
     torch.compiler.reset()  # lets go of torch.compile's own CUDA graphs: NCCL waits for those that hold its kernels
     gc.collect()
     dist.destroy_process_group()

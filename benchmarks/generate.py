@@ -20,7 +20,7 @@ import gc
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from machine import join_ranks, machine
 from models import Run, hugging_face_config
-from records import write
+from records import write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
@@ -156,7 +156,7 @@ def main() -> None:
                       f"{r.same_tokens:.0%} of the tokens are eager's", flush=True)  # fmt: skip
             if arguments.out and cuda:
                 described = machine("linked GPUs, one process each; Hugging Face generate, tp_plan=auto")
-                write(arguments.out, {"machine": described, "records": [asdict(record) for record in records]})
+                write_run(arguments.out, described, records)
     models.clear()
     torch.compiler.reset()  # lets go of torch.compile's own CUDA graphs: NCCL waits for those that hold its kernels
     gc.collect()

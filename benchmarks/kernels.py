@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
 from providers import baselines
-from records import write
+from records import write_run
 
 from tpfuse.kernels.bench.linked import LinkedRanks
 from tpfuse.kernels.bench.measure import Provider, Record, draw_operands, measure, provider_of
@@ -143,8 +143,7 @@ class Results:
             described = machine(self.setting) | {"rates": {name: round(value, 3) for name, value in rate.items()}}
             described["table"] = f"{default_table().note} ({default_table().digest})"  # what "dispatched" ran by
             described |= {"note": self.note} if self.note else {}
-            each = [dataclasses.asdict(record) for record in self.records]
-            write(self.path, {"machine": described, "records": each})
+            write_run(self.path, described, self.records)
 
 
 def line(records: list[Record]) -> None:

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plots
 from machine import machine
-from records import write
+from records import write, write_run
 
 from tpfuse.kernels.bench.virtual import VirtualRanks, time_graphs
 from tpfuse.kernels.call import Call
@@ -286,9 +286,7 @@ def save(records: list[Record], arguments: argparse.Namespace) -> None:
     """After each size, so that a run that is cut short leaves what it measured."""
     if arguments.out:
         model = {"sizes": asdict(Sizes(layers=arguments.layers)), "context": CONTEXT}
-        described = machine("virtual ranks on one GPU") | model
-        each = [asdict(record) for record in records]
-        write(arguments.out, {"machine": described, "records": each})
+        write_run(arguments.out, machine("virtual ranks on one GPU") | model, records)
 
 
 def run_world(world: int, arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine
-from records import write
+from records import write_run
 
 from tpfuse.kernels import add_norm as module
 from tpfuse.kernels.add_norm import add_norm
@@ -186,8 +186,7 @@ def main() -> None:
                 )
                 print(norm, hidden, f"{megabytes:g} MB |", cells, flush=True)
                 if arguments.out:
-                    described = machine("one GPU")
-                    write(arguments.out, {"machine": described, "records": records})
+                    write_run(arguments.out, machine("one GPU"), records)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from auto_select import auto_select
 from machine import cpu_machine, machine
-from records import write
+from records import write_run
 
 from tests.ranks import run_processes
 
@@ -229,7 +229,7 @@ def main() -> None:
         print(*record.values())
     if arguments.out:
         described = cpu_machine() | {"setting": setting} if arguments.cpu else machine(setting)
-        write(arguments.out, {"machine": described, "records": records})
+        write_run(arguments.out, described, records)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine
-from records import write
+from records import write_run
 
 import tpfuse
 from tests.passes.test_quantised import recognised
@@ -184,7 +184,7 @@ def main() -> None:
                 for record in here:
                     print(*record.values(), flush=True)
                 if arguments.out:
-                    write(arguments.out, {"machine": machine(setting), "records": found})
+                    write_run(arguments.out, machine(setting), found)
 
 
 if __name__ == "__main__":

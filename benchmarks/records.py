@@ -12,12 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
 #: What tells one record from another; everything else was measured.
 SIZE = ("world", "model", "norm", "hidden", "phase", "rows", "size", "megabytes", "provider")
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """What a record of a whole model begins with: the ranks, the model, and what was run of it at which size."""
+
+    world: int
+    model: str
+    phase: str
+    size: int
 
 
 def dump(document: Any) -> str:
@@ -47,6 +58,11 @@ def _line(value: Any) -> str:
 
 def write(path: Path, document: Any) -> None:
     path.write_text(dump(document), encoding="utf-8")
+
+
+def write_run(path: Path, machine: Document, records: Sequence[Any]) -> None:
+    """The document of one run; its records are dictionaries or instances of dataclasses."""
+    write(path, {"machine": machine, "records": [r if isinstance(r, dict) else asdict(r) for r in records]})
 
 
 def documents(path: Path) -> list[Document]:

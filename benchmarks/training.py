@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from torch.distributed.tensor.parallel import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import join_ranks, machine
-from records import write
+from records import OfModel, write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
@@ -74,13 +74,9 @@ LOSSES_APART = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(OfModel):
     """ms: of one step. fused: collectives, forward and backward; loss, last_loss: of the first and the last step."""
 
-    world: int
-    model: str
-    phase: str
-    size: int
     provider: str
     ms: float
     spread: float
@@ -328,10 +324,10 @@ def main() -> None:
     else:
         _, device = join_ranks(300)
     out = arguments.curves or arguments.out
-    records = curves(arguments) if arguments.curves else [asdict(record) for record in measured(arguments, device)]
+    records = curves(arguments) if arguments.curves else measured(arguments, device)
     if out is not None and dist.get_rank() == 0:
         host = {"device": "cpu", "torch": torch.__version__} if on_cpu else machine("training")
-        write(out, {"machine": host, "records": records})
+        write_run(out, host, records)
     dist.destroy_process_group()
 
 
