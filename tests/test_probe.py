@@ -173,3 +173,15 @@ def test_what_a_module_takes_beside_its_hidden_states_is_guessed(name):
     assert words in problem and bool(words) == bool(problem)
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
     assert not miscut(module, {leaf: Cut(0, "attention", (width,), (RANKS,), RANKS, 0)}, rowwise, [])
+
+
+def test_matrices_that_alternate_are_cut_as_one():
+    alternating = of(Packed, lambda m, x: F.silu(x[..., ::2]) * x[..., 1::2])
+    assert not miscut(alternating(), *cuts_of(alternating()), [])
+    assert "the matrices of up alternate" in miscut(alternating(), *cuts_of(alternating(), parts=2), [])
+
+
+def test_a_cut_is_named_in_words():
+    assert str(Cut(0, "attention", (8, 8), (2, 2), 2, 0)) == (
+        "along dimension 0 over 2 ranks of the attention group, 2 matrices of (8, 8) each by itself"
+    )

@@ -44,6 +44,10 @@ class Cut:
     size: int
     index: int
 
+    def __str__(self) -> str:
+        held = "" if len(self.parts) == 1 else f", {len(self.parts)} matrices of {self.parts} each by itself"
+        return f"along dimension {self.dim} over {self.size} ranks of the {self.over} group{held}"
+
     @property
     def disjoint(self) -> bool:
         """Whether every rank of the group holds a slice of its own."""

@@ -94,6 +94,10 @@ class _Run:
             if self._fits(self.colwise, whole):
                 return ""
             for leaf, cut in self.colwise.items():
+                if len(cut.parts) > 1 and sum(cut.parts) % cut.size == 0:
+                    one = replace(cut, parts=(sum(cut.parts),), counts=(cut.size,))
+                    if self._fits({**self.colwise, leaf: one}, whole):
+                        return f"the matrices of {leaf} alternate, so it is cut as one: leave {leaf} out of packed="
                 for parts in (2, 3):
                     width = sum(cut.parts)
                     if len(cut.parts) == 1 and width % (parts * cut.size) == 0:
