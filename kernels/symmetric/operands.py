@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -35,20 +35,20 @@ class Launch:
         if self.kernel is not None:
             with on_device_of(self.out.y):
                 known = COMPILED_REGISTRY.get(key := self._specialisation())
-                last = self.last
                 if known is not None:
                     compiled, constexprs = known
-                    compiled[(self.programs, 1, 1)](*self.args, *constexprs, *last.values())
+                    compiled[(self.programs, 1, 1)](*self.args, *constexprs, *self.last.values())
                 else:
-                    compiled = self.kernel[(self.programs,)](*self.args, **self.constants, **last)
+                    compiled = self.kernel[(self.programs,)](*self.args, **self.constants, **self.last)
                     if compiled is not None:  # the interpreter compiles nothing
-                        names = [name for name in self.kernel.arg_names[len(self.args) :] if name not in last]
+                        names = [name for name in self.kernel.arg_names[len(self.args) :] if name not in self.last]
                         COMPILED_REGISTRY[key] = compiled, [self.constants.get(name) for name in names]
         return self.out, self.sum
 
-    @property
+    @cached_property
     def last(self) -> dict[str, Tensor]:
-        """The kernel's last arguments, behind its constexprs, where it quantises."""
+        """The kernel's last arguments, behind its constexprs, where it quantises. Made once: a first call asks for
+        them to compile, to launch and for its record, and a view costs the host as much as any operator."""
         return quantised_tensors(self.out)
 
     def compiled(self) -> tuple[Any, list[Any]] | None:

@@ -10,6 +10,7 @@ import torch
 
 from tpfuse.errors import OpError
 from tpfuse.kernels.call import AddNormOut, Call
+from tpfuse.kernels.symmetric import operands
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Launch
@@ -78,6 +79,22 @@ def test_what_triton_compiles_for_is_told_apart(changed: dict) -> None:
     run(kernel)
     run(kernel, **changed)
     assert len(kernel.compiled) == 2
+
+
+def test_a_launch_that_quantises_views_its_rows_as_bytes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[AddNormOut] = []
+    own = operands.quantised_tensors
+    monkeypatch.setattr(operands, "quantised_tensors", lambda out: made.append(out) or own(out))
+    kernel = Kernel()
+    for count in (1, 2):  # of launches: one compiles, one does not
+        q = torch.zeros(8, dtype=torch.float8_e4m3fn)
+        out = AddNormOut(torch.zeros(1), None, None, None, q, torch.zeros(1))
+        launch = Launch(kernel, 5, tuple(ARGS.values()), {"num_warps": 4, "WIDTH": 8}, out, None)
+        launch.run()
+        assert launch.compiled() is not None
+        assert len(made) == count and launch.last["q_ptr"].data_ptr() == q.data_ptr()
+    [(_, args)] = kernel.compiled[0].launches
+    assert args[-2:] == (*launch.last.values(),)
 
 
 @pytest.mark.parametrize(
