@@ -18,6 +18,7 @@ CACHES = {"lru_cache", "cache"}
 #: What stands elsewhere, and why.
 ELSEWHERE = {
     ("tpfuse.strict_json", "_hints"): "a cache of a pure function",
+    ("tpfuse.parallel.outside", "_say_how_far"): "a warning is said once; nothing is decided by whether it was",
     ("tpfuse._torch_private.operators", "defaults_of"): "a cache of a pure function: operators keep their schemas",
     ("kernels.add_norm", "tuning"): "a cache of a pure function",
     ("passes.verdict.names", "clean_path"): "a cache of a pure function",
