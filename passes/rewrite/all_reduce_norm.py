@@ -69,7 +69,7 @@ def apply(graph: fx.Graph, plan: Plan) -> None:
     with inserting_behind(graph, anchor):
         # What is scattered is scattered as it is; the rows that arrive are put where the graph has them.
         partial = _partial(graph, total, scale, waits) if rows is None else rows.source
-        vector, residual = _replicated(graph, total, waits)
+        vector, residual = _replicated(graph, total, waits, partial)
         if plan.post:
             residual = _residual_after(plan)
         if rows is not None and residual is not None:
@@ -78,7 +78,7 @@ def apply(graph: fx.Graph, plan: Plan) -> None:
         _hand_out(graph, plan, wanted, fused, out, waits, rows)
     # The partitioner never recomputes a collective of its own accord, but knows one by its namespace only.
     fused.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
-    _erase(graph, wanted.dead, waits, partial)
+    _erase(graph, wanted.dead, waits)
 
 
 # -- what is needed ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,9 @@ def _partial(graph: fx.Graph, total: Sum, scale: float, waits: dict[fx.Node, Col
     return partial
 
 
-def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -> tuple[fx.Node | None, fx.Node | None]:
+def _replicated(
+    graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective], partial: fx.Node
+) -> tuple[fx.Node | None, fx.Node | None]:
     """(a bias per hidden unit, the residual): everything that is added to the sums, each as one tensor or None."""
     vector = residual = None
     vectors = {term for term in total.replicated if term.is_row_vector_of(total.root)}
@@ -179,8 +181,9 @@ def _replicated(graph: fx.Graph, total: Sum, waits: dict[fx.Node, Collective]) -
             vector = added(graph, vector, scaled(graph, node, term.scale))
             continue
         if term.joins is not None and not same_shape(node, term.joins):
-            # `joins` itself is about to go: an owed partial of the same shape tells its sizes.
-            sizes = sizes_of(graph, _partial_shaped_like(term.joins, waits) or term.joins)
+            # `joins` itself is about to go: what is owed tells its sizes, before or behind the steps that moved.
+            owed = (*(collective.input for collective in waits.values()), partial)
+            sizes = sizes_of(graph, next((each for each in owed if same_shape(each, term.joins)), term.joins))
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
         residual = added(graph, residual, scaled(graph, replay(graph, term.steps, node), term.scale))
     return vector, residual
@@ -193,10 +196,6 @@ def _widened(graph: fx.Graph, node: fx.Node, total: Sum) -> fx.Node:
     if wider == val(node).dtype:
         return node
     return insert_call(graph, ops.prims.convert_element_type.default, (node, wider), like=node)
-
-
-def _partial_shaped_like(node: fx.Node, waits: dict[fx.Node, Collective]) -> fx.Node | None:
-    return next((c.input for c in waits.values() if same_shape(c.input, node)), None)
 
 
 # -- the operation ----------------------------------------------------------------------------------------------------
@@ -307,11 +306,7 @@ def _shaped_like(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     return insert_call(graph, aten.reshape.default, (node, sizes_of(graph, like)), like=like)
 
 
-def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective], partial: fx.Node) -> None:
-    for node in dead:
-        for size in [user for user in node.users if user.target is aten.sym_size.int and user not in dead]:
-            if same_shape(node, partial):
-                size.replace_input_with(node, partial)  # its sizes were read off what goes now
+def _erase(graph: fx.Graph, dead: frozenset[fx.Node], waits: dict[fx.Node, Collective]) -> None:
     for node in sorted(dead, reverse=True):
         if not node.users:
             graph.erase_node(node)

@@ -171,6 +171,18 @@ def test_a_residual_that_is_broadcast(rows):
     fuse(run)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_broadcast_residual_whose_size_no_input_has(again):
+    """It is read off what is owed: off the collective's input, or where a view comes first, off the partial sum."""
+
+    def run(x, r, weight, bias):
+        longer = torch.cat([x[:, :1], x], 1)
+        s = all_reduce(longer.flatten(0, 1)).view(longer.shape) if again else all_reduce(longer)
+        return rms(s + r[:1, :1])
+
+    assert fuse(run, tracing_mode="symbolic").fused
+
+
 def test_a_size_is_not_read_off_an_incoming_gradient():
     """The forward half of a joint graph has no such input."""
     rows = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
