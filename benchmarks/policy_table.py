@@ -20,7 +20,7 @@ import policy_families
 from records import write
 from transitions import needed_by, owed_by, transition
 
-from tpfuse.passes.plan.layouts import MOVED, SCATTERED, Sizes, Stage, Step, choose, normalised, stage_steps, total_us
+from tpfuse.passes.plan.layouts import SCATTERED, Sizes, Stage, Step, chain_steps, choose, total_us
 from tpfuse.policy import SharingPolicy
 
 # DeepSeek-V3: hidden size, inner size of a dense MLP, leading dense layers.
@@ -74,12 +74,7 @@ def rewritten(policy: SharingPolicy, sizes: Sizes) -> tuple[tuple[Step, ...], fl
     out = Stage(addend, frozenset({"all_rows"}), True, False)
     stages = [into, out] * DENSE_LAYERS
     layouts = choose(stages, sizes)
-    steps: list[Step] = []
-    for at, (stage, layout) in enumerate(zip(stages, layouts, strict=True)):
-        if at > 0 and layouts[at - 1] == SCATTERED and layout != SCATTERED:
-            steps += normalised(MOVED, sizes)
-        steps += stage_steps(stage, layout, sizes)
-    return tuple(steps), sum(layout == SCATTERED for layout in layouts) / len(layouts)
+    return chain_steps(stages, layouts, sizes), sum(layout == SCATTERED for layout in layouts) / len(layouts)
 
 
 def tabulate(tp: int, dp: int, rows: int, size: int) -> Row:

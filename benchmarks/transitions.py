@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tpfuse.errors import PolicyError
 from tpfuse.passes.plan.layouts import (
-    MOVED,
+    FACTORED,
     NOMINAL_ROWS,
     RESIDUAL_LAYOUTS,
     SCATTERED,
@@ -22,11 +22,11 @@ from tpfuse.passes.plan.layouts import (
     Sizes,
     Stage,
     Step,
+    chain_steps,
     choose,
     normalised,
     paid,
     stage_steps,
-    total_us,
     wanted,
 )
 from tpfuse.policy import SharingPolicy
@@ -119,44 +119,36 @@ def transition(
             f"{producer} pays two sums before one norm; its residual stream is kept {TP_ATTN_FULL}, so no residual "
             "arrives scattered"
         )
-    written = _written(addends, want, residual, sizes)
-    layout = _layout(addends, want, consumer, policy, residual, sizes)
-    moved = normalised(MOVED, sizes) if (residual, layout) == (SCATTERED, TP_ATTN_FULL) else ()
+    # Outputs have the eager layout, and so has a block of two sums.
+    stays = policy.attn_tp_size == 1 or len(addends) > 1 or consumer == "output"
+    arriving = int(residual == SCATTERED)
+    stage = Stage(
+        addends[0], frozenset({want}), linked=False, outside=False, fixed=TP_ATTN_FULL if stays else None,
+        arriving=arriving,
+    )  # fmt: skip
+    # Over a scattered residual the gather form is what is written.
+    written = stage_steps(stage, SCATTERED, sizes) if arriving else _eager(addends, want, sizes)
+    (layout,) = choose([stage], sizes, policy.residual)
     if len(addends) > 1:
         after = (*_both_paid(addends, sizes), *wanted(want, layout, sizes))
     else:
-        after = (*moved, *stage_steps(Stage(addends[0], frozenset({want}), True, False), layout, sizes))
+        after = chain_steps([stage], [layout], sizes)
     rewrite = _rewrite(addends, want, consumer, residual, layout, written, after)
     return Transition(rewrite, residual, layout, written, after)
 
 
-def _written(addends: tuple[str, ...], want: str, residual: str, sizes: Sizes) -> tuple[Step, ...]:
-    """The straightforward collectives: those of eager mode, or, over a scattered residual, those of the gather form."""
-    if residual == SCATTERED:
-        return stage_steps(Stage(addends[0], frozenset({want}), True, False), SCATTERED, sizes)
+def _eager(addends: tuple[str, ...], want: str, sizes: Sizes) -> tuple[Step, ...]:
+    """The collectives of eager mode: a sum over the whole group is one all-reduce."""
     steps = [normalised(UNFACTORED, sizes) if a == "owed_whole" else paid(a, TP_ATTN_FULL, sizes) for a in addends]
     return (*(step for part in steps for step in part), *wanted(want, TP_ATTN_FULL, sizes))
 
 
-def _layout(
-    addends: tuple[str, ...], want: str, consumer: str, policy: SharingPolicy, residual: str, sizes: Sizes
-) -> str:
-    if policy.attn_tp_size == 1 or len(addends) > 1 or consumer == "output":
-        return TP_ATTN_FULL  # outputs have the eager layout
-    stage = Stage(addends[0], frozenset({want}), True, False)
-    if residual == SCATTERED and policy.residual == "auto":
-        here = {layout: total_us(stage_steps(stage, layout, sizes), sizes) for layout in RESIDUAL_LAYOUTS}
-        gathered = here[TP_ATTN_FULL] + total_us(normalised(MOVED, sizes), sizes)
-        return SCATTERED if here[SCATTERED] < gathered else TP_ATTN_FULL
-    return choose([stage], sizes, policy.residual)[0]
-
-
 def _both_paid(addends: tuple[str, ...], sizes: Sizes) -> tuple[Step, ...]:
-    """Two addends of one norm: the sum over the whole group is factored, so that its second half joins the other's."""
-    reduce, factor = Step("all_reduce", "attention"), Step("reduce_scatter", "dp")
-    gather = Step("all_gather", "attention")
-    steps = {"owed_attn": (reduce,), "owed_whole": (factor, reduce), "own_rows": (reduce, gather)}
-    return normalised(steps[addends[1]], sizes)
+    """Two addends of one norm. What both owe to one group is paid at once; a sum over the whole group is factored, so
+    that its second half joins the other's."""
+    if "owed_whole" in addends:
+        return normalised(FACTORED, sizes)
+    return tuple(step for addend in dict.fromkeys(addends) for step in paid(addend, TP_ATTN_FULL, sizes))
 
 
 def _rewrite(

@@ -22,6 +22,7 @@ Handing a scattered stream on as `TP_ATTN_FULL` costs one more all-gather; the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SCATTERED, TP_ATTN_FULL, FULL = "SCATTERED", "TP_ATTN_FULL", "FULL"
@@ -194,7 +195,25 @@ def stage_cost(stage: Stage, layout: str, sizes: Sizes) -> float:
     return total_us(stage_steps(stage, layout, sizes), sizes)
 
 
-def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[str]:
+def gathers_before(stage: Stage, before: str, layout: str) -> int:
+    """How often own rows are gathered for a stage in `layout`, behind one in `before`, besides its own collectives."""
+    if layout == TP_ATTN_FULL:
+        return stage.arriving + (stage.linked and before == SCATTERED)
+    return int(stage.outside)
+
+
+def chain_steps(stages: Sequence[Stage], layouts: Sequence[str], sizes: Sizes) -> tuple[Step, ...]:
+    """The collectives of a chain of stages in these layouts, gathers of the residual included, in order."""
+    steps: list[Step] = []
+    before = TP_ATTN_FULL
+    for stage, layout in zip(stages, layouts, strict=True):
+        steps += normalised(MOVED, sizes) * gathers_before(stage, before, layout)
+        steps += stage_steps(stage, layout, sizes)
+        before = layout
+    return tuple(steps)
+
+
+def choose(stages: Sequence[Stage], sizes: Sizes, residual: str = "auto") -> list[str]:
     """A layout for every stage: the cheapest chain ("auto"), or one layout wherever it can be ("replicated",
     "scattered").
 
@@ -208,9 +227,8 @@ def choose(stages: list[Stage], sizes: Sizes, residual: str = "auto") -> list[st
         for layout in preferred if stage.fixed is None else (stage.fixed,):
             options = []
             for before, (cost, path) in best.items():
-                gathered = stage.arriving + (stage.linked and before == SCATTERED) if layout == TP_ATTN_FULL else 0
-                gathered += stage.outside and layout == SCATTERED
-                options.append((cost + gathered * gather + stage_cost(stage, layout, sizes), [*path, layout]))
+                gathered = gathers_before(stage, before, layout) * gather
+                options.append((cost + gathered + stage_cost(stage, layout, sizes), [*path, layout]))
             following[layout] = min(options, key=lambda option: option[0])
         best = following
     chosen, scattered = best.get(TP_ATTN_FULL) or best[SCATTERED], best.get(SCATTERED)

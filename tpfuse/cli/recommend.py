@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..passes.plan.layouts import SCATTERED, TP_ATTN_FULL, Sizes, Stage, choose, stage_cost, stage_steps
+from ..passes.plan.layouts import Sizes, Stage, chain_steps, choose, total_us
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def recommend(model: ModelSizes, ranks: int, memory: float) -> list[Candidate]:
 
 def _candidate(model: ModelSizes, ranks: int, dp: int, attn: int, dense: int | None) -> Candidate:
     sizes = Sizes(attn, dp, model.rows // dp * model.hidden * 2)
-    us = sent = 0.0
     stages = []
     for routed in model.moe:
         over = None if routed else dense
@@ -70,15 +69,8 @@ def _candidate(model: ModelSizes, ranks: int, dp: int, attn: int, dense: int | N
         pays = {None: "owed_whole" if dp > 1 else "owed_attn", 1: "own_rows", attn: "owed_attn"}[over]
         stages.append(Stage("owed_attn", frozenset({wants}), True, False))
         stages.append(Stage(pays, frozenset({"all_rows"}), True, False))
-    before = TP_ATTN_FULL
-    for stage, layout in zip(stages, choose(stages, sizes), strict=True):
-        moved = stage_steps(Stage("own_rows", frozenset(), False, False), layout, sizes)
-        us += stage_cost(stage, layout, sizes)
-        sent += sum(step.sent(sizes) for step in stage_steps(stage, layout, sizes))
-        if before == SCATTERED and layout == TP_ATTN_FULL:
-            us += sum(step.cost(sizes) for step in moved)
-            sent += sum(step.sent(sizes) for step in moved)
-        before = layout
+    steps = chain_steps(stages, choose(stages, sizes), sizes)
+    us, sent = total_us(steps, sizes), sum(step.sent(sizes) for step in steps)
     w = model.weights
     shared = w["attention"] / attn + w["dense_mlp"] / (dense or ranks) + w["moe"] / ranks
     return Candidate(dp, attn, dense, us, sent, (shared + w["embedding"] / attn + w[""]) / 2**30)
