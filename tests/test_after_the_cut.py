@@ -83,6 +83,7 @@ def test_a_parametrization_of_a_cut_module_or_of_one_with_own_rows_is_refused():
 
 def test_forward_mode_is_refused():
     with torch.autograd.forward_ad.dual_level():  # one for all threads
+        torch.autograd.forward_ad.make_dual(torch.zeros(()), torch.ones(()))  # torch's first imports, by one thread
         run_threads(2, refused, [model_of("llama") for _ in range(2)], forward_mode, "forward-mode differentiation")
 
 

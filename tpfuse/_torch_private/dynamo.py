@@ -312,8 +312,10 @@ def restarts_tracing() -> type[Exception]:
 
 
 def _told_constant() -> set[str]:
-    """The symbols that Dynamo has been told to trace as constants, in the compilation that is under way: its own set,
-    or an empty one where `TensorifyState` is gone."""
+    """The symbols that Dynamo has been told to trace as constants in the compilation that is under way: its own set.
+
+    If `TensorifyState` goes: an empty one, and nothing is remembered.
+    """
     try:
         from torch._dynamo.symbolic_convert import TensorifyState
 
