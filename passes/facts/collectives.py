@@ -52,6 +52,16 @@ def is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", None) in ops.COLLECTIVE_NAMESPACES
 
 
+def communicates_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a collective, or an operation of ours that has one in it, stands between two nodes of a graph."""
+    node = first.next
+    while node.op != "root" and node < last:
+        if is_collective(node) or getattr(node.target, "namespace", "") == "tpfuse":
+            return True
+        node = node.next
+    return False
+
+
 def find_collectives(graph: fx.Graph, resolve: ResolveGroup) -> list[Collective]:
     """Every collective of the graph, in graph order."""
     return [_describe(node, resolve) for node in graph.nodes if is_collective(node)]

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.checkpoint import recompute_tag
-from ..facts.collectives import Collective
+from ..facts.collectives import Collective, communicates_between
 from ..facts.graph import argument, input_node, is_call, is_float, last_dim, same_shape, same_size, val
 from .known import Known
 from .streams import calls
@@ -66,7 +66,7 @@ def _gather(collective: Collective, known: Known) -> Gather | None:
     ranks = known.resolve(group) if isinstance(group, str) else None
     if ranks is None or ranks != collective.ranks or not _keeps_rows(node, views[::-1]):
         return None
-    if _overtakes(collective.node, fused):
+    if communicates_between(fused, collective.node):  # the gather would come before it
         return None
     if known.backward and not _tagged_alike(fused, collective.node):  # it is still to be split by these tags
         return None
@@ -89,16 +89,6 @@ def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
                 return False
             order = list(range(val(view).dim()))
     return order == sorted(order) and len(order) > 1
-
-
-def _overtakes(gather: fx.Node, fused: fx.Node) -> bool:
-    """Whether something else communicates between the operation and the gather, which would come before it."""
-    node = fused.next
-    while node is not gather:
-        if str(node.target).startswith(("_c10d_functional.", "tpfuse.")) and node.target is not ops.WAIT:
-            return True
-        node = node.next
-    return False
 
 
 def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:

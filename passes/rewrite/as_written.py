@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..facts.collectives import is_collective
+from ..facts.collectives import communicates_between
 from ..facts.refusals import Code, Refusal
 from ..plan.sites import Decisions, Plan
 from ..plan.sites import plan as plan_sites
 from ..recognise.sites import Recognition
-from ..recognise.streams import calls
 from ..recognise.sums import decompose
-
-_FUSED = ("all_reduce_norm", "reduce_scatter_norm")
 
 
 def as_written(recognition: Recognition, rewrites: tuple[str, ...], why: str) -> Decisions:
@@ -45,16 +42,7 @@ def _changes(plan: Plan) -> str:
         return "it would be sent with what is done to it afterwards applied before"
     norm, residual = plan.site.norm, plan.site.residual_after if plan.post else None
     operands = [node for node in (norm.weight, norm.bias, norm.eps, residual) if isinstance(node, fx.Node)]
-    if _overtaken(owed.collective.node, max([plan.site.hidden, *operands])):
+    # The fused operation stands behind the last of them.
+    if communicates_between(owed.collective.node, max([plan.site.hidden, *operands])):
         return "it would be sent after a collective that follows it"
     return ""
-
-
-def _overtaken(node: fx.Node, last: fx.Node) -> bool:
-    """Whether another collective stands between `node` and `last`, behind which the fused operation would stand."""
-    current = node.next
-    while current.op != "root" and current < last:
-        if is_collective(current) or any(calls(current, f"tpfuse::{name}") for name in _FUSED):
-            return True
-        current = current.next
-    return False

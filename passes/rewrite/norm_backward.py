@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..facts import aten_ops as ops
+from ..facts.collectives import communicates_between
 from ..facts.graph import added, insert_call, inserting_behind, region_between, same_shape, val
 from ..facts.refusals import Code, Refusal
 from ..recognise.hazards import Hazards
@@ -61,7 +62,7 @@ def _problem(gradient: NormGradient, hazards: Hazards, as_written: bool) -> Refu
     if any(first < node < gradient.out for node in hazards.modes):
         said = "how operators work changes between the collective and the norm's backward"
         return Refusal(Code.MOVES_PAST, said)
-    if as_written and _overtaken(first, last):
+    if as_written and communicates_between(first, last):
         return Refusal(Code.AS_WRITTEN, "it would be sent after a collective that follows it")
     if _sized(gradient, gradient.incoming) is None or _sized(gradient, gradient.out) is None:
         return Refusal(Code.VALUES, "a symbolic size of its gradient can be read off no value that stays in the graph")
@@ -74,16 +75,6 @@ def _sized(gradient: NormGradient, like: fx.Node) -> fx.Node | None:
         return like
     staying = [gradient.norm.hidden, *gradient.residuals, gradient.collective.input]
     return next((node for node in staying if same_shape(node, like)), None)
-
-
-def _overtaken(node: fx.Node, last: fx.Node) -> bool:
-    """Whether another node that communicates stands between `node` and `last`."""
-    current = node.next
-    while current.op != "root" and current < last:
-        if str(current.target).startswith(("_c10d_functional.", "tpfuse.")) and current.target is not ops.WAIT:
-            return True
-        current = current.next
-    return False
 
 
 def _operands(gradient: NormGradient) -> list[fx.Node]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 
+from tpfuse import ops
 from tpfuse.passes.verdict.steps import with_late_steps
 from tpfuse.report import Step
 from tpfuse.runtime.plan_check import records
@@ -30,6 +32,23 @@ def test_a_sum_that_is_fused_and_handed_out_is_sent_as_written(four_ranks):
 
     words, record = sent(run, X, X)
     assert words == ["#0"] and record.as_written and record.boundaries[0].fused
+
+
+@pytest.mark.parametrize("between", ["a sine", "a sum", "an operation of ours"])
+def test_a_sum_that_another_would_overtake_is_left_where_ranks_may_differ(four_ranks, between):
+    """Its norm's weight is there only behind the other, and so would be the fused operation."""
+    made = {
+        "a sine": torch.sin,
+        "a sum": lambda w: all_reduce(w.sin()),
+        "an operation of ours": lambda w: ops.all_reduce_rms_norm(w[None], None, 1e-6, dist.group.WORLD)[0][0],
+    }[between]
+
+    def run(x, r, w):
+        total = all_reduce(x)
+        return F.rms_norm(r + total, (HIDDEN,), made(w))
+
+    _, report = fused(trace(run, X, X, torch.randn(HIDDEN)), alike=False)
+    assert report.boundaries[0].fused == (between == "a sine"), report.boundaries[0].reason
 
 
 def test_merged_sums_are_sent_as_something_else_that_says_how(four_ranks):
