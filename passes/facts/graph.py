@@ -242,6 +242,19 @@ def _expression(size: Any) -> Any:
     return size if node is None else getattr(node, "expr", node)
 
 
+def permutation(node: fx.Node) -> list[int]:
+    """Of a view in `REORDERINGS`: which dimension of its input each of its own is."""
+    count = val(node).dim()
+    order = list(range(count))
+    if is_call(node, ops.aten.permute.default):
+        return [dim % count for dim in argument(node, "dims")]
+    if count < 2:
+        return order
+    a, b = (0, 1) if is_call(node, ops.aten.t.default) else (argument(node, "dim0"), argument(node, "dim1"))
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
 def strip(node: Any, targets: set[Any]) -> Any:
     """Walk from `node` towards the inputs while it is one of `targets` (unary operators) and stays a floating-point
     value: a cast to an integer and back is no rounding."""

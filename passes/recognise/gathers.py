@@ -16,7 +16,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.checkpoint import recompute_tag
 from ..facts.collectives import Collective, communicates_between
-from ..facts.graph import argument, input_node, is_call, is_float, last_dim, same_shape, same_size, val
+from ..facts.graph import argument, input_node, is_call, is_float, last_dim, permutation, same_shape, same_size, val
 from .known import Known
 from .streams import calls
 
@@ -77,13 +77,8 @@ def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
     """Whether `rows`, [rows, H], are still in their order after these views: permuted and back at the most."""
     order = [0, 1]
     for view in views:
-        if is_call(view, {aten.permute.default}):
-            order = [order[dim % len(order)] for dim in argument(view, "dims")]
-        elif is_call(view, {aten.transpose.int}):
-            a, b = (argument(view, name) % len(order) for name in ("dim0", "dim1"))
-            order[a], order[b] = order[b], order[a]
-        elif is_call(view, ops.REORDERINGS):
-            return False
+        if is_call(view, ops.REORDERINGS):
+            order = [order[dim] for dim in permutation(view)]
         elif not same_shape(view, input_node(view)):
             if order != sorted(order) or not same_size(last_dim(view), last_dim(rows)):
                 return False

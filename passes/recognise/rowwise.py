@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, is_call, is_float, is_number, same_size, val, value
+from .statistics import keeps_order
 
 aten = ops.aten
 #: As many rows as tell a row from its neighbours.
@@ -112,7 +113,7 @@ class Rows:
                 return self._summed(node, source, given)
             if is_call(node, _EXPANDS):
                 return given.expand(self._shape(kind)) if self.kind(source) != "flat" else None
-            if is_call(node, ops.REORDERINGS) and not _keeps_order(node):
+            if is_call(node, ops.REORDERINGS) and not keeps_order(node):
                 return None
             return given
         return self._pointwise(node, depth) if is_call(node, _POINTWISE) else None
@@ -150,22 +151,6 @@ class Rows:
     def _shape(self, kind: str) -> tuple[int, int]:
         rows, last = _SHAPES[kind]
         return rows, last or self.hidden
-
-
-def _keeps_order(node: fx.Node) -> bool:
-    """Whether a permutation moves dimensions of size 1 alone."""
-    source = node.args[0]
-    count = val(source).dim()
-    if is_call(node, aten.permute.default):
-        order = [dim % count for dim in argument(node, "dims")]
-    elif is_call(node, aten.transpose.int):
-        order = list(range(count))
-        a, b = argument(node, "dim0") % count, argument(node, "dim1") % count
-        order[a], order[b] = b, a
-    else:
-        return False
-    moved = [dim for dim in order if not same_size(val(source).shape[dim], 1)]
-    return moved == sorted(moved)
 
 
 __all__ = ["ROWS", "Rows"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import argument, input_node, is_call, last_dim, same_shape, same_size, val, value, why_unusual
+from ..facts.graph import argument, input_node, is_call, last_dim, permutation, same_shape, same_size, val, why_unusual
 from .sums import Step, Sum, Term
 
 aten = ops.aten
@@ -66,18 +66,8 @@ def row_order(steps: Sequence[Step]) -> tuple[int, ...] | None:
     if len(moves) > 1 or any(node not in moves and not same_shape(node, input_node(node)) for node in found):
         return None
     (move,) = moves
-    rows = value(move)
-    count = 0 if rows is None else rows.dim()
-    order = list(range(count))
-    if is_call(move, aten.permute.default):
-        dims: list[int] = argument(move, "dims")
-        order = [dim % count for dim in dims]
-    elif is_call(move, aten.transpose.int):
-        a, b = argument(move, "dim0") % count, argument(move, "dim1") % count
-        order[a], order[b] = b, a
-    else:
-        return None
-    return tuple(order) if order[-1] == count - 1 else None
+    order = permutation(move)
+    return tuple(order) if order[-1:] == [len(order) - 1] else None
 
 
 __all__ = ["row_order", "rows_problem", "scattered_sum_problem"]

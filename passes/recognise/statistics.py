@@ -22,6 +22,7 @@ from ..facts.graph import (
     is_float,
     is_number,
     last_dim,
+    permutation,
     same_shape,
     same_size,
     strip,
@@ -64,14 +65,7 @@ def keeps_order(node: Any) -> bool:
     before, after = value(node.args[0]), value(node)
     if before is None or after is None:
         return False
-    dims = list(range(before.dim()))
-    given: Any = node.args[1:]
-    if is_call(node, aten.permute.default):
-        dims = [dim % before.dim() for dim in given[0]]
-    elif before.dim() > 1:
-        one, other = given if is_call(node, aten.transpose.int) else (0, 1)
-        dims[one], dims[other] = dims[other], dims[one]
-    moved = [dim for dim in dims if not same_size(before.shape[dim], 1)]
+    moved = [dim for dim in permutation(node) if not same_size(before.shape[dim], 1)]
     return moved == sorted(moved)
 
 

@@ -8,6 +8,8 @@ import copy
 import pytest
 import torch
 
+from tpfuse.passes.facts import aten_ops as ops
+from tpfuse.passes.facts.graph import permutation
 from tpfuse.passes.facts.sizes import Place, find_size
 
 from ..graphs import all_reduce, trace
@@ -181,6 +183,25 @@ def test_a_broadcast_residual_whose_size_no_input_has(again):
         return rms(s + r[:1, :1])
 
     assert fuse(run, tracing_mode="symbolic").fused
+
+
+@pytest.mark.parametrize(
+    ("view", "shape"),
+    [
+        (lambda x: x.permute(-1, 0, 1), (2, 3, 5)),
+        (lambda x: x.transpose(-1, 0), (2, 3, 5)),
+        (lambda x: x.t(), (2, 3)),
+        (lambda x: x.t(), (2,)),
+        (lambda x: x.transpose(0, -1), (2,)),
+        (lambda x: x.transpose(0, -1), ()),
+    ],
+)
+def test_every_spelling_of_a_permutation_is_read(view, shape):
+    x = torch.empty(shape)
+    gm = trace(view, x, decompose=False)
+    (node,) = gm.graph.find_nodes(op="output")[0].all_input_nodes
+    assert node.target in ops.REORDERINGS
+    assert [shape[dim] for dim in permutation(node)] == list(view(x).shape)
 
 
 def test_a_size_is_not_read_off_an_incoming_gradient():
