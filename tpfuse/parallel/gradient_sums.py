@@ -15,12 +15,13 @@ from tpfuse.errors import PlanError
 from tpfuse.parallel.clip import total_norm
 from tpfuse.parallel.collectives import all_reduce
 from tpfuse.parallel.cuts import Cut
-from tpfuse.parallel.hf_plan import ancestors, routed_block_of
+from tpfuse.parallel.hf_plan import routed_block_of
 from tpfuse.parallel.mesh import Group, Groups
 from tpfuse.parallel.owners import own
 from tpfuse.parallel.paths import leaves_of
 from tpfuse.parallel.record import Done, Parallelized
 from tpfuse.parallel.roles import Role
+from tpfuse.parallel.structure import ancestors
 from tpfuse.parallel.used import UsedParameters
 
 

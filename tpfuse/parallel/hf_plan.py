@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
@@ -16,7 +16,7 @@ import torch.nn as nn
 from tpfuse.errors import PlanError
 from tpfuse.parallel.calls import chunks_of
 from tpfuse.parallel.roles import Parts, Role
-from tpfuse.parallel.structure import HEADS, KV_HEADS, first_int
+from tpfuse.parallel.structure import HEADS, KV_HEADS, ancestors, first_int
 from tpfuse.policy import FrozenDict
 
 COLWISE = {"colwise": 1, "packed_colwise": 2}
@@ -207,13 +207,6 @@ def _block_of(name: str) -> str | None:
 
 def _shared(block: nn.Module) -> str | None:
     return next((n for n in ("shared_experts", "shared_expert", "shared_mlp") if hasattr(block, n)), None)
-
-
-def ancestors(name: str) -> Iterator[str]:
-    """The qualified names of the modules around a module or parameter, innermost first, ending with "", the model."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def join(outer: str, leaf: str) -> str:

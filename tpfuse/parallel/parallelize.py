@@ -22,7 +22,7 @@ from tpfuse.parallel.cuts import Cut
 from tpfuse.parallel.earlier_state import cut_gradient, watch_optimizers
 from tpfuse.parallel.generation import sync_generation
 from tpfuse.parallel.gradient_sums import owed_sums, owner_of, sum_gradients
-from tpfuse.parallel.hf_plan import Planned, ancestors, model_plan, read_plan, routed_block_of
+from tpfuse.parallel.hf_plan import Planned, model_plan, read_plan, routed_block_of
 from tpfuse.parallel.hooks import AllRows
 from tpfuse.parallel.mesh import Groups, check_mesh, create_whole_group, describe_groups
 from tpfuse.parallel.outside import watch_losses
@@ -33,7 +33,7 @@ from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.router_loss import RefuseRouterLoss, ShareRouterLogits, holder_of_layers
 from tpfuse.parallel.saving import guard_copies, guard_saving
 from tpfuse.parallel.state_hooks import keep_state
-from tpfuse.parallel.structure import inferred_roles
+from tpfuse.parallel.structure import ancestors, inferred_roles
 from tpfuse.parallel.used import UsedParameters
 from tpfuse.policy import SharingPolicy
 

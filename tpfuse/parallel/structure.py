@@ -34,10 +34,10 @@ MIXER = re.compile(r"att|mixer|mamba|deltanet|conv|ssm|recurrent", re.IGNORECASE
 
 def inferred_roles(model: nn.Module, roles: Mapping[str, Role]) -> dict[str, Role]:
     """Roles for modules that neither have one, nor lie around or inside one that has."""
-    taken = set(roles) | {outer for name in roles for outer in _ancestors(name)}
+    taken = set(roles) | {outer for name in roles for outer in ancestors(name)}
     found: dict[str, Role] = {}
     for name, module in model.named_modules():
-        if not name or name in taken or any(outer in roles or outer in found for outer in _ancestors(name)):
+        if not name or name in taken or any(outer in roles or outer in found for outer in ancestors(name)):
             continue
         role = _attention(module) or (None if _routed(model, name) else _mlp(module))
         if role is not None:
@@ -76,7 +76,7 @@ def _mlp(module: nn.Module) -> Role | None:
 
 def _routed(model: nn.Module, name: str) -> bool:
     """Whether `name` lies in a routed block: experts see other rows on every call, and some see none."""
-    blocks = [model.get_submodule(outer) for outer in _ancestors(name) if outer]
+    blocks = [model.get_submodule(outer) for outer in ancestors(name) if outer]
     return "expert" in name or any(hasattr(block, "experts") or hasattr(block, "router") for block in blocks)
 
 
@@ -84,8 +84,8 @@ def uncut_mixers(model: nn.Module, roles: Mapping[str, Role]) -> Iterator[nn.Mod
     """The outermost modules that mix tokens and have no role."""
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(outer in found or outer in roles for outer in _ancestors(name))
-        around = any(name in _ancestors(other) for other in roles)
+        inside = any(outer in found or outer in roles for outer in ancestors(name))
+        around = any(name in ancestors(other) for other in roles)
         if not name or inside or around or name in roles or isinstance(module, (nn.ModuleList, nn.Conv1d)):
             continue
         if MIXER.search(type(module).__name__) and any(True for _ in module.parameters()):
@@ -105,7 +105,8 @@ def _linear(module: nn.Module, leaf: str) -> bool:
     return isinstance(base_of(getattr(module, leaf, None)), nn.Linear)
 
 
-def _ancestors(name: str) -> Iterator[str]:
+def ancestors(name: str) -> Iterator[str]:
+    """The qualified names of the modules around a module or parameter, innermost first, ending with "", the model."""
     while name:
         name = name.rpartition(".")[0]
         yield name
