@@ -347,7 +347,7 @@ def _cut_parameters(
         elif tensor.numel() > 1:
             raise PlanError(
                 f"{full_name} of shape {tuple(tensor.shape)}: do not know how to cut it beside its weight; known are "
-                f"weight, bias, {', '.join(SCALES)} in blocks, and scalars"
+                f"weight, bias, {', '.join(SCALES)} in blocks, and scalars. Leave the module whole"
             )
     values = {("out_features", "in_features")[dim]: _local_width(out.cuts[join(name, "weight")])}
     if isinstance(module, nn.Linear):
@@ -363,13 +363,12 @@ def _cut_beside(out: ModuleCut, name: str, module: nn.Module, role: Role, groups
         if stem != leaf and stem in role.colwise:
             _add(out, join(name, leaf), tensor, tensor.ndim - 1, role.packed.get(stem, 1), None, groups)
         elif stem in role.rowwise:
-            raise PlanError(
-                f"{name}.{leaf}: a bias of fused row-wise weights would be added by every rank; not supported"
-            )
+            why = "a bias of fused row-wise weights would be added by every rank"
+            raise PlanError(f"{name}.{leaf}: {why}; leave the module whole")
         else:
             raise PlanError(
                 f"{name}.{leaf} of shape {tuple(tensor.shape)} stands beside weights that are cut, and no role names "
-                f"it; named: {', '.join((*role.colwise, *role.rowwise))}"
+                f"it; named: {', '.join((*role.colwise, *role.rowwise))}. Name it, or leave the module whole"
             )
 
 
@@ -392,7 +391,8 @@ def _add(
 
 def _add_scales(out: ModuleCut, name: str, scales: Tensor, dim: int, weight: Cut, block: int) -> None:
     if any(part % block for part in weight.parts):
-        raise PlanError(f"{name}: the parts {weight.parts} of its weight are not multiples of the block size {block}")
+        why = f"the parts {weight.parts} of its weight are not multiples of the quantization block of {block}"
+        raise PlanError(f"{name}: {why}; leave the module whole")
     out.cuts[name] = Cut(
         dim, weight.over, tuple(p // block for p in weight.parts), weight.counts, weight.size, weight.index
     )

@@ -135,7 +135,7 @@ def make_cut(
         if part // count % block:
             raise PlanError(
                 f"cannot cut {where.format(f'{part} features')}: {part // count} per rank is not a multiple of the "
-                f"weight's quantization block of {block}"
+                f"weight's quantization block of {block}; take fewer ranks, or leave the module whole"
             )
         counts.append(count)
     index = groups.of(over).index
@@ -145,8 +145,11 @@ def make_cut(
 def _part_sizes(name: str, full: int, parts: Parts) -> tuple[int, ...]:
     if isinstance(parts, int):
         if full % parts:
-            raise PlanError(f"cannot cut {name}: {full} features do not hold {parts} equal parts")
+            raise PlanError(f"cannot cut {name}: {full} features do not hold {parts} equal parts; give their sizes")
         return (full // parts,) * parts
     if sum(parts) != full:
-        raise PlanError(f"cannot cut {name}: packed sizes {parts} add up to {sum(parts)}, the weight has {full}")
+        raise PlanError(
+            f"cannot cut {name}: packed sizes {parts} add up to {sum(parts)}, the weight has {full}; give the sizes of "
+            "its matrices, in features"
+        )
     return parts

@@ -333,7 +333,8 @@ def _hidden(name: str, args: tuple, kwargs: dict):
     if count != 1 or not tensors:
         raise PlanError(
             f"{name} is called with {count} tensors; a module that works on other "
-            "rows than its caller's takes its hidden states and no other tensor"
+            "rows than its caller's takes its hidden states and no other tensor, whose rows would be those of other "
+            "ranks. Leave it whole, or give it moe_dense_tp_size=attn_tp_size (SharingPolicy.overrides)"
         )
     key, x = tensors[0]
 
