@@ -181,8 +181,9 @@ def _replicated(
             vector = added(graph, vector, scaled(graph, node, term.scale))
             continue
         if term.joins is not None and not same_shape(node, term.joins):
-            # `joins` itself is about to go: what is owed tells its sizes, before or behind the steps that moved.
-            owed = (*(collective.input for collective in waits.values()), partial)
+            # `joins` itself is about to go: what is owed tells its sizes, before, between and behind its steps.
+            inputs = {collective.input for collective in waits.values()}
+            owed = (*inputs, *sorted(region_between(partial, inputs)))
             sizes = sizes_of(graph, next((each for each in owed if same_shape(each, term.joins)), term.joins))
             node = insert_call(graph, aten.expand.default, (node, sizes), like=term.joins)
         residual = added(graph, residual, scaled(graph, replay(graph, term.steps, node), term.scale))

@@ -8,6 +8,9 @@ itself, so it is viewed as [1, S, H] first.
 *Broadcast beside another sum.* Learned positions [S, H] whose sum is added to that of the tokens [B, S, H] are expanded
 to that shape first, so that one can be sent with the other.
 
+*Sizes of views.* A symbolic size that is read off a view of a sum is read off the same view of what is sent, so that
+the view may go.
+
 *In place.* torch.export keeps the write that the user wrote:
 
     y = mm(...)                        y = mm(...)
@@ -20,14 +23,28 @@ and s is read by the copy alone, so that it can be written to in y's place.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema, storage_identity
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
-from ..facts.graph import insert_call, last_dim, same_shape, same_size, same_strides, use_positions, val, value
+from ..facts.graph import (
+    input_node,
+    insert_call,
+    is_call,
+    last_dim,
+    same_shape,
+    same_size,
+    same_strides,
+    use_positions,
+    val,
+    value,
+)
 from ..facts.sizes import Place, find_size
+from ..recognise.sums import Step
+from .replay import replay
 
 
 def normalise(graph: fx.Graph) -> None:
@@ -38,6 +55,7 @@ def normalise(graph: fx.Graph) -> None:
     drop_copies(graph)
     view_leading_ones(graph)
     expand_beside_sums(graph)
+    read_sizes_before_sums(graph)
 
 
 def drop_unread(graph: fx.Graph) -> None:
@@ -110,6 +128,24 @@ def expand_beside_sums(graph: fx.Graph) -> None:
                 if expanded is not None:
                     node.update_arg(position, expanded)
                     carrying.add(expanded)
+
+
+def read_sizes_before_sums(graph: fx.Graph) -> None:
+    """Let what reads a symbolic size off views of an all-reduce's result read it off the same views of its input."""
+    for node in graph.find_nodes(op="call_function", target=ops.aten.sym_size.int):
+        steps: list[fx.Node] = []
+        source = input_node(node)
+        while is_call(source, ops.VIEWS):
+            steps.append(source)
+            source = input_node(source)
+        if not steps or source.target is not ops.WAIT or not isinstance(node.meta.get("val"), torch.SymInt):
+            continue
+        collective = input_node(source)
+        if not is_collective(collective) or not same_shape(input_node(collective), source):
+            continue
+        views = [Step(step) for step in reversed(steps) if not is_call(step, ops.COPIES_OF_VALUES)]
+        with graph.inserting_before(node):
+            node.update_arg(0, replay(graph, views, input_node(collective)))
 
 
 def _expanded(graph: fx.Graph, child: fx.Node, node: fx.Node) -> fx.Node | None:

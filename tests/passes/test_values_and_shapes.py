@@ -12,7 +12,7 @@ from tpfuse.passes.facts import aten_ops as ops
 from tpfuse.passes.facts.graph import permutation
 from tpfuse.passes.facts.sizes import Place, find_size
 
-from ..graphs import all_reduce, trace
+from ..graphs import all_reduce, fused, on_ranks, trace
 from . import spellings
 from .unusual import HIDDEN, fuse, inputs, named, nodes, plain_graph, rms
 
@@ -220,3 +220,23 @@ def test_a_size_is_not_read_off_an_incoming_gradient():
     x.meta["val"] = gradient.meta["val"]  # both have the same symbols
     assert find_size(joint, x.meta["val"].shape[0]) == Place(x, 0)
     assert find_size(backward, only.meta["val"].shape[0]) is None
+
+
+@pytest.mark.parametrize("read", ["between", "also outside", "in another view"])
+def test_a_symbolic_size_that_a_view_of_the_sum_brings(read):
+    """The view goes with the sum, and its size is read off what stays."""
+
+    def run(s, r, w):
+        v = all_reduce(s).view(-1, 2, HIDDEN)
+        y = torch.nn.functional.rms_norm((v + r[:1]).view(v.shape[0], 2 * HIDDEN), (2 * HIDDEN,), w)
+        if read == "also outside":
+            return y, r[0, 0] * v.shape[0]
+        return (y, v.shape[0] * r.view(v.shape[0], -1)) if read == "in another view" else (y,)
+
+    partials = [torch.randn(6, HIDDEN) for _ in range(2)]
+    rest = torch.randn(3, 2, HIDDEN), torch.randn(2 * HIDDEN)
+    before = trace(run, partials[0], *rest, dynamic=True)
+    after, report = fused(before)
+    assert [b.fused for b in report.boundaries] == [True], report
+    for expected, got in zip(*(on_ranks(gm, 2, partials, *rest) for gm in (before, after)), strict=True):
+        torch.testing.assert_close(got, expected)
