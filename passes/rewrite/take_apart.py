@@ -39,8 +39,10 @@ def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
         pending.meta[ORIGIN] = node.meta.get(GATHERS, pending.name)
         gathered = insert_call(graph, ops.WAIT, (pending,), like=pending)
     for user in list(node.users):
-        if user.args[1] == last:
-            user.replace_all_uses_with(gathered)
+        # One reader of each result, as the steps behind this one expect: the rows may be read by themselves as well.
+        instead = rows if user.args[1] == 0 else gathered
+        if user.args[1] in (0, last):
+            user.replace_all_uses_with(instead)
             graph.erase_node(user)
     node.replace_all_uses_with(fused, propagate_meta=False)
     graph.erase_node(node)
