@@ -175,6 +175,17 @@ def test_every_boundary_of_every_form(how, norm):
         assert (left.collective, left.direction) == ("all_gather", "forward")
 
 
+@pytest.mark.parametrize("how", [pytest.param("megatron", marks=pytest.mark.nightly), "torchtitan"])
+def test_every_boundary_where_rows_are_symbolic(how):
+    """The last rank's part of a sequence of unknown length is what the others leave."""
+    with fake_world(2, rank=1):
+        torch._dynamo.reset()
+        options = {"inner": "aot_eager", "rewrites": REWRITES}
+        run = torch.compile(cut(how, 2), backend="tpfuse", options=options, fullgraph=True, dynamic=True)
+        run(tokens(how)).square().mean().backward()
+        assert counts(tpfuse.reports()[-1]) == expected(how, REWRITES)
+
+
 def blocks_checkpointed(model: nn.Module) -> nn.Module:
     model.run_block = lambda layer, h: checkpoint(layer, h, use_reentrant=False)
     return model

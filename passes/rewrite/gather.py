@@ -15,7 +15,7 @@ from ..facts.graph import GATHERS, insert_call, inserting_behind, val
 from ..recognise.gathers import Gather, find_gathers
 from ..recognise.known import Known
 from ..verdict.accounting import origin
-from .replay import sizes_of
+from .replay import computed, reshaped, sizes_of
 
 aten = ops.aten
 
@@ -45,8 +45,9 @@ def _apply(graph: fx.Graph, found: Gather) -> None:
     with graph.inserting_before(collective.node):
         rows = insert_call(graph, ops.operator.getitem, (fused, count), like=result)
         if val(result).dim() != 2:
-            sizes = [-1, *sizes_of(graph, collective.input)[1:]]
-            rows = insert_call(graph, aten.reshape.default, (rows, sizes), like=result)
+            own, *rest = sizes_of(graph, collective.input)
+            every = computed(graph, ops.operator.mul, own, len(collective.ranks), result)
+            rows = reshaped(graph, rows, [every, *rest], val(result).shape)
     result.replace_all_uses_with(rows, propagate_meta=False)
     for node in (result, collective.node, *found.views, found.rows):
         if not node.users:

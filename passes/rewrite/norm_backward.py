@@ -96,7 +96,9 @@ def _apply(graph: fx.Graph, gradient: NormGradient) -> fx.Node:
     collective, norm, out = gradient.collective, gradient.norm, gradient.out
     dead = _dead(gradient)
     wanted = collective.result not in dead
-    rows = ScatteredRows(collective.input, gradient.steps, row_order(gradient.steps) or ())
+    parts = len(collective.ranks) if collective.kind == "reduce_scatter" else 1
+    shape = val(collective.result).shape
+    rows = ScatteredRows(collective.input, parts, shape, gradient.steps, row_order(gradient.steps) or ())
     sized = _sized(gradient, gradient.incoming) or gradient.incoming
     with inserting_behind(graph, max(_last_operand(gradient), collective.node)):
 

@@ -6,7 +6,9 @@ residual (scattered along another dimension than the first): then the residual i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -15,17 +17,19 @@ from ..facts.graph import insert_call, is_call, val
 from ..plan.sites import Plan
 from ..recognise.scattered import row_order
 from ..recognise.sums import Step, Sum
-from .replay import replay, sizes_of
+from .replay import computed, replay, reshaped, sizes_of
 
 aten = ops.aten
 
 
 @dataclass(frozen=True)
 class ScatteredRows:
-    """`source` is what is scattered; `steps` lead from the rows that arrive to where they are added to and normalised;
-    `order` is the permutation among them, or ()."""
+    """`source` is what is summed, and scattered in so many `parts` of this `shape`; `steps` lead from the rows that
+    arrive to where they are added to and normalised; `order` is the permutation among them, or ()."""
 
     source: fx.Node
+    parts: int
+    shape: Sequence[Any]
     steps: tuple[Step, ...]
     order: tuple[int, ...]
 
@@ -36,7 +40,8 @@ class ScatteredRows:
         if collective.kind != "reduce_scatter":
             return None
         (term,) = total.owed
-        return cls(collective.input, term.steps, row_order(term.steps) or ())
+        shape = val(collective.result).shape
+        return cls(collective.input, len(collective.ranks), shape, term.steps, row_order(term.steps) or ())
 
     def flat(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """`node`, a value of the graph's order, [rows, H] or [rows, 1], as the operation takes it."""
@@ -51,8 +56,10 @@ class ScatteredRows:
         """[rows, H], or [rows, 1], in the shape in which the reduce-scatter gives it."""
         if val(self.source).dim() == 2:
             return node
-        sizes = [-1, *sizes_of(graph, self.source)[1:-1], sizes_of(graph, node)[-1]]
-        return insert_call(graph, aten.reshape.default, (node, sizes), like=node)
+        rows, *rest, _ = sizes_of(graph, self.source)
+        own = computed(graph, ops.operator.floordiv, rows, self.parts, node)  # no -1: without rows that could be any
+        sizes = [own, *rest, sizes_of(graph, node)[-1]]
+        return reshaped(graph, node, sizes, (*self.shape[:-1], val(node).shape[-1]))
 
     def placed(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """[rows, H] where the graph has it."""

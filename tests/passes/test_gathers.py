@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.passes.plan.sites import REWRITES
+from tpfuse.passes.rewrite.lower import lower
 from tpfuse.passes.rewrite.take_apart import take_apart
 
 from ..graphs import all_reduce, executed_collectives, fake_world, on_ranks, relative_error, trace
@@ -124,6 +125,7 @@ def test_taken_apart_it_is_the_gather_of_the_program(two_ranks, form):
     assert executed_collectives(after, *example(inputs)) == BOTH
     for old, new in zip(whole, on_ranks(after, 2, *inputs), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0)
+    assert lower(after.graph) == 1  # which rows are read besides makes no difference
 
 
 def test_sizes_that_are_known_only_when_it_runs(two_ranks):
@@ -141,6 +143,22 @@ def test_sizes_that_are_known_only_when_it_runs(two_ranks):
         given = [[torch.randn(n, batch, weight.numel(), generator=g) for _ in range(2)] for n in (1, 2 * rows)]
         for old, new in zip(on_ranks(before, 2, *given, weight), on_ranks(after, 2, *given, weight), strict=True):
             torch.testing.assert_close(new, old)
+
+
+def test_no_rows_where_their_number_is_symbolic(two_ranks):
+    """A batch of 0 besides: then no size follows from the others."""
+
+    def program(tangents, partial, weight):
+        h = partial[: partial.shape[0] // 2].sin() + reduce_scatter(partial, 2)
+        y = normed(h, weight)[0]
+        return h, all_gather(y, 2).cos(), tangents.exp()
+
+    tangents, partial, _, weight = Program(residual, 2, F32).inputs(0)
+    inputs = example([tangents, [each[:, :0] for each in partial], weight])
+    before = trace(program, *inputs, dynamic=True)
+    after, report = rewritten(before)
+    assert [b.fused for b in report.boundaries] == [True, True]
+    assert [out.shape for out in after(*inputs)] == [out.shape for out in before(*inputs)]
 
 
 def test_the_gather_of_a_gradient(two_ranks):
