@@ -51,6 +51,23 @@ class Trust(torch.optim.Optimizer):
             parameter.sub_(parameter.grad * parameter.norm() / parameter.grad.norm(), alpha=0.1)
 
 
+class FactorsLarge(torch.optim.Optimizer):
+    """Means of rows and columns of large matrices alone; its settings are its own attributes."""
+
+    def __init__(self, parameters):
+        self.rates = (0.1, 16)
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        rate, least = self.rates
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            moment = parameter.grad.square()
+            if min(moment.shape) >= least:
+                moment = moment.mean(0, True) * moment.mean(1, True) / moment.mean()
+            parameter.sub_(parameter.grad / (moment.sqrt() + 1e-6), alpha=rate)
+
+
 BY_ELEMENT = {
     "AdamW": lambda p: torch.optim.AdamW(p),
     "fused": lambda p: torch.optim.Adam(p, fused=True),
@@ -62,6 +79,7 @@ NOT = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, 0.0),
     "L-BFGS": lambda p: torch.optim.LBFGS(p),
     "own": lambda p: Trust(p),
+    "large ones": lambda p: FactorsLarge(p),
 }
 
 

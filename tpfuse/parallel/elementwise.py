@@ -3,7 +3,7 @@
 Adam, SGD and their like do. Adafactor takes means of rows and columns, LAMB and LARS a norm, Muon the matrix, L-BFGS
 products over all parameters: of a slice each of these is another number, and on parameters that every rank holds
 whole it would be another one on each rank. What an optimizer does is seen from two steps that it makes, with its
-settings, on two small random matrices, whole and in halves; nothing of the optimizer itself is changed.
+settings, on two random matrices, whole and in halves; nothing of the optimizer itself is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tpfuse._torch_private import under_dispatch_mode
 
-_SHAPE = (8, 6)
+#: Large enough for optimizers that factor moments of large matrices alone (from 16 or 32 on), and small enough for
+#: those that keep moments of 4096 elements and more in 8 bits: their rounding is no difference that counts.
+_SHAPE = (62, 66)
 _STEPS = 2
 _RATE = 0.01
 _TOLERANCE = 1e-2
@@ -43,7 +45,7 @@ def by_element(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
 
 
 def _after(optimizer: torch.optim.Optimizer, like: Tensor, dtype: torch.dtype, dim: int | None) -> Tensor:
-    """Two matrices after the optimizer's steps, [2, 8, 6]; both cut in halves along `dim`, stepped half by half."""
+    """Two matrices after the optimizer's steps, [2, *_SHAPE]; both cut in halves along `dim`, stepped half by half."""
     parts = []
     for half in (0,) if dim is None else (0, 1):
         drawn = [_drawn(like, dtype, number) for number in range(1 + _STEPS)]
@@ -65,13 +67,19 @@ def _trial(optimizer: Any, like: Tensor, parameters: list[Any]) -> Any:
     if isinstance(settings.get("lr"), (int, float, Tensor)):
         settings["lr"] = settings["lr"] * 0 + _RATE  # a schedule may begin with 0
     trial = object.__new__(type(optimizer))
-    plain = (int, float, bool, str, type(None))
-    vars(trial).update({k: v for k, v in vars(optimizer).items() if isinstance(v, plain)})
+    vars(trial).update({k: v for k, v in vars(optimizer).items() if _plain(v)})
     lists = [name for name, value in vars(optimizer).items() if value is group["params"]]  # L-BFGS keeps one
     vars(trial).update(dict.fromkeys(lists, parameters))
     trial.defaults, trial.state = dict(optimizer.defaults), defaultdict(dict)
     trial.param_groups = [{**settings, "params": parameters}]
     return trial
+
+
+def _plain(value: object) -> bool:
+    """Whether it is a setting, as far as can be seen: nothing that leads to parameters."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (int, float, str, torch.dtype, torch.device))
 
 
 def _step(trial: Any, like: Tensor) -> None:
@@ -85,6 +93,6 @@ def _step(trial: Any, like: Tensor) -> None:
 
 
 def _drawn(like: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    """[2, 8, 6]"""
+    """[2, *_SHAPE]"""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(2, *_SHAPE, generator=generator).to(like.device, dtype)
