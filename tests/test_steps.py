@@ -126,6 +126,17 @@ def test_clipping_by_a_norm_of_slices_is_refused():
     run_threads(2, refused, copies(), PolicyError, "clip_grad_norm_", ONE, torch.optim.SGD, (0, 0), by_own_norm)
 
 
+def without_gradients(model):
+    if torch.distributed.get_rank() == 1:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def test_a_rank_without_any_gradient_is_refused_and_nobody_waits_for_it():
+    words = "rank 0 has gradients of .* whole parameters, and rank 1 of 0"
+    run_threads(2, refused, copies(), PolicyError, words, ONE, torch.optim.SGD, (0, 0), without_gradients)
+
+
 def overflowing(rank, models):
     model = parallelize(models[rank], mesh_of(ONE), ONE)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)

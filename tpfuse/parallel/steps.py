@@ -53,15 +53,17 @@ def compare_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
         return  # an optimizer that steps inside of a backward pass, or in a CUDA graph, which cannot be asked
     by_group: dict[Group, list[Tensor]] = {}
     for parameter, owned in _owned(optimizer):
-        plain = parameter.grad is not None and type(parameter.grad) is Tensor and not parameter.grad.is_sparse
-        if plain and owned.cut is None and owned.whole.size > 1 and not isinstance(parameter, DTensor):
-            by_group.setdefault(owned.whole, []).append(parameter)
+        if owned.cut is None and owned.whole.size > 1 and not isinstance(parameter, DTensor):
+            known = by_group.setdefault(owned.whole, [])  # also where this rank has no gradients: its peers may
+            if type(parameter.grad) is Tensor and not parameter.grad.is_sparse:
+                known.append(parameter)
     for group, parameters in by_group.items():
         ranks = process_group(group.name)
         if ranks is None or dist.get_backend(ranks) == "fake":
             continue
         grads = [p.grad for p in parameters if p.grad is not None]
-        everywhere = _of_all(torch.stack([g.double().norm() for g in grads]), group)
+        norms = torch.stack([g.double().norm() for g in grads]) if grads else _none(optimizer)
+        everywhere = _of_all(norms, group)
         narrow = any(g.element_size() < 4 for g in grads)
         if words := _differ(parameters, everywhere, _TOLERANCE_16_BITS if narrow else _TOLERANCE):
             raise PolicyError(
@@ -73,12 +75,18 @@ def compare_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
             )
 
 
+def _none(optimizer: torch.optim.Optimizer) -> Tensor:
+    """[0], where the optimizer's parameters are."""
+    first = next(parameter for parameter, _ in _owned(optimizer))
+    return torch.empty(0, dtype=torch.float64, device=first.device)
+
+
 def _of_all(norms: Tensor, group: Group) -> list[list[float]]:
     """Every rank's `norms` [n], where each has as many; else as many zeros as it has."""
     counts = norms.new_zeros(group.size)
     counts[group.index] = len(norms)
     every = [int(count) for count in all_reduce(counts, group.name).tolist()]
-    if len(set(every)) > 1:
+    if len(set(every)) > 1 or not len(norms):
         return [[0.0] * count for count in every]
     rows = norms.new_zeros(group.size, len(norms))
     rows[group.index] = norms
