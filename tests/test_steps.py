@@ -92,6 +92,19 @@ def test_optimizers_that_work_element_by_element_are_told_from_others_and_left_a
     assert torch.equal(before, parameter) and not optimizer.state.get(parameter) and parameter.grad is None
 
 
+class Scheduled(torch.optim.SGD):
+    """Its step asks what no small matrix can answer."""
+
+    def step(self, closure=None):
+        raise RuntimeError("no schedule was given")
+
+
+def test_an_optimizer_that_cannot_be_tried_is_named(caplog):
+    parameter = nn.Parameter(torch.randn(4, 4))
+    assert by_element(Scheduled([parameter]), parameter)
+    assert "Scheduled could not be tried on a small matrix (RuntimeError: no schedule was given)" in caplog.text
+
+
 def trained(rank, models, policy, make=torch.optim.SGD, seeds=(0, 0), before_step=lambda model: None):
     model = parallelize(models[rank], mesh_of(policy), policy)
     optimizer = make(model.parameters())

@@ -9,6 +9,7 @@ settings, on two random matrices, whole and in halves; nothing of the optimizer 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tpfuse._torch_private import under_dispatch_mode
+
+log = logging.getLogger(__name__)
 
 #: Large enough for optimizers that factor moments of large matrices alone (from 16 or 32 on), and small enough for
 #: those that keep moments of 4096 elements and more in 8 bits: their rounding is no difference that counts.
@@ -28,19 +31,25 @@ _TOLERANCE = 1e-2
 def by_element(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
     """Whether its steps are element by element, as far as they can be tried; `like`: one of its parameters.
 
-    True also where it cannot be tried (it takes no such parameters, or makes random steps).
+    True also where it makes random steps, and with a warning where it cannot be tried.
     """
     if under_dispatch_mode() or like.is_meta:
         return True
+    failed: Exception | None = None
     for dtype in dict.fromkeys((torch.float64, like.dtype)):  # in float64 no rounding looks like another step
         try:
             whole, again = (_after(optimizer, like, dtype, None) for _ in range(2))
             halves = [_after(optimizer, like, dtype, dim) for dim in (0, 1)]
-        except Exception:
+        except Exception as error:
+            failed = error
             continue
         moved = float((whole - _drawn(like, dtype, 0).double()).abs().amax())
         other = max(float((one - whole).abs().amax()) for one in halves)
         return not torch.equal(whole, again) or other <= _TOLERANCE * moved
+    log.warning(
+        "%s could not be tried on a small matrix (%s: %s), and is taken for one that works element by element: what it "
+        "makes of cut weights would be wrong otherwise", type(optimizer).__name__, type(failed).__name__, failed,
+    )  # fmt: skip
     return True
 
 
