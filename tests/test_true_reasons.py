@@ -78,9 +78,9 @@ def norm_by_a_learned_power(self, x, z):
     return h * (h.square().mean(-1, keepdim=True) + 1e-6).pow(-self.norm.weight[0] / 2)
 
 
-def norm_by_a_quantile(self, x, z):
+def norm_by_the_median(self, x, z):
     h = x + z
-    return h / h.abs().quantile(0.9, dim=-1, keepdim=True)
+    return h / h.abs().median(dim=-1, keepdim=True).values
 
 
 def norm_by_magnitudes(self, x, z):
@@ -122,7 +122,7 @@ def norm_of_one_sum_for_all(self, x, z):
         (norm_by_a_part, "other units than those of each row"),
         (norm_in_a_branch, "a region of its own, which cond"),
         (norm_by_a_learned_power, "scales each row by a measure of its units: aten.mul.Tensor"),
-        (norm_by_a_quantile, "scales each row by a measure of its units: aten.div.Tensor"),
+        (norm_by_the_median, "scales each row by a measure of its units: aten.div.Tensor"),
         (norm_by_magnitudes, "scales each row by a measure of its units: aten.div.Tensor"),
         (norm_by_standard_deviation_and_mean, "by a root of aten.var_mean.correction"),
         (norm_of_numbers_only, "stands between the all-reduce and the norm"),
