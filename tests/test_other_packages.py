@@ -15,20 +15,9 @@ import tpfuse
 
 from .graphs import relative_error
 from .ranks import run_processes
+from .small_sizes import HIDDEN, LAYERS, SIZES, VOCAB, WORLD
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
-
-WORLD, LAYERS, VOCAB, HIDDEN = 2, 2, 64, 32
-#: What models of transformers' kind are built with.
-SIZES = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 2 * HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-}
 
 
 def drawn(model: nn.Module, rank: int) -> nn.Module:

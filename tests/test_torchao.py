@@ -13,17 +13,7 @@ import tpfuse
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES
 
 from .ranks import run_processes
-
-WORLD, LAYERS, VOCAB, HIDDEN = 2, 2, 64, 32
-SIZES = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 2 * HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-}
+from .small_sizes import LAYERS, SIZES, VOCAB, WORLD
 
 
 def quantised(folder: str, rank: int, kind: str):

@@ -13,10 +13,9 @@ import tpfuse
 
 from .graphs import relative_error
 from .ranks import run_processes
+from .small_sizes import HIDDEN, LAYERS, VOCAB, WORLD
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
-
-WORLD, LAYERS, VOCAB, HIDDEN = 2, 2, 64, 32
 
 
 def llama(sequence: bool) -> nn.Module:

@@ -53,7 +53,8 @@ def is_collective(node: fx.Node) -> bool:
 
 
 def communicates_between(first: fx.Node, last: fx.Node) -> bool:
-    """Whether a collective, or an operation of ours that has one in it, stands between two nodes of a graph."""
+    """Whether a collective stands between two nodes of a graph. Every operation of ours counts as one: most have one in
+    them, and it is not told which."""
     node = first.next
     while node.op != "root" and node < last:
         if is_collective(node) or getattr(node.target, "namespace", "") == "tpfuse":
