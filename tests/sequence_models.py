@@ -1,4 +1,5 @@
-"""Sequence-parallel models for training: DTensor's plan; Megatron's and torchtitan's forms, collectives by hand.
+"""Sequence-parallel models for training: DTensor's plan; Megatron's and torchtitan's forms, collectives by hand. And
+the same model cut plainly.
 
 Two layers of attention and MLP. `whole` holds all weights; `cut_*` give this rank's model, whose parameters are slices
 of them. Hidden states are [B, S, H], or [S, B, H] as Megatron has them.
@@ -82,13 +83,25 @@ class Model(nn.Module):
         return self.output(self.into(self.norm(h)))
 
 
-def whole(norm: Callable[[int], nn.Module] = nn.RMSNorm, dtype: torch.dtype = torch.float32) -> Model:
-    torch.manual_seed(0)
+def whole(norm: Callable[[int], nn.Module] = nn.RMSNorm, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
+    torch.manual_seed(seed)
     model = Model(norm)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, 1.0, 0.2)
     return model.to(dtype)
+
+
+def cut_plainly(model: Model, mesh: DeviceMesh) -> Model:
+    """Plain tensor parallelism by DTensor: every rank has all rows between the blocks."""
+    plan: dict = {
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "output": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for i in range(LAYERS):
+        plan |= {f"layers.{i}.{part}": ColwiseParallel() for part in COLUMNS}
+        plan |= {f"layers.{i}.{part}": RowwiseParallel() for part in ROWS}
+    return parallelize_module(model, mesh, plan)
 
 
 def cut_by_dtensor(model: Model, mesh: DeviceMesh) -> Model:
