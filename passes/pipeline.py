@@ -1,6 +1,6 @@
 """The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
 
-    normalise → relayout → merge → norm_backward → fuse → settle → quantise → gather → account
+    normalise → relayout → merge → norm_backward → fuse → settle → quantise → quantise_first → gather → account
 
 Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
 by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
@@ -24,11 +24,11 @@ from tpfuse.errors import FusionError
 from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Report, Transfer
 
-from .facts.collectives import Collective, ResolveGroup, find_collectives, is_collective
+from .facts.collectives import ResolveGroup, is_collective
 from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
 from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
-from .facts.refusals import Code, Refusal, refused
+from .facts.refusals import Code, Refusal
 from .plan.sites import DEFAULT_REWRITES, Decisions, plan
 from .recognise.known import Known
 from .recognise.norms import find_norms
@@ -41,14 +41,15 @@ from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.norm_backward import norm_backward
 from .rewrite.normalise import normalise
 from .rewrite.quantise import quantise
+from .rewrite.quantise_first import quantise_first
 from .rewrite.relayout import Choice, relayout
 from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.accounting import origin
-from .verdict.names import module_name
+from .verdict.failed import report_of_failure
 from .verdict.reasons import IN_BACKWARD
 from .verdict.runs import LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, how_it_runs
-from .verdict.steps import dtype_and_hidden, find_steps
+from .verdict.steps import find_steps
 from .verdict.subgraphs import collectives_inside
 from .verdict.undeclared import undeclared
 from .verdict.verdicts import verdicts
@@ -108,7 +109,7 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
         notes = [*report.notes, *left, *undeclared(graph, options.declared, resolve)]
         report = replace(report, notes=notes)
     except Exception as error:
-        changed, report = graph, _report_of_failure(plain, resolve, error)
+        changed, report = graph, report_of_failure(plain, resolve, error)
         if options.strict:
             raise FusionError(
                 f"strict=True, and an internal error of tpfuse keeps a graph as it was:\n{report}"
@@ -321,6 +322,17 @@ def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
     return {name: replace(b, quantised=words[name]) for name, b in context.boundaries.items() if name in words}
 
 
+def _quantise_first(graph: fx.Graph, context: Context) -> Verdicts:
+    """Quantise own rows in front of their gather, where the graph quantises the gathered ones."""
+    options, known = context.options, context.known
+    if not context.rewritten or known.backward or options.split or options.as_written:
+        return {}
+    found, notes = quantise_first(known, context.boundaries)
+    context.notes = [*context.notes, *notes]
+    context.edited = bool(found)
+    return found
+
+
 def _gather(graph: fx.Graph, context: Context) -> Verdicts:
     """Put the gathers of what fused operations give each rank into these operations."""
     known = context.known
@@ -361,6 +373,7 @@ STEPS = (
     Step(_fuse),
     Step(_settle),
     Step(_quantise, rewrite="quantised_outputs"),
+    Step(_quantise_first, rewrite="quantised_outputs"),
     Step(_gather),
     Step(_account, invalidates=()),
 )
@@ -380,21 +393,3 @@ def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGr
     if policy is None or rank is None:
         return None
     return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), ranks)
-
-
-def _report_of_failure(graph: fx.Graph, resolve: ResolveGroup, error: Exception) -> Report:
-    """Verdicts without recognition, for a graph the recogniser itself stumbled over."""
-    reason = f"an internal error of tpfuse kept the whole graph as it was ({type(error).__name__}: {error})"
-    try:
-        boundaries = [_without_recognition(collective, reason) for collective in find_collectives(graph, resolve)]
-        steps = find_steps(graph, resolve)
-    except Exception:
-        boundaries, steps = [], []
-    return Report(boundaries, 0, len(boundaries), [reason], steps)
-
-
-def _without_recognition(collective: Collective, reason: str) -> Boundary:
-    dtype, hidden = dtype_and_hidden(collective.input)
-    module, ranks = module_name(collective.node), collective.ranks or ()
-    boundary = Boundary("unknown", module, collective.kind, ranks, dtype=dtype, hidden=hidden)
-    return _left(boundary, refused(Code.COLLECTIVE, collective.problem) or Refusal(Code.INTERNAL_ERROR, reason))

@@ -93,7 +93,8 @@ class Quantisation:
             given = [values[arg] if isinstance(arg, int) else arg for arg in step.args]
             values.append(FUNCTIONS[step.op](*given).to(step.dtype))
         scale = values[self.scale].reshape(self.scales_of(y.shape))
-        return values[self.q].reshape(y.shape).contiguous(), scale.contiguous()
+        # A copy, since scales of no rows count as contiguous whatever their strides are.
+        return values[self.q].reshape(y.shape).contiguous(), scale.clone(memory_format=torch.contiguous_format)
 
     def text(self) -> str:
         """As a string, every number bit for bit; `read_quantisation` gives it back."""

@@ -52,7 +52,8 @@ class Boundary(StrictJson):
     before, after: the collectives as written and as performed now. None after: what the boundary paid is paid, or no
         longer needed, at another one.
     dtype, hidden: of the collective's input, as far as they are known before the graph runs.
-    quantised: what the fused operation quantises the normed value to ("FP8 (e4m3) per row"), or nothing.
+    quantised: what the fused operation quantises the normed value to ("FP8 (e4m3) per row"), or nothing; of a gather,
+        in which form it gathers rows.
     """
 
     kind: str

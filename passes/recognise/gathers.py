@@ -48,34 +48,46 @@ def find_gathers(known: Known) -> list[Gather]:
 
 
 def _gather(collective: Collective, known: Known) -> Gather | None:
-    plain = str(collective.node.target).endswith("all_gather_into_tensor.default")
-    if not plain or collective.problem or collective.wait is None or len(collective.node.users) != 1:
+    found = gathered_rows(collective)
+    if found is None or len(collective.node.users) != 1:
         return None
-    if not is_float(argument(collective.node, "input")):
-        return None
-    node, views = collective.input, list[fx.Node]()
-    while is_call(node, ops.VIEWS | ops.COPIES_OF_VALUES) and is_float(node.args[0]):
-        views.append(node)
-        node = input_node(node)
-    if node.target is not ops.operator.getitem or node.args[1] != 0:
-        return None
+    node, views = found
     fused = input_node(node)
     if not any(calls(fused, name) for name in SCATTERING) or fused.kwargs.get("quant"):
         return None
     group = argument(fused, "group_name")
     ranks = known.resolve(group) if isinstance(group, str) else None
-    if ranks is None or ranks != collective.ranks or not _keeps_rows(node, views[::-1]):
+    if ranks is None or ranks != collective.ranks:
         return None
     if communicates_between(fused, collective.node):  # the gather would come before it
         return None
     if known.backward and not _tagged_alike(fused, collective.node):  # it is still to be split by these tags
         return None
-    return Gather(fused, node, tuple(views), collective)
+    return Gather(fused, node, views, collective)
+
+
+def gathered_rows(collective: Collective) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """(the first result of some operation, the views above it) where a plain gather gathers that, row after row."""
+    if not is_plain_gather(collective):
+        return None
+    node, views = collective.input, list[fx.Node]()
+    while is_call(node, ops.VIEWS | ops.COPIES_OF_VALUES) and is_float(node.args[0]):
+        views.append(node)
+        node = input_node(node)
+    if node.target is not ops.operator.getitem or node.args[1] != 0 or not _keeps_rows(node, views[::-1]):
+        return None
+    return node, tuple(views)
+
+
+def is_plain_gather(collective: Collective) -> bool:
+    plain = str(collective.node.target).endswith("all_gather_into_tensor.default")
+    known = plain and not collective.problem and collective.wait is not None
+    return known and is_float(argument(collective.node, "input"))
 
 
 def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
-    """Whether `rows`, [rows, H], are still in their order after these views: permuted and back at the most."""
-    order = [0, 1]
+    """Whether `rows`, [..., H], are still in their order after these views: permuted and back at the most."""
+    order = list(range(val(rows).dim()))
     for view in views:
         if is_call(view, ops.REORDERINGS):
             order = [order[dim] for dim in permutation(view)]
@@ -93,4 +105,4 @@ def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:
     return recompute_tag(fused) == recompute_tag(gather)
 
 
-__all__ = ["SCATTERING", "Gather", "find_gathers"]
+__all__ = ["SCATTERING", "Gather", "find_gathers", "gathered_rows", "is_plain_gather"]

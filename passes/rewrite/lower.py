@@ -88,9 +88,10 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
-    """Whether no kernel does all of it as one, and other operations may give a row's bits."""
+    """Whether no kernel does all of it as one, and other operations may give a row's bits. A compiler that made one
+    kernel of norm and quantisation would not round y in between; the local kernel does."""
     given = value(x)
-    if given is None or given.device.type in STAY or spec.batch_invariant:
+    if given is None or given.device.type in STAY or spec.batch_invariant or spec.quant:
         return False
     name = operator_full_name(node.target)
     if name == "tpfuse::all_reduce_norm":

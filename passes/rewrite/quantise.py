@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import fx
 
+from tpfuse.quantisation import Quantisation
+
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, fake_result, insert_call, inserting_behind, same_shape, same_size, val
 from ..recognise.quantised import SYMBOLIC, Quantised, find_quantised
@@ -31,7 +33,7 @@ def quantise(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
         quantised = None if y is None or argument(fused, "quant", "") else find_quantised(y)
         if quantised is None:
             continue
-        known = _sizes_known(quantised)
+        known = sizes_known(quantised)
         if known:
             _apply(graph, fused, quantised)
             found[fused] = str(quantised.how)
@@ -42,18 +44,33 @@ def quantise(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
 
 
 def _apply(graph: fx.Graph, fused: fx.Node, quantised: Quantised) -> None:
-    count = len(fused.meta["val"])
-    fused.update_kwarg("quant", quantised.how.text())
-    fused.meta["val"] = fake_result(fused)
-    with inserting_behind(graph, quantised.y):
-        for index, nodes in ((count, quantised.q), (count + 1, quantised.scale)):
-            made = insert_call(graph, ops.operator.getitem, (fused, index), like=fused)
+    made = handed_out(graph, fused, quantised.y, quantised.how)
+    with inserting_behind(graph, max(made)):
+        for each, nodes in zip(made, (quantised.q, quantised.scale), strict=True):
             for node in nodes:
-                shaped = made
-                if not same_shape(made, node):
-                    shaped = insert_call(graph, aten.reshape.default, (made, _sizes(graph, made, node)), like=node)
-                node.replace_all_uses_with(shaped, propagate_meta=False)
+                node.replace_all_uses_with(shaped(graph, each, node), propagate_meta=False)
     _erase_unread(graph, [*quantised.q, *quantised.scale])
+
+
+def handed_out(graph: fx.Graph, fused: fx.Node, y: fx.Node, how: Quantisation) -> tuple[fx.Node, fx.Node]:
+    """(q, scale) of `fused`, which quantises its normed value `y` so from now on, if it did not before."""
+    if not argument(fused, "quant", ""):
+        fused.update_kwarg("quant", how.text())
+        fused.meta["val"] = fake_result(fused)
+    last = len(fused.meta["val"]) - 1
+    taken = {user.args[1]: user for user in fused.users if user.target is ops.operator.getitem}
+    with inserting_behind(graph, y):
+        for at in (last - 1, last):
+            if at not in taken:
+                taken[at] = insert_call(graph, ops.operator.getitem, (fused, at), like=fused)
+    return taken[last - 1], taken[last]
+
+
+def shaped(graph: fx.Graph, made: fx.Node, node: fx.Node) -> fx.Node:
+    """`made` in the shape of `node`, whose place it takes."""
+    if same_shape(made, node):
+        return made
+    return insert_call(graph, aten.reshape.default, (made, _sizes(graph, made, node)), like=node)
 
 
 def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
@@ -68,7 +85,8 @@ def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         open_ = sorted({*open_, *(parent for parent in inputs if not parent.users)}, reverse=True)
 
 
-def _sizes_known(quantised: Quantised) -> bool:
+def sizes_known(quantised: Quantised) -> bool:
+    """Whether `shaped` can be told the sizes of all that the quantisation gives."""
     return all(_plan_of(quantised.y, node) is not None for node in (*quantised.q, *quantised.scale))
 
 

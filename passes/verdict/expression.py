@@ -268,7 +268,10 @@ def _called(node: fx.Node) -> str:
     names = ["y"]
     names += ["hidden"] if options.get("hidden_dtype") is not None else []
     names += ["sum"] if options.get("want_sum") else []
-    names += (["mean"] if options.get("norm") == "layer_norm" else []) + ["rstd"]
+    if options.get("stats"):
+        names += (["mean"] if options.get("norm") == "layer_norm" else []) + ["rstd"]
+    if quant := options.get("quant"):  # peers that quantise otherwise would take the bytes for other numbers
+        names += [f"q of {quant}", f"scale of {quant}"]
     return names[position]
 
 

@@ -22,6 +22,7 @@ import tpfuse
 from tpfuse.parallel.rows import cut_rows, trim_rows
 from tpfuse.passes.facts.groups import resolve_group
 from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES
 from tpfuse.passes.verdict.accounting import performs
 
 from ..graphs import fake_world, on_ranks, trace
@@ -98,8 +99,9 @@ Program = Callable[..., Sequence[Tensor]]
 
 
 def rewritten(
-    program: Program, mesh: Mesh, given: Sequence[Any], policy: tpfuse.SharingPolicy, dynamic: bool = False
-) -> tuple[list[fx.GraphModule], list[fx.GraphModule], list[tpfuse.Report]]:
+    program: Program, mesh: Mesh, given: Sequence[Any], policy: tpfuse.SharingPolicy, dynamic: bool = False,
+    rewrites: tuple[str, ...] = DEFAULT_REWRITES,
+) -> tuple[list[fx.GraphModule], list[fx.GraphModule], list[tpfuse.Report]]:  # fmt: skip
     """(graphs before, graphs after, reports), one of each for every rank. `given`: a list holds one tensor per rank."""
     before, after, reports = [], [], []
     for rank in range(mesh.size):
@@ -108,7 +110,7 @@ def rewritten(
             own = [each[rank] if isinstance(each, list) else each for each in given]
             run = partial(_as_rank, program, here)
             before.append(trace(run, *own, dynamic=dynamic, decompose=False))
-            outcome = fuse(before[-1].graph, resolve_group, PassOptions(policy=policy, strict=True))
+            outcome = fuse(before[-1].graph, resolve_group, PassOptions(rewrites, policy=policy, strict=True))
             after.append(fx.GraphModule(before[-1], outcome.graph))
             reports.append(outcome.report)
     return before, after, reports

@@ -14,9 +14,13 @@ from torch import Tensor, fx
 
 from tests.graphs import all_reduce, fake_world, fused, trace
 from tests.policy_harness import run_threads
+from tests.quantisations import by_hand
 from tpfuse._torch_private import operator_full_name
 from tpfuse.boundary_spec import FORMS, BoundarySpec, form_for, read_spec
 from tpfuse.errors import OpError
+from tpfuse.passes.facts.groups import resolve_group
+from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.plan.sites import REWRITES
 from tpfuse.passes.rewrite.lower import lower
 
 H = 16
@@ -162,3 +166,13 @@ def test_what_must_not_depend_on_the_rows_stays_an_operator(monkeypatch, invaria
     (node,) = (node for node in gm.graph.nodes if operator_full_name(node.target) == "tpfuse::all_reduce_norm")
     node.update_kwarg("batch_invariant", invariant)
     assert lower(gm.graph) == 1 and bool(lean_calls(gm.graph)) == invariant
+
+
+def test_what_quantises_stays_an_operator(monkeypatch):
+    """A compiler would quantise the normed value as it is before it is rounded."""
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ())
+    args = torch.randn(3, H), torch.randn(3, H), torch.randn(H), torch.randn(H)
+    program = lambda *given: by_hand(*boundary(*given, norm="rms", read=("y",)))  # noqa: E731
+    outcome = fuse(trace(program, *args).graph, resolve_group, PassOptions(REWRITES, strict=True))
+    assert [b.quantised for b in outcome.report.boundaries] == ["FP8 (e4m3) per row"]
+    assert lower(outcome.graph) == 1 and len(lean_calls(outcome.graph)) == 1
