@@ -25,12 +25,12 @@ from .call import KERNEL_DTYPES, MAX_HIDDEN
 from .compat import HAVE_TRITON
 from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
 from .records import Records
+from .symmetric.registry import worlds
 from .symmetric.timeout import gave_up, raise_if_late, set_timeout
 from .symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, buffer_words, from_buffers, initialise
 from .words import STATE_WORDS
 
 log = logging.getLogger(__name__)
-WORLDS = (2, 4, 8)
 
 
 @dataclass
@@ -103,8 +103,8 @@ def why_not(
 def _static_refusal(group: Any) -> str:
     """What speaks against a group before anyone is asked; the same on all of its ranks."""
     world = dist.get_world_size(group)
-    if world not in WORLDS:
-        return f"The group has {world} ranks; the symmetric-memory kernels take 2, 4 or 8."
+    if world not in (taken := worlds()):
+        return f"The group has {world} ranks; the symmetric-memory kernels take {taken[0]} to {taken[-1]}."
     backend = str(dist.get_backend(group))
     if "nccl" in backend:
         return ""

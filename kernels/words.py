@@ -16,6 +16,7 @@ from .compat import tl, triton
 SENTINEL = -2147450880  # 0x80008000
 POISON = 0x7FC07FC0  # NaN in every dtype: two of them in the 16-bit formats
 CHANNELS = 256  # most programs of one call
+MOST_RANKS = 8  # of one group: a watch has a word for each of them
 MAX_SPLIT = 8  # most programs of one row
 INBOX_WORDS = CHANNELS * MAX_SPLIT  # of each of the two sets of inboxes, which follow the pairs
 INBOXES = 2 * CHANNELS
@@ -117,6 +118,23 @@ def pack(elements, like_ptr, mark):
 def peer(peers_ptr, q):
     """The base of rank q's symmetric buffer, whose address is the q-th of `peers`."""
     return tl.multiple_of(tl.load(peers_ptr + q).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def lanes_of(WORLD: tl.constexpr):
+    """0, 1, ...: one for each rank, and more up to a power of two, which the length of a tensor must be."""
+    LANES: tl.constexpr = WORLD if WORLD & (WORLD - 1) == 0 else 4 if WORLD < 4 else 8
+    return tl.arange(0, LANES)
+
+
+@triton.jit
+def ranks_of(WORLD: tl.constexpr):
+    """The ranks, for each lane of `lanes_of` one: the last rank once more where a lane is no rank's. Only for what may
+    be done twice. A word that is pushed may not: the peer may have emptied it in between."""
+    ranks = lanes_of(WORLD)
+    if ranks.shape[0] > WORLD:
+        ranks = tl.minimum(ranks, WORLD - 1)
+    return ranks
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def test_under_torchrun_the_world_is_given_and_a_plain_all_reduce_competes(monke
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ranks", "3"], "worlds has 3; allowed: 2, 4, 8"),
+        (["--ranks", "9"], "worlds has 9; allowed: 2, 3, 4, 5, 6, 7, 8"),
         (["--hidden", "100"], "hidden has 100; allowed: 8 to 16384 in steps of 8"),
         (["--rows", "0"], "rows has 0; allowed: 1 to 1048576"),
     ],

@@ -43,7 +43,7 @@ def demo(
 def tune(
     output: Annotated[Path, typer.Option(help="Where the dispatch table goes.")] = Path("dispatch-table.json"),
     ranks: Annotated[
-        list[int] | None, typer.Option(help="Ranks: 2, 4, 8; may be repeated. All if not given; N under torchrun.")
+        list[int] | None, typer.Option(help="Ranks, 2 to 8; may be repeated. 2, 4, 8 if not given; N under torchrun.")
     ] = None,
     hidden: Annotated[list[int] | None, typer.Option(help="Hidden sizes; may be repeated.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows (tokens) of a call; may be repeated.")] = None,

@@ -215,8 +215,10 @@ def _plant_kernel(buffer_ptr, state_ptr, slot_words, words, flags, KIND: tl.cons
         before = (epoch & -4) - 4 + slot
         tl.store(state_ptr + 2 * tl.arange(0, _CHANNELS), tl.zeros([_CHANNELS], tl.int32) + before)
     if KIND == 2:
-        at = tl.arange(0, _CHANNELS * WORLD)
-        tl.store(buffer_ptr + flags + at, tl.zeros([_CHANNELS * WORLD], tl.int32) + ((epoch & -4) + 4))
+        at = tl.arange(0, _CHANNELS)
+        for q in tl.static_range(WORLD):
+            raised = buffer_ptr + flags + q * _CHANNELS + at
+            tl.store(raised, tl.zeros([_CHANNELS], tl.int32) + ((epoch & -4) + 4))
 
 
 # -- host -------------------------------------------------------------------------------------------------------------

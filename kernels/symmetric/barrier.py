@@ -15,7 +15,7 @@ from ..call import Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_addends, load_eps, load_scales, nothing
 from ..patience import POLLS, out_of_patience, report
-from ..words import advance_epoch, as_words, begin_call, count_of, peer, unpack
+from ..words import MOST_RANKS, advance_epoch, as_words, begin_call, count_of, peer, ranks_of, unpack
 from .kernel import Kernel
 from .operands import Launch, constants, default_warps, launch_options, prepare
 from .workspace import Workspace
@@ -30,11 +30,11 @@ def _meet(peers_ptr, flags, pid, rank, epoch, watch_ptr, WORLD: tl.constexpr):
     least" would in time take a flag that was last raised half a wrap ago for a new one. A raised flag is a multiple of
     4, one never raised is 1: no count can make it look raised."""
     value = count_of(epoch) + 4
-    lanes = tl.arange(0, WORLD)
+    lanes = ranks_of(WORLD)  # a flag may be raised twice: both times in this call
     theirs = tl.load(peers_ptr + lanes).to(tl.pointer_type(tl.int32)) + flags + pid * WORLD + rank
     here = peer(peers_ptr, rank) + flags + pid * WORLD + lanes
     tl.debug_barrier()  # all of the program's stores come before the release
-    tl.atomic_xchg(theirs, tl.zeros([WORLD], tl.int32) + value, sem="release", scope="sys")
+    tl.atomic_xchg(theirs, tl.zeros(lanes.shape, tl.int32) + value, sem="release", scope="sys")
     behind = ((tl.load(here, volatile=True) - value) & -5) != 0  # neither this call's flag nor the next's
     absent = tl.sum(behind.to(tl.int32), axis=0)
     polls = 0
@@ -186,9 +186,10 @@ def barrier(call: Call, ws: Workspace, warps: int = 0, registers: int = 0) -> La
 
 KERNEL = Kernel(
     name="barrier",
-    why_not=lambda call, ws, split: refusal(call, ws),
+    worlds=range(2, MOST_RANKS + 1),
+    refusal=lambda call, ws, split: refusal(call, ws),
     bind=lambda call, ws, split, warps, registers: barrier(call, ws, warps, registers),
-    room=lambda ws: ws.stage_words,
+    most_rows=lambda call, ws: ws.stage_words // call.row_words,
     candidates=lambda quads: [(1, 0)],
     label=lambda split, warps: "barrier rotating",
 )

@@ -13,7 +13,18 @@ from ..add_norm import quant_program
 from ..call import Call
 from ..compat import tl, triton
 from ..device import finish_row, load_eps, load_row
-from ..words import INBOXES, MAX_SPLIT, advance_epoch, as_words, begin_call, load_words, other_ranks, peer, slot_of
+from ..words import (
+    INBOXES,
+    MAX_SPLIT,
+    MOST_RANKS,
+    advance_epoch,
+    as_words,
+    begin_call,
+    load_words,
+    other_ranks,
+    peer,
+    slot_of,
+)  # fmt: skip
 from .kernel import Kernel
 from .operands import Launch, constants, default_warps, launch_options, prepare
 from .receive import clear, receive_sum
@@ -170,9 +181,10 @@ def _candidates(quads: int) -> list[tuple[int, int]]:
 
 KERNEL = Kernel(
     name="one_shot",
-    why_not=refusal,
+    worlds=range(2, MOST_RANKS + 1),
+    refusal=refusal,
     bind=one_shot,
-    room=lambda ws: ws.slot_words // ws.world,
+    most_rows=lambda call, ws: ws.slot_words // ws.world // call.row_words,
     candidates=_candidates,
     label=lambda split, warps: f"one_shot s{split} w{warps}",
     splits=True,

@@ -15,17 +15,18 @@ from __future__ import annotations
 from ..compat import tl, triton
 from ..patience import POLLS, out_of_patience, report
 from ..spin import QUAD, QUAD_REGISTERS, constraints, spin_ptx
-from ..words import POISON, SENTINEL, unpack
+from ..words import MOST_RANKS, POISON, SENTINEL, ranks_of, unpack
 
 _SENTINEL, _POISON, _POLLS = tl.constexpr(SENTINEL), tl.constexpr(POISON), tl.constexpr(POLLS)
 
 
-# Two ranks have one peer. More ranks read one peer twice, in place of the own part: the number of sources and the
-# order of the sum stay constants.
-_SPIN4, _SPIN8 = (tl.constexpr(spin_ptx(n)) for n in (4, 8))
-_REGS4, _REGS8 = (tl.constexpr(constraints(n)) for n in (4, 8))
-_INT = tl.int32
-_INTS1, _INTS4, _INTS8 = (tl.constexpr((_INT,) * (4 * n)) for n in (1, 4, 8))
+# By the number of ranks. Two ranks have one peer. More ranks read one peer twice, in place of the own part: the number
+# of sources and the order of the sum stay constants.
+_SOURCES = (0, 1, 1, *range(3, MOST_RANKS + 1))
+_SPINS = tl.constexpr(tuple(spin_ptx(n) if n else "" for n in _SOURCES))
+_REGISTERS = tl.constexpr(tuple(constraints(n) if n else "" for n in _SOURCES))
+_INTS = tl.constexpr(tuple((tl.int32,) * (4 * n) for n in _SOURCES))
+_INTS1 = tl.constexpr((tl.int32,) * 4)
 
 
 @triton.jit
@@ -75,8 +76,9 @@ def receive(base, W: tl.constexpr, width, source, SHARE: tl.constexpr, epoch, wa
 
 @triton.jit
 def receive_block(base, N: tl.constexpr, stride, W: tl.constexpr, width, epoch, watch_ptr, SPIN: tl.constexpr):
-    """The W words of each of N ranks, whose pieces lie `stride` words apart, as `receive` gives them: [N, W]."""
-    source = tl.arange(0, N)[:, None]
+    """The W words of each of N ranks, whose pieces lie `stride` words apart, as `receive` gives them: [N, W]. (Of
+    `ranks_of` them, where N is no power of two.)"""
+    source = ranks_of(N)[:, None]
     if SPIN:
         at = tl.arange(0, W // 4) * 4
         at = tl.where(at < width, at, 0)
@@ -85,7 +87,7 @@ def receive_block(base, N: tl.constexpr, stride, W: tl.constexpr, width, epoch, 
             QUAD, QUAD_REGISTERS, [here, watch_ptr.to(tl.int64), epoch, source], _INTS1, False, 1
         )
         left, right = tl.join(quads[0], quads[2]), tl.join(quads[1], quads[3])
-        words = tl.join(left, right).reshape(N, W)
+        words = tl.join(left, right).reshape(source.shape[0], W)
     else:
         at = tl.arange(0, W)[None, :]
         words = _poll(base + source * stride + at, at < width, source + at * 0, epoch, watch_ptr)
@@ -110,14 +112,9 @@ def receive_sum(own, base, W: tl.constexpr, width, stride, rank, like_ptr, epoch
             words = receive(base + other * stride, W, width, other, W, epoch, watch_ptr, SPIN)
             acc = unpack(own, like_ptr) + unpack(words, like_ptr)
         else:
-            if WORLD == 4:
-                words = tl.inline_asm_elementwise(
-                    _SPIN4, _REGS4, [first, spare, step, rank, watch, epoch], _INTS4, False, 1
-                )
-            else:
-                words = tl.inline_asm_elementwise(
-                    _SPIN8, _REGS8, [first, spare, step, rank, watch, epoch], _INTS8, False, 1
-                )
+            words = tl.inline_asm_elementwise(
+                _SPINS[WORLD], _REGISTERS[WORLD], [first, spare, step, rank, watch, epoch], _INTS[WORLD], False, 1
+            )
             acc = unpack(tl.where(rank == 0, own, _quad(words, 0)), like_ptr)
             for q in tl.static_range(1, WORLD):
                 acc += unpack(tl.where(rank == q, own, _quad(words, q)), like_ptr)

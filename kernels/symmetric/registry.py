@@ -8,3 +8,8 @@ from .one_shot import KERNEL as _ONE_SHOT
 from .two_shot import KERNEL as _TWO_SHOT
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (_ONE_SHOT, _TWO_SHOT, _BARRIER)}
+
+
+def worlds() -> tuple[int, ...]:
+    """The numbers of ranks that a kernel takes."""
+    return tuple(sorted({world for kernel in KERNELS.values() for world in kernel.worlds}))

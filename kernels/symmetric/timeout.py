@@ -32,13 +32,13 @@ from torch import Tensor
 
 from ...errors import OptionError, PeerTimeoutError
 from ..patience import GONE, LATE, MARK, POLLS
-from ..words import POISON
+from ..words import MOST_RANKS, POISON
 
 __all__ = [
     "DEFAULT_TIMEOUT", "GONE", "LATE", "MARK", "POISON", "POLLS", "TIMEOUT_VARIABLE", "WATCH_WORDS", "gave_up",
     "late_ranks", "new_watch", "peer_timeout", "raise_if_late", "set_timeout",
 ]  # fmt: skip
-WATCH_WORDS = 16
+WATCH_WORDS = LATE + MOST_RANKS
 TIMEOUT_VARIABLE = "TPFUSE_PEER_TIMEOUT"
 DEFAULT_TIMEOUT = 600.0  # seconds, as torch.distributed's own: a peer may be compiling a new shape
 

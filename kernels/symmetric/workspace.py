@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..words import CHANNELS, INBOXES, MARKS, SENTINEL, STATE_WORDS
+from ..words import CHANNELS, INBOXES, MARKS, MOST_RANKS, SENTINEL, STATE_WORDS
 from .timeout import MARK, new_watch
 
 SLOTS = 3
@@ -87,6 +87,8 @@ def from_buffers(
     """A workspace over memory that exists; `addresses[q]` is where this process sees rank q's buffer. `peers`: int64
     [world] memory to keep them in, else allocated; likewise `watch`."""
     world = len(addresses)
+    if world > MOST_RANKS:
+        raise OpError(f"a workspace of {world} ranks; allowed: {MOST_RANKS}, since a watch has a word for each")
     if buffer_words(slot_words, world) >= 1 << 31:
         raise OpError(f"a workspace of {4 * buffer_words(slot_words, world):,} bytes is more than kernels address")
     listed = torch.tensor(list(addresses), dtype=torch.int64)

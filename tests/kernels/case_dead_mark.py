@@ -19,7 +19,8 @@ from .protocol import Seat, run
 KERNELS = ["one_shot", "split", "two_shot", "barrier"]
 CASES = [
     *((2, kernel) for kernel in KERNELS),
-    *(pytest.param(4, kernel, marks=pytest.mark.nightly) for kernel in ("one_shot", "two_shot")),
+    *(pytest.param(3, kernel, marks=pytest.mark.nightly) for kernel in KERNELS),
+    *(pytest.param(n, kernel, marks=pytest.mark.nightly) for n in (4, 6) for kernel in ("one_shot", "two_shot")),
 ]
 
 

@@ -67,10 +67,11 @@ def in_pieces(seat: Seat, kernel: str) -> Any:
     return [answer(seat, entry, slice(None)) for _ in range(2)]
 
 
-@pytest.mark.parametrize("kernel", ["two_shot", "barrier"])
-def test_a_call_that_the_workspace_does_not_hold_runs_in_pieces(kernel: str) -> None:
+@pytest.mark.parametrize(("world", "kernel"), [(2, "two_shot"), (2, "barrier"), (3, "two_shot")])
+def test_a_call_that_the_workspace_does_not_hold_runs_in_pieces(world: int, kernel: str) -> None:
+    """A row does not divide into three equal chunks, so it takes more of a slot."""
     room = {"two_shot": 4, "barrier": 8}[kernel]
-    answers = protocol.run(2, in_pieces, kernel, slot_bytes=room * 2 * HIDDEN * 2, max_blocks=3)
+    answers = protocol.run(world, in_pieces, kernel, slot_bytes=room * 2 * HIDDEN * 2, max_blocks=3)
     first = answers[0][0][0]
     for (calls,) in answers:
         for each in calls:

@@ -23,6 +23,7 @@ from typing import Any
 RULES = {
     "sentinel": "a writer replaces the bit pattern of EMPTY",
     "rotating slots": "call e uses slot e mod 3 (without: one slot)",
+    "stored once": "a call stores each word once (without: twice, as lanes that are no rank's might)",
     "clear after read": "each call empties every word that it reads",
     "barrier before clear": "every warp has read before one clears",
     "push before wait": "a program stores its row before it waits",
@@ -137,6 +138,8 @@ class Model:
             """A store: performed at some time (`late`) or now."""
             if late:
                 new[("store", rank, number, key)] = word
+                if not self.on["stored once"]:
+                    new[("store", rank, number, key, "again")] = word
             elif word is EMPTY:
                 new.pop(key, None)
             else:

@@ -18,7 +18,7 @@ from tpfuse.kernels.compat import next_power_of_2
 from tpfuse.kernels.quantise_program import encoded
 from tpfuse.kernels.symmetric.barrier import _barrier_kernel, barrier
 from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
-from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
+from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel, chunk_words
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 from ..passes.test_quantised import recognised
@@ -68,7 +68,7 @@ I32, I64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
 COMMON = (BF16, BF16, None, BF16, None, BF16, BF16, None, None, None, None, 1e-6, None, None, I64, I32, I32)
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 4, 8, 3, *(pytest.param(n, marks=pytest.mark.nightly) for n in (5, 6, 7))])
 @pytest.mark.parametrize("many", [False, True])
 def test_one_shot_moves_16_bytes_and_waits_in_one_loop(world: int, many: bool, tmp_path) -> None:
     for H, split, warps in ((4096, 1, 16), (7168, 4, 8)):
@@ -103,20 +103,20 @@ def test_the_wait_in_an_inbox_holds_no_barrier(spin: bool) -> None:
     assert "ld.volatile" in wait and "bar.sync" not in wait and ("st.volatile" if spin else "st.global") in given_up
 
 
-def test_two_shot_compiles_without_spilling(tmp_path) -> None:
-    H, world, warps = 8192, 8, 16
+@pytest.mark.parametrize("world", [8, 3, *(pytest.param(n, marks=pytest.mark.nightly) for n in (5, 6, 7))])
+def test_two_shot_moves_16_bytes_and_compiles_without_spilling(world: int, tmp_path) -> None:
+    """Three, five, six and seven chunks of a row are not equal, and no power of two."""
+    H, warps = 8192, 16
     words = H // 2
     shared = {"H": H, "ROW_WORDS": words, "W": words, "EL": H, "WORLD": world, "NORM": 0, "POST": False}
-    tail = (1 << 22, 8, 0, 8, 0)
-    two = compile_sm90(
-        _two_shot_kernel, (*COMMON, *tail), {**shared, "SPIN": True, "MANY": True, "C": words // world}, warps
-    )
+    settings = {**shared, "SPIN": True, "MANY": True, "C": next_power_of_2(chunk_words(words, world))}
+    two = compile_sm90(_two_shot_kernel, (*COMMON, 1 << 22, 8, 0, 8, 0), settings, warps)
     assert not scalar_accesses(two.asm["ptx"]) and "local.depot" not in two.asm["ptx"]
     assert not stack_bytes(two, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("H", "world", "ahead"), [(4096, 8, True), (8192, 4, True), (8192, 8, False), (16384, 4, False)]
+    ("H", "world", "ahead"), [(4096, 8, True), (4096, 3, True), (8192, 4, True), (8192, 8, False), (16384, 4, False)]
 )
 def test_barrier_loads_a_row_ahead_where_registers_hold_it(H: int, world: int, ahead: bool, tmp_path) -> None:
     words = H // 2

@@ -101,6 +101,15 @@ def test_ranks_conclude_from_facts_alone():
     assert "older" in judge([{**FACTS, "capability": (7, 5)}])
 
 
+@pytest.mark.parametrize(("world", "taken"), [(1, False), (3, True), (7, True), (9, False)])
+def test_groups_of_two_to_eight_ranks_are_taken(world, taken):
+    pytest.importorskip("triton")
+    with fake_world(world):
+        said = why_not("0", "cuda")
+    refusal = f"The group has {world} ranks; the symmetric-memory kernels take 2 to 8."
+    assert said.startswith("The group communicates through fake") if taken else said == refusal
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -14,6 +14,7 @@ from tpfuse.kernels.symmetric import operands
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Launch
+from tpfuse.kernels.symmetric.registry import KERNELS
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
@@ -104,7 +105,7 @@ def test_a_launch_that_quantises_views_its_rows_as_bytes_once(monkeypatch: pytes
         (partial(one_shot, split=2), 3, 64, r"one_shot: 3 rows, each split over 2, take 6 programs; allowed: 4"),
         (partial(one_shot, split=4), 1, 40, r"one_shot: split=4 of a row of 80 bytes; allowed: up to 8 parts of whole"),
         (two_shot, 9, 64, r"two_shot: 9 rows of 128 bytes and their sums take 2,304 bytes of a slot; it has 2,048"),
-        (two_shot, 1, 40, r"two_shot: a row of 80 bytes; allowed: 2 chunks"),
+        (two_shot, 1, 8, r"two_shot: a row of 16 bytes in chunks of 16; allowed: 2 chunks, one a rank and none empty"),
         (barrier, 9, 64, r"barrier: 9 rows of 128 bytes take 1,152 bytes of a stage; it has 1,024"),
     ],
 )
@@ -114,3 +115,23 @@ def test_a_kernel_refuses_what_its_workspace_does_not_hold(bind: Any, rows: int,
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
     with pytest.raises(OpError, match=said):
         bind(Call(x, x, norm="rms_norm", out_dtype=x.dtype, hidden_dtype=x.dtype, eps=1e-6), ws)
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+@pytest.mark.parametrize("hidden", [512, 520, 672, 7168])
+def test_each_kernel_holds_as_many_rows_as_it_says(world: int, hidden: int) -> None:
+    """Among them rows that do not divide into equal chunks; a slot that does not divide among the ranks."""
+    ws = virtual_ranks(world, "cpu", 4, 100_000)[0]
+
+    def rows(count: int) -> Call:
+        x = torch.zeros(count, hidden, dtype=torch.bfloat16)
+        return Call(x, x, norm="rms_norm", out_dtype=x.dtype, hidden_dtype=x.dtype, eps=1e-6)
+
+    for kernel in KERNELS.values():
+        most = kernel.most_rows(rows(1), ws)
+        assert kernel.fits(rows(most), ws, 1) and not kernel.fits(rows(most + 1), ws, 1), kernel.name
+
+
+def test_more_ranks_than_a_watch_has_words_for_are_refused() -> None:
+    with pytest.raises(OpError, match="a workspace of 9 ranks; allowed: 8"):
+        virtual_ranks(9, "cpu", 4, 2048)

@@ -28,7 +28,13 @@ GRID_2, GRID_3 = Call(rows=2, grid=2), Call(rows=3, grid=2)
         (3, [ONE] * 4),
         (3, [TWO] * 2),
         (3, [MEET, ONE]),
+        (3, [ONE, TWO, MEET]),
+        (3, [TWO, NONE, ONE]),
         (4, [ONE]),
+        pytest.param(3, [MEET] * 2, marks=pytest.mark.nightly),
+        pytest.param(3, [ONE_OF_2, ONE], marks=pytest.mark.nightly),
+        pytest.param(3, [SPLIT], marks=pytest.mark.nightly),
+        pytest.param(3, [GRID_2], marks=pytest.mark.nightly),
         pytest.param(4, [ONE] * 2, marks=pytest.mark.nightly),
     ],
 )
@@ -61,6 +67,8 @@ def test_two_slots_would_do_and_one_would_not() -> None:
         pytest.param(2, [GRID_2, GRID_2], (1,), marks=pytest.mark.nightly),
         pytest.param(2, [SPLIT, SPLIT], (0,), marks=pytest.mark.nightly),
         pytest.param(3, [TWO] * 2, (0,), marks=pytest.mark.nightly),
+        pytest.param(3, [MEET] * 2, (0,), marks=pytest.mark.nightly),
+        pytest.param(3, [MEET, ONE], (2,), marks=pytest.mark.nightly),
     ],
 )
 def test_after_a_wait_that_was_given_up_no_result_is_a_wrong_number(world, calls, give_ups) -> None:
@@ -71,6 +79,7 @@ def test_after_a_wait_that_was_given_up_no_result_is_a_wrong_number(world, calls
 NEGATIVE_CONTROLS = {
     "sentinel": ([ONE], (), "a wait for ever"),
     "rotating slots": ([ONE] * 3, (), "a wait for ever"),
+    "stored once": ([ONE], (), "not at rest"),
     "clear after read": ([ONE] * 4, (), "a wrong number"),
     "barrier before clear": ([ONE] * 2, (), "a wait for ever"),
     "push before wait": ([ONE], (), "a wait for ever"),

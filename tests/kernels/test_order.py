@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tpfuse.kernels.compat import next_power_of_2
 from tpfuse.kernels.symmetric.barrier import _barrier_kernel
 from tpfuse.kernels.symmetric.one_shot import _one_shot_kernel
-from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel
+from tpfuse.kernels.symmetric.two_shot import _two_shot_kernel, chunk_words
 from tpfuse.kernels.words import SENTINEL
 
 from .sm90 import compile_sm90
@@ -111,7 +111,7 @@ def compiled(kernel: str, world: int, many: bool = False) -> str:
         more = {"SPIN": True, "MANY": many, "SPLIT": split, "W": next_power_of_2(words // split), "EL": H // split}
         return compile_sm90(_one_shot_kernel, (*COMMON, *tail), {**shared, **more}, 8).asm["ptx"]
     if kernel == "two_shot":
-        more = {"SPIN": True, "MANY": many, "C": words // world}
+        more = {"SPIN": True, "MANY": many, "C": next_power_of_2(chunk_words(words, world))}
         return compile_sm90(_two_shot_kernel, (*COMMON, *tail), {**shared, **more}, 8).asm["ptx"]
     tail = (3 << 22, 1 << 20, 1 << 22, 8, 0, 8, 0)
     return compile_sm90(_barrier_kernel, (*COMMON, *tail), {**shared, "AHEAD": False}, 8).asm["ptx"]
@@ -159,7 +159,9 @@ def differences(kernel: str, many: bool, ptx: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kernel", "world", "many"),
     [("one_shot", 2, False), ("one_shot", 4, True), ("split", 2, False), ("two_shot", 2, False),
-     ("two_shot", 4, True), ("barrier", 2, False)],
+     ("two_shot", 4, True), ("barrier", 2, False), ("one_shot", 3, True), ("split", 3, False), ("two_shot", 3, False),
+     ("barrier", 3, False), *(pytest.param(kernel, world, many, marks=pytest.mark.nightly) for world in (5, 6, 7)
+                              for kernel in ("one_shot", "two_shot") for many in (False, True))],
 )  # fmt: skip
 def test_the_compiled_kernel_keeps_the_models_order(kernel: str, world: int, many: bool) -> None:
     assert not differences(kernel, many, compiled(kernel, world, many))

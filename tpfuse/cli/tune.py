@@ -17,9 +17,10 @@ from typing import Any
 
 from ..errors import OptionError
 from ..kernels.bench.table import candidates, compacted, measured_entries, name_of
-from ..kernels.rendezvous import WORLDS
 from ..kernels.symmetric.dispatch import Entry, Table
+from ..kernels.symmetric.registry import worlds
 
+WORLDS = (2, 4, 8)  # measured where none are named
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 MORE_ROWS = (1024, 2048, 4096)  # over links; virtual ranks would only measure their one device's memory
 HIDDEN = (2048, 4096, 7168, 8192)
@@ -38,7 +39,7 @@ class Plan:
     linked: bool
 
     def __post_init__(self) -> None:
-        for name, allowed in (("worlds", WORLDS), ("hidden", range(8, 16385, 8)), ("rows", range(1, (1 << 20) + 1))):
+        for name, allowed in (("worlds", worlds()), ("hidden", range(8, 16385, 8)), ("rows", range(1, (1 << 20) + 1))):
             given = getattr(self, name)
             if not given:
                 raise OptionError(f"tune: no {name} given; allowed: {_shown(allowed)}")
