@@ -1,6 +1,7 @@
 """The tools to ask: explain on a configuration, doctor, pages, reports that are empty, torch's structured trace."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def test_doctor_names_what_is_missing_and_how_to_get_it():
     assert all(finding.remedy for finding in findings if finding.state == doctor.MISSING)
     fatal = [doctor.Finding("GPUs", doctor.MISSING, "none", "get one", True)]
     assert "cannot run here: GPUs" in doctor.shown(fatal) and "cannot" not in doctor.shown([])
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "a GPU of another kind"])
+def test_doctor_says_that_the_entries_for_numbers_of_ranks_nobody_measured_are_derived(device):
+    found = doctor._dispatch(device, 7).found
+    for world in (3, 5, 6, 7):
+        assert re.search(rf"\b{world} ranks: \d+ derived(;|$)", found), found
 
 
 def test_empty_reports_explain_themselves(monkeypatch):

@@ -27,7 +27,7 @@ def candidates(device: str, world: int, hidden: int, rows: int, linked: bool) ->
     quads = next_power_of_2(hidden) // 8
     out = [
         Entry(device, world, hidden, rows, kernel.name, split, warps)
-        for kernel in KERNELS.values() for split, warps in kernel.candidates(quads)
+        for kernel in KERNELS.values() if world in kernel.worlds for split, warps in kernel.candidates(quads)
     ]  # fmt: skip
     if linked:
         out.append(Entry(device, world, hidden, rows, "functional"))

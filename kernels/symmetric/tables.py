@@ -12,13 +12,18 @@ with the kernels of then, and more rows run as 512 do. The H100's entries are th
 (kernels_linked_h100.json up to 4096 rows, kernels_h100.json at hidden 4096 and 8192 up to 128 rows); more rows run as
 the last measured size does, and those for 4 and 8 of them are the H200's.
 "*" is for every other device.
+
+3, 5, 6 and 7 ranks have been measured nowhere. Of each device they take the entries of the nearest number of ranks on a
+logarithmic scale, as a width between two measured ones does: 3 and 5 those of 4, 6 and 7 those of 8, as "derived".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .entries import Entry, Table
+from .registry import KERNELS, worlds
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -202,7 +207,24 @@ _ELSEWHERE = [
     Entry("*", 8, 8192, 512, "two_shot", source="derived"),
 ]
 
+
+def _between(entries: list[Entry]) -> list[Entry]:
+    """The entries of one kind of device for the numbers of ranks that it has none for."""
+    there = sorted({entry.world for entry in entries})
+    nearest = {world: min(there, key=lambda other: abs(math.log(other / world))) for world in worlds()}
+    return [
+        dataclasses.replace(entry, world=world, source="derived")
+        for world, other in nearest.items() if other != world
+        for entry in entries if entry.world == other and (
+            entry.kernel not in KERNELS or world in KERNELS[entry.kernel].worlds
+        )
+    ]  # fmt: skip
+
+
+_GIVEN = [*_LINKED, *_VIRTUAL, *_H100, *_ELSEWHERE]
+_DEVICES = dict.fromkeys(entry.device for entry in _GIVEN)
+
 SHIPPED = Table(
-    [*_LINKED, *_VIRTUAL, *_H100, *_ELSEWHERE],
+    [*_GIVEN, *(more for device in _DEVICES for more in _between([e for e in _GIVEN if e.device == device]))],
     note="H200, H100: 2 linked GPUs, virtual ranks, and crossovers derived from bytes",
 )

@@ -1,12 +1,19 @@
 """The dispatch table: what is chosen, that ranks agree, that it survives JSON, and how measurements become entries."""
 
+import dataclasses
+
 import pytest
+import torch
 
 from tpfuse.errors import OptionError
 from tpfuse.kernels.bench.table import candidates, compacted, entry_of, measured_entries, name_of
+from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import judge, why_not
-from tpfuse.kernels.symmetric.dispatch import TABLE_VARIABLE, Entry, Table, default_table
+from tpfuse.kernels.symmetric.dispatch import TABLE_VARIABLE, Entry, Table, bind, default_table
+from tpfuse.kernels.symmetric.pieces import run
+from tpfuse.kernels.symmetric.registry import KERNELS
 from tpfuse.kernels.symmetric.tables import H100, SHIPPED
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 TABLE = Table(
     [
@@ -62,7 +69,7 @@ def test_an_unknown_kernel_is_refused():
         Entry("H", 4, 4096, 8, "three_shot")
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", range(2, 9))
 @pytest.mark.parametrize("hidden", [2048, 4096, 7168, 8192])
 def test_the_shipped_table_covers_decode_and_ends_somewhere(world, hidden):
     for device in ("NVIDIA H200", "a GPU of another kind"):
@@ -77,6 +84,28 @@ def test_many_rows_on_two_h200s_run_as_on_two_h100s(hidden):
         there, here = (SHIPPED.choose(device, 2, hidden, 2, rows) for device in (H100, "NVIDIA H200"))
         assert (here.kernel, here.split, here.warps) == (there.kernel, there.split, there.warps)
         assert here.source == "derived"
+
+
+@pytest.mark.parametrize(("world", "like"), [(3, 4), (5, 4), (6, 8), (7, 8)])
+def test_numbers_of_ranks_that_nobody_measured_run_as_the_nearest_one(world, like):
+    for device in ("NVIDIA H200", H100, f"virtual {H100}", "a GPU of another kind"):
+        for rows in (1, 8, 20, 64, 512, 1 << 15):
+            here, there = (SHIPPED.choose(device, ranks, 4096, 2, rows) for ranks in (world, like))
+            assert (here.kernel, here.split, here.warps) == (there.kernel, there.split, there.warps)
+            assert here.world == world and here.source == "derived"
+
+
+def test_a_kernel_that_does_not_take_so_many_ranks_is_left_out(monkeypatch):
+    [ws, *_] = virtual_ranks(3, "cpu", 4, 1 << 16)
+    x = torch.zeros(2, 64)
+    call = Call(x, x, norm="rms_norm", out_dtype=x.dtype, hidden_dtype=x.dtype, eps=1e-6)
+    one_shot = Entry("H", 3, 64, 8, "one_shot")
+    assert bind(one_shot, call, ws).constants["WORLD"] == 3
+    for name in ("one_shot", "two_shot"):
+        monkeypatch.setitem(KERNELS, name, dataclasses.replace(KERNELS[name], worlds=range(4, 9)))
+    assert KERNELS["one_shot"].why_not(call, ws, 1) == "3 ranks; one_shot takes 4 to 8"
+    assert bind(one_shot, call, ws) is None and run(one_shot, call, ws) is None
+    assert {entry.kernel for entry in candidates("H", 3, 4096, 8, linked=True)} == {"barrier", "functional"}
 
 
 def record(rows, provider, us, note=""):
@@ -131,7 +160,7 @@ def test_a_size_given_twice_or_a_way_to_run_that_no_kernel_has_is_refused():
             Entry("H", 4, 4096, 8, "one_shot", **wrong)
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 @pytest.mark.parametrize("hidden", [64, 2048, 4096, 7168, 16384])
 def test_the_name_of_a_candidate_says_how_it_runs(world, hidden):
     ways = candidates("H", world, hidden, 8, linked=True)
