@@ -209,10 +209,10 @@ def overlap(
 @app.command()
 def virtual(
     iterations: Iterations = 20000, every: Every = 2500, seed: Seed = 0,
-    patience: Patience = 240, out: Out = RESULTS / "soak_virtual.json",
+    patience: Patience = 480, out: Out = RESULTS / "soak_virtual.json",
 ) -> None:  # fmt: skip
-    """Kernels on 2, 4 and 8 virtual ranks of one GPU: random kernels, shapes and delays. The patience is for the first
-    stretch, before which 30 kernels are compiled."""
+    """Kernels on 2 to 8 virtual ranks of one GPU: random kernels, shapes and delays. The patience is for the first
+    stretch, before which 70 kernels are compiled."""
     setting = Setting("virtual", "cuda", ranks=8, processes=1, hidden=1024, timeout_s=0)
     run(setting, iterations, every, "", seed, patience, out)
 

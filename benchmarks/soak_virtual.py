@@ -23,9 +23,10 @@ from tpfuse.kernels.symmetric.operands import Launch
 from tpfuse.kernels.symmetric.timeout import TIMEOUT_VARIABLE, raise_if_late
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.symmetric.workspace import Workspace
+from tpfuse.kernels.words import MOST_RANKS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-WORLDS = (2, 4, 8)
+WORLDS = tuple(range(2, MOST_RANKS + 1))
 SLOT_BYTES = 1 << 20
 #: Programs of one rank's call. Eight ranks of eight programs are resident at once on any GPU the kernels run on.
 PROGRAMS = 8

@@ -15,10 +15,15 @@ if not torch.cuda.is_available():
 
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import BANDS, add_norm, add_norm_reference
+from tpfuse.kernels.bench.measure import draw_operands, what_is_wrong
 from tpfuse.kernels.bench.virtual import VirtualRanks
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.dispatch import bind
+from tpfuse.kernels.symmetric.entries import Entry
 from tpfuse.kernels.symmetric.one_shot import one_shot
+from tpfuse.kernels.symmetric.registry import KERNELS
+from tpfuse.kernels.symmetric.tables import SHIPPED
 from tpfuse.kernels.symmetric.two_shot import two_shot
 
 pytestmark = pytest.mark.gpu
@@ -153,7 +158,7 @@ class Variant:
         return bad
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", range(2, 9))
 def test_stress_random_shapes_and_delays(world: int) -> None:
     """Every call's every result is checked; a program has up to eight rows. TPFUSE_STRESS_CALLS sets how many calls in
     all."""
@@ -195,6 +200,27 @@ def test_stress_random_shapes_and_delays(world: int) -> None:
     torch.cuda.synchronize()
     print(f"stress: world {world}: {calls} calls, {int(wrong)} wrong, {time.monotonic() - started:.1f} s")
     assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("hidden", [4096, 7168])
+@pytest.mark.parametrize("world", [3, 5, 6, 7])
+def test_ranks_among_whom_rows_do_not_divide(world: int, hidden: int) -> None:
+    """Each kernel, and what the shipped table picks, with one row and with several rows a program."""
+    ranks = VirtualRanks(world, slot_bytes=40 << 20)
+    for rows in (1, 300):
+        calls, truth = draw_operands(world, ranks.local, hidden, rows)
+        picked = SHIPPED.choose("NVIDIA H200", world, hidden, 2, rows)
+        assert picked.world == world and picked.kernel != "functional"
+        for entry in (picked, *(Entry("H", world, hidden, rows, kernel) for kernel in KERNELS)):
+            launches = ranks.bind(lambda ws, entry=entry, calls=calls: bind(entry, calls[ws.rank], ws))
+            assert launches[0].constants["WORLD"] == world
+            for _ in range(4):  # every slot and stage
+                for launch in launches:
+                    launch.out.y.fill_(float("nan"))
+                torch.cuda.synchronize()
+                ranks.run(launches)
+                torch.cuda.synchronize()
+                assert not what_is_wrong(ranks, launches, truth), (entry.kernel, rows)
 
 
 def test_two_graphs_of_different_shapes_replayed_in_turn() -> None:
@@ -267,7 +293,7 @@ def _on_one_device(rank: int) -> dict:
     return report
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_that_share_a_device(world: int, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     reports = run_processes(world, _on_one_device, timeout=120)

@@ -59,7 +59,7 @@ def run_some(ranks: VirtualRanks, launches: list) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 3, 4, 7, 8])
 def test_a_rank_that_is_not_launched(world: int, kernel: str) -> None:
     ranks, launches = ranks_with(world, kernel, 0.3)
     deserter = world - 1

@@ -1,4 +1,4 @@
-"""The kernels over real links: one process a GPU, as many as this machine has (2, 4 or 8)."""
+"""The kernels over real links: one process a GPU, as many as are visible, up to 8."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import late_ranks
 from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
 from tpfuse.kernels.symmetric.two_shot import two_shot
+from tpfuse.kernels.words import MOST_RANKS
 
 pytestmark = pytest.mark.gpu
-WORLD = 1 << (min(torch.cuda.device_count(), 8).bit_length() - 1)
+WORLD = min(torch.cuda.device_count(), MOST_RANKS)
 BF16, F32 = torch.bfloat16, torch.float32
 KERNELS = ("one_shot", "one_shot/4", "two_shot", "barrier")
 
