@@ -179,6 +179,80 @@ def test_a_collective_is_named_with_the_line_of_the_program():
     assert "all_reduce.default (test_true_reasons.py:" in report.unfused[0].reason
 
 
+def cut_short(self, x, z):
+    return self.norm(x + z.clamp(-9, 9)) + z
+
+
+def first_behind_a_number(self, x, z):
+    h = x + z
+    return self.norm(h + 0.5) + self.norm(h + all_reduce(self.down(h)))
+
+
+def kept_and_scaled(self, x, z):
+    scale = self.norm.weight[0]
+    return self.norm(x + z + scale * z)
+
+
+def added_up_twice(self, x, z):
+    both = z + all_reduce(torch.tanh(x))
+    return self.norm(x + both), torch.relu(both)
+
+
+def the_largest(self, x, z):
+    return z.max()
+
+
+@pytest.mark.parametrize(
+    "after, place, said",
+    [
+        (first_behind_a_number, 0, "aten.add.Tensor (test_true_reasons.py:"),
+        (kept_and_scaled, 0, "on two ways, and an operator changes it on one of them alone: aten.mul.Tensor"),
+        (added_up_twice, 0, "so the two cannot be one: aten.relu.default"),
+        (the_largest, 0, "no norm reads the all-reduced value: of it the graph returns aten.max.default"),
+        (cut_short, 0, "aten.clamp_min.default (test_true_reasons.py:"),
+    ],
+)
+def test_a_sum_that_is_read_in_two_ways_is_told_of_the_one_that_counts(after, place, said):
+    (report,) = reports_of(Block(after))
+    assert said in report.boundaries[place].reason, report
+
+
+# -- in training ------------------------------------------------------------------------------------------------------
+
+
+def trained(after, frozen=False):
+    """The report of a training graph."""
+    torch._dynamo.reset()
+    before = len(tpfuse.reports())
+    with fake_world(2):
+        model = Block(after)
+        model.norm.requires_grad_(not frozen)
+        torch.compile(model, backend="tpfuse", options={"inner": "aot_eager"})(torch.randn(2, 3, HIDDEN))
+    (report,) = tpfuse.reports()[before:]
+    return report
+
+
+def projected(self, x, z):
+    return self.down(torch.tanh(self.norm.weight.sum() * z))
+
+
+def scaled_by_units(self, x, z):
+    return torch.rms_norm(x + self.norm.weight * z, (HIDDEN,))
+
+
+def test_what_is_returned_as_a_gradient_does_not_leave_the_graph():
+    reason = trained(projected).boundaries[0].reason
+    assert reason.startswith("no norm reads the all-reduced value: it goes into aten.mm.default in down"), reason
+    assert "and" not in reason.split("goes into")[1]
+
+
+def test_a_factor_whose_gradient_reads_the_sum_is_named_and_without_a_gradient_it_is_fused():
+    boundary = trained(scaled_by_units).boundaries[0]
+    assert "with a factor that needs no gradient it can be fused" in boundary.reason and not boundary.fused
+    assert boundary.reason.count("aten.mul.Tensor (test_true_reasons.py:") == 2
+    assert trained(scaled_by_units, frozen=True).boundaries[0].fused
+
+
 # -- what ends a graph ------------------------------------------------------------------------------------------------
 
 

@@ -53,11 +53,12 @@ class Code(str, Enum):
 @dataclass(frozen=True)
 class Refusal:
     """One reason. sentence: complete, in plain words, about something a user can act on. at: the operator that it
-    speaks of, whose place in the program a report adds."""
+    speaks of, whose place in the program a report adds. by: another one, which reads what `at` reads."""
 
     code: Code
     sentence: str
     at: fx.Node | None = None
+    by: fx.Node | None = None
 
     def worded(self, sentence: str) -> Refusal:
         """The same refusal in other words."""

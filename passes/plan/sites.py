@@ -28,6 +28,10 @@ REWRITES = (
 #: Those that are used only where they are asked for by name.
 OPT_IN = ("norm_backward", "quantised_outputs")
 DEFAULT_REWRITES = tuple(name for name in REWRITES if name not in OPT_IN)
+READ_ALONE = (
+    "the norm reads the sum of it and of another all-reduce, and its own sum, or what that was added up to before, is "
+    "read besides the norm, so the two cannot be one"
+)
 NO_MERGE = Refusal(Code.MERGE_OFF, "the rewrite merge_all_reduces is switched off")
 
 
@@ -89,14 +93,14 @@ def _paid_together(site: Site, merge: bool) -> tuple[tuple[Owed, ...], list[tupl
         if owed is last:
             continue
         scattered = "reduce_scatter" in (owed.collective.kind, last.collective.kind)
-        refusal = refused(Code.APART, _cannot_join(owed, last)) if merge or scattered else NO_MERGE
+        refusal = _cannot_join(owed, last) if merge or scattered else NO_MERGE
         if refusal is not None:
             left.append((owed, refusal))
         else:
             paid.append(owed)
     if len(paid) > 1 and last.used_alone:
-        reason = "it meets another all-reduce before the norm, whose sum is also used on its own, so they stay apart"
-        return (last,), left + [(owed, Refusal(Code.APART, reason)) for owed in paid[1:]]
+        reason = "the norm reads the sum of it and of another all-reduce, whose sum is read besides the norm"
+        return (last,), left + [(owed, Refusal(Code.APART, reason, last.reader)) for owed in paid[1:]]
     return tuple(paid), left
 
 
@@ -104,7 +108,15 @@ def _switched_off(rewrite: str) -> Refusal:
     return Refusal(Code.SWITCHED_OFF, f"the rewrite {rewrite} is switched off")
 
 
-def _cannot_join(owed: Owed, last: Owed) -> str:
+def _cannot_join(owed: Owed, last: Owed) -> Refusal | None:
+    problem = refused(Code.APART, _unlike(owed, last))
+    if problem is None and owed.used_alone:
+        return Refusal(Code.APART, READ_ALONE, owed.reader)
+    fed = "the other all-reduce that the norm reads is computed from this one" if last.fed_by_others else ""
+    return problem or refused(Code.APART, fed)
+
+
+def _unlike(owed: Owed, last: Owed) -> str:
     a, b = owed.collective, last.collective
     if "reduce_scatter" in (a.kind, b.kind):
         return f"the norm reads the sum of it and of another {b.kind}; where rows are scattered, one alone is fused"
@@ -123,8 +135,4 @@ def _cannot_join(owed: Owed, last: Owed) -> str:
             f"the norm reads the sum of two all-reduces in {dtypes.pop()} that are added in a wider dtype; as one they "
             "would be rounded once more on every rank before they are sent; added in their own dtype they become one"
         )
-    if owed.used_alone:
-        return "its sum is used on its own besides being added to another all-reduce, so the two cannot be one"
-    if last.fed_by_others:
-        return "the other all-reduce that the norm reads is computed from this one"
     return ""

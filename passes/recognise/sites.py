@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,23 +30,31 @@ from .norms import Norm
 from .range import overflow, rounded_more
 from .scattered import rows_problem, scattered_sum_problem
 from .sums import Sum, Term, decompose
+from .terms import terms_problem
+
+ONE_OF_TWO = "only one of the two could be had from a fused operation"
 
 
 @dataclass(frozen=True)
 class Owed:
     """One all-reduce a norm reads, with what decides whether it can be summed together with others.
 
-    `used_alone`: something besides this norm's own addition needs this sum by itself.
+    `reader`: what besides this norm's own addition reads this sum by itself, or what it was added up to on the way; in
+    the forward pass where something there does; None where nothing does.
     `fed_by_others`: its partial input is computed from another of the site's sums, so that one must be paid first.
     `added_wider`: it is added up in a finer dtype than it is sent in, and not rounded to that again.
     `spread`: it has fewer rows than what the norm reads, and is repeated: it is sent with another sum or by itself.
     """
 
     collective: Collective
-    used_alone: bool
+    reader: fx.Node | None
     fed_by_others: bool
     added_wider: bool = False
     spread: bool = False
+
+    @property
+    def used_alone(self) -> bool:
+        return self.reader is not None
 
 
 @dataclass(frozen=True)
@@ -225,12 +231,11 @@ def _owed(term: Term, total: Sum, owed: dict[fx.Node, Collective]) -> Owed:
     collective = owed[term.leaf]
     others = {other.leaf for other in total.owed} - {term.leaf}
     inside = set(total.interior)
-    used_alone = any(user not in inside for user in term.leaf.users)
     # A node between this sum and the total that something else reads is a use of this sum by itself, too.
-    below = _between(term.leaf, inside)
-    used_alone = used_alone or any(user not in inside for node in below - {total.root} for user in node.users)
+    read = {term.leaf, *_between(term.leaf, inside)} - {total.root}
+    reader = min((user for node in read for user in node.users if user not in inside), default=None)
     added_wider = term.joins is not None and term.stays_wider(term.joins, total.root)
-    return Owed(collective, used_alone, depends_on(collective.input, others), added_wider, term.spreads)
+    return Owed(collective, reader, depends_on(collective.input, others), added_wider, term.spreads)
 
 
 def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
@@ -271,7 +276,7 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, Refusal]]) 
     """Why the site cannot be fused whatever the plan, or None. `stuck`: as of `_stuck`."""
     hidden, norm = site.hidden, site.norm
     leaves = {term.leaf for term in total.owed}
-    problem = refused(Code.VALUES, _values_problem(site, total)) or refused(Code.BETWEEN, _terms_problem(site, total))
+    problem = refused(Code.VALUES, _values_problem(site, total)) or terms_problem(hidden, norm, total)
     if problem is not None:
         return problem
     if stuck:
@@ -291,19 +296,6 @@ def site_problem(site: Site, total: Sum, stuck: Sequence[tuple[Owed, Refusal]]) 
     if isinstance(norm.eps, fx.Node) and depends_on(norm.eps, leaves):
         return Refusal(Code.DEPENDS, "the norm's eps is computed from the all-reduced sum")
     return None
-
-
-def _terms_problem(site: Site, total: Sum) -> str:
-    """Whether the hidden states are a sum whose terms can be added in front of the all-reduce."""
-    if not same_size(last_dim(site.hidden), last_dim(site.norm.source)):
-        return "a view between the all-reduce and the norm changes the last dimension"
-    if not all(math.isfinite(term.scale) for term in total.terms):
-        return "the numbers that the all-reduced sum is multiplied by have a product that is not finite"
-    if any(abs(term.scale) < sys.float_info.min for term in total.owed):
-        return "the all-reduced sum is multiplied by zero before the norm, or subtracted from itself"
-    if len({term.leaf for term in total.owed}) < len(total.owed):
-        return "the all-reduced sum is added to a rearrangement of itself before the norm"
-    return ""
 
 
 def _stuck(site: Site, total: Sum, parting: Parting) -> list[tuple[Owed, Refusal]]:
@@ -348,7 +340,9 @@ def _step_problem(term: Term, owed: Owed, leaves: set[fx.Node], parting: Parting
         return Refusal(
             Code.USED_TWICE,
             f"{step.node.target} stands between the all-reduce and the norm, and the sum before it is read as well; "
-            "only one of the two could be had from a fused operation",
+            f"{ONE_OF_TWO}",
+            step.node,
+            owed.reader,
         )
     return None
 

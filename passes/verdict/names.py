@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 
 import torch
@@ -37,15 +37,19 @@ _MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.d
 _MATMULS |= {aten._scaled_mm.default, aten._int_mm.default}  # of FP8 and INT8 weights
 
 
-def boundary_kind(producer: fx.Node, consumer: fx.Node | None, normed: frozenset[fx.Node] = frozenset()) -> str:
+def boundary_kind(
+    producer: fx.Node, consumer: fx.Node | None, normed: frozenset[fx.Node] = frozenset(),
+    gradients: Collection[fx.Node] = (),
+) -> str:  # fmt: skip
     """`producer`: the collective; `consumer`: the normed value (or the collective's result), or None.
 
-    `normed`: the outputs of the graph's norms, where blocks usually begin.
+    `normed`: the outputs of the graph's norms, where blocks usually begin. `gradients`: the backward pass, which reads
+    what a norm gives as well and says nothing of the block behind it.
     """
     source = _role(producer)
     if source is None and (not _stack(producer) or "all_reduce" in str(producer.target)):
         source = _structural_role(producer, normed)
-    target = _consumer_role(consumer) if consumer is not None else None
+    target = _consumer_role(consumer, gradients) if consumer is not None else None
     if source is None:
         return f"…→{target}" if target == "final_norm" else "unknown"
     return f"{source}→{target}" if target is not None else "unknown"
@@ -145,63 +149,72 @@ def _class_name(cls: object) -> str:
     return getattr(cls, "__name__", str(cls).rsplit(".", 1)[-1])
 
 
-def _consumer_role(start: fx.Node) -> str | None:
+def _consumer_role(start: fx.Node, gradients: Collection[fx.Node]) -> str | None:
     """The role of the first block that computes something from `start`; "final_norm" if it is the end of the model.
     A gather of rows on the way to it is passed through.
 
-    A matrix product in no module whose name tells (a layer that holds its own projections) is judged by the operators
-    up to the next sum.
+    Matrix products in no module whose name tells (a layer that holds its own projections) are judged by the operators
+    up to the next sum, the nearest one first: a gate beside a block has no sum of its own.
     """
-    computes = False
-    for node in _walk(start, lambda n: n.users, limit=200, through=_gathers):
+    computes = ends = False
+    for node in _walk(start, lambda n: _forward_users(n, gradients), limit=200, through=_gathers):
         if node is start:
             continue
-        if node.op == "output" or (is_collective(node) and (computes or not _gathers(node))):
+        ends = node.op == "output"
+        if ends or (is_collective(node) and (computes or not _gathers(node))):
             break
         role = _role(node)
         if role in ("attention", "moe", "dense_mlp"):
             return role
-        if node.target in _MATMULS and not computes:
+        if node.target in _MATMULS:
             computes = True
-            role = _structural_consumer_role(node)
+            role = _structural_consumer_role(node, gradients)
             if role is not None:
                 return role
-    if computes or any(user.op == "output" for user in start.users) or _stack(start):
+    if computes or ends or _stack(start):
         return "final_norm"
     return None
 
 
-def _structural_consumer_role(product: fx.Node) -> str | None:
+def _structural_consumer_role(product: fx.Node, gradients: Collection[fx.Node]) -> str | None:
     """What the operators from a matrix product up to the next sum over ranks look like; None if no sum follows, or if
     the sum is of the product itself: a row-wise output projection sums its logits."""
-    forward = _walk(product, lambda n: () if is_collective(n) else n.users, limit=60)
+    forward = _walk(product, lambda n: () if is_collective(n) else _forward_users(n, gradients), limit=60)
     names = [str(node.target) for node in forward]
     if not any("all_reduce" in name or "reduce_scatter" in name for name in names):
         return None
     if all(node is product or is_collective(node) or node.target in ops.VIEWS for node in forward):
         return None
-    if any(word in name for name in names for word in _ATTENTION_OPS):
+    if _attends(names):
         return "attention"
     return "moe" if any("topk" in name for name in names) else "dense_mlp"
 
 
+def _forward_users(node: fx.Node, gradients: Collection[fx.Node]) -> list[fx.Node]:
+    return [user for user in node.users if user not in gradients]
+
+
+def _attends(names: Sequence[str]) -> bool:
+    """Whether some of the operators are an attention's: a name that tells, or a softmax in its parts between products
+    of batches of matrices."""
+    if any(word in name for name in names for word in _ATTENTION_OPS):
+        return True
+    return all(any(name.startswith(part) for name in names) for part in ("aten.bmm", "aten.amax", "aten.exp"))
+
+
 def _structural_role(node: fx.Node, normed: frozenset[fx.Node]) -> str | None:
     """What the operators before `node` look like, up to the previous norm or collective."""
-    matmul = False
-    for before in _walk(node, lambda n: () if n in normed else n.all_input_nodes, limit=60):
-        if before is node:
-            continue
-        if before.target is ops.WAIT:
-            continue
-        name = str(before.target)
-        if any(word in name for word in _ATTENTION_OPS):
-            return "attention"
-        if "topk" in name:
-            return "moe"
-        if before.target is aten.embedding.default:
-            return "embedding"
-        matmul = matmul or before.target in _MATMULS
-    return "dense_mlp" if matmul else None
+    behind = _walk(node, lambda n: () if n in normed else n.all_input_nodes, limit=60)
+    found = [before for before in behind if before is not node and before.target is not ops.WAIT]
+    names = [str(before.target) for before in found]
+    if _attends(names):
+        return "attention"
+    if any("topk" in name for name in names):
+        return "moe"
+    matmul = any(before.target in _MATMULS for before in found)
+    # What an attention adds to its scores is looked up as well: an embedding is one that no product stands behind.
+    looked_up = any(before.target is aten.embedding.default for before in found)
+    return "dense_mlp" if matmul else "embedding" if looked_up else None
 
 
 def _gathers(collective: fx.Node) -> bool:

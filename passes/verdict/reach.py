@@ -49,7 +49,7 @@ class Reached:
 def reach(start: fx.Node, norms_at: Mapping[fx.Node, Norm], ignored: Collection[fx.Node] = ()) -> Reached:
     """Follow `start` forwards over row-wise operators. `norms_at`: by what they read. `ignored`: the backward pass."""
     came: dict[fx.Node, fx.Node | None] = {start: None}
-    reached = _walk(start, norms_at, came)
+    reached = _walk(start, norms_at, came, ignored)
     alike = find_alike(start, norms_at, ignored)
     if alike is None and reached.norm is None:
         alike = _by_name([*came, *reached.ends], {start, *ignored})
@@ -71,7 +71,9 @@ def _by_name(nodes: Iterable[fx.Node], ignored: Collection[fx.Node]) -> Alike | 
     return None
 
 
-def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm], came: dict[fx.Node, fx.Node | None]) -> Reached:
+def _walk(
+    start: fx.Node, norms_at: Mapping[fx.Node, Norm], came: dict[fx.Node, fx.Node | None], ignored: Collection[fx.Node]
+) -> Reached:
     """`came`: filled with what was seen, and from where."""
     reached = Reached()
     pending: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
@@ -84,7 +86,7 @@ def _walk(start: fx.Node, norms_at: Mapping[fx.Node, Norm], came: dict[fx.Node, 
         for user in node.users:
             if user.op == "output" or (user.target is ops.aten.copy_.default and user.args[1] is node):
                 reached.returned.append(node)  # or written to what others read: an input of the graph
-            elif user not in came:
+            elif user not in came and user not in ignored:
                 if is_collective(user) or is_end(user):
                     reached.ends.append(user)
                     continue

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import is_call, same_shape, same_size, val, value
+from ..facts.graph import is_call, last_dim, same_shape, same_size, val, value
 from ..facts.refusals import Code, Refusal
 from ..recognise.alike import Alike, is_region
 from ..recognise.norms import Norm
 from ..recognise.scattered import scattered_sum_problem
+from ..recognise.sites import ONE_OF_TWO
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
 from .reach import Reached
@@ -37,17 +39,17 @@ _ONLY = "only RMSNorm and LayerNorm over the last dimension are fused"
 
 
 def reason_for(
-    collective: Collective, refused: Refusal | None, reached: Reached, backward: bool, training: bool
+    collective: Collective, refused: Refusal | None, reached: Reached, gradients: Collection[fx.Node]
 ) -> Refusal:
-    """`refused`: the plan's word on it, or None. `training`: whether the graph has a backward pass."""
+    """`refused`: the plan's word on it, or None. `gradients`: the graph's backward pass, empty where it has none."""
     if collective.problem:
         return Refusal(Code.COLLECTIVE, collective.problem)
     of_place = refused is None or refused.code is Code.SPREADS or reached.alike is not None  # where it stands says more
     if refused is not None and not of_place and reached.product is None:
-        return refused if refused.at is None else refused.worded(f"{refused.sentence}: {place(refused.at)}")
-    if backward:
+        return _at_its_place(refused, gradients)
+    if collective.node in gradients:
         return BACKWARD
-    if collective.kind == "reduce_scatter" and training and reached.norm is not None and reached.product is None:
+    if collective.kind == "reduce_scatter" and gradients and reached.norm is not None and reached.product is None:
         between = (
             "between the reduce-scatter and the norm stands more than views, numbers and additions of values that are "
             "known to have the same sizes"
@@ -74,9 +76,34 @@ def reason_for(
         where = "where it is a norm, nn.RMSNorm or nn.LayerNorm in its place is fused"
         return Refusal(Code.NO_NORM, f"{said}; {where}")
     if reached.returned and not reached.limited:
-        last = next((node for node in reached.returned if node is not collective.result), None)
-        return LEAVES if last is None else LEAVES.worded(f"{LEAVES.sentence}: {place(last)} is returned")
+        return _returned(collective.result, reached.returned)
     return Refusal(Code.NO_NORM, _no_norm(reached))
+
+
+def _at_its_place(refused: Refusal, gradients: Collection[fx.Node]) -> Refusal:
+    """The plan's word, with the places of the operators that it speaks of."""
+    if refused.at is None:
+        return refused
+    if refused.by is None:
+        return refused.worded(f"{refused.sentence}: {place(refused.at)}")
+    stands, reads = f"{place(refused.at)} stands between the all-reduce and the norm", place(refused.by)
+    if refused.by not in gradients:
+        return refused.worded(f"{stands}, and {reads} reads the sum before it as well; {ONE_OF_TWO}")
+    factor = "; with a factor that needs no gradient it can be fused" if refused.at.target in ops.MULS else ""
+    return refused.worded(
+        f"{stands}, and the backward pass reads the sum before it as well ({reads}); {ONE_OF_TWO}{factor}"
+    )
+
+
+def _returned(result: fx.Node, returned: list[fx.Node]) -> Refusal:
+    """Of a sum that the graph returns, or what is made of it. Code outside can norm rows; it cannot norm their maximum
+    for them, so a graph that returns that alone is told of what it returns."""
+    rows = [node for node in returned if same_size(last_dim(node), last_dim(result))]
+    if result in rows:
+        return LEAVES
+    if rows:
+        return LEAVES.worded(f"{LEAVES.sentence}: {place(rows[0])} is returned")
+    return Refusal(Code.NO_NORM, f"no norm reads the all-reduced value: of it the graph returns {place(returned[0])}")
 
 
 def _unrecognised(alike: Alike) -> str:

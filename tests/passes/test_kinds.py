@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -64,12 +65,25 @@ class Sandwich(nn.Module):
         return x + self.post_feedforward_norm(second(self.pre_feedforward_norm(x)))
 
 
-def kinds_of(first: type[nn.Module], second: type[nn.Module], *names: str) -> list[str]:
-    with fake_world(WORLD), torch.no_grad():
-        model = nn.Sequential(Sandwich(first, second, *names), Sandwich(first, second, *names), nn.RMSNorm(HIDDEN))
+class Pooler(nn.Module):
+    """BERT's, over the first row."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(HIDDEN, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+def kinds_of(first: type[nn.Module], second: type[nn.Module], *names: str, training: bool = False) -> list[str]:
+    with fake_world(WORLD), torch.set_grad_enabled(training):
+        layers = [Sandwich(first, second, *names) for _ in range(2)]
+        model = nn.Sequential(*layers, nn.RMSNorm(HIDDEN), Pooler())
         report = tpfuse.explain(model, (torch.randn(1, 4, HIDDEN),))
-    assert all(boundary.fused for boundary in report.boundaries), report
-    return [boundary.kind for boundary in report.boundaries]
+    forward = [boundary for boundary in report.boundaries if boundary.direction == "forward"]
+    assert all(boundary.fused for boundary in forward), report
+    return [boundary.kind for boundary in forward]
 
 
 EXPECTED = ["attention→dense_mlp", "dense_mlp→attention", "attention→dense_mlp", "dense_mlp→final_norm"]
@@ -81,6 +95,47 @@ def test_names_and_classes():
 
 def test_operators_where_no_name_tells():
     assert kinds_of(Mixer, Channels, "a", "b") == EXPECTED
+
+
+@pytest.mark.parametrize("first, second", [(SelfAttention, FeedForward), (Mixer, Channels)])
+def test_in_training_the_backward_pass_is_no_block_behind_the_norm(first, second):
+    assert kinds_of(first, second, "a", "b", training=True) == EXPECTED
+
+
+class BiasedMixer(nn.Module):
+    """T5's attention: a softmax in parts, and a bias for each distance, looked up in an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN // WORLD, bias=False)
+        self.out, self.distances = nn.Linear(HIDDEN // WORLD, HIDDEN, bias=False), nn.Embedding(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        order = torch.arange(x.shape[1])
+        bias = self.distances((order[:, None] - order[None]).abs())[..., 0]
+        attended = torch.softmax(q @ k.mT + bias, -1) @ v
+        return funcol.all_reduce(self.out(attended), "sum", dist.group.WORLD)
+
+
+def test_an_attention_that_looks_up_a_bias_is_no_embedding():
+    assert kinds_of(BiasedMixer, Channels, "a", "b") == EXPECTED
+
+
+class GatedChannels(FeedForward):
+    """RWKV's: a gate beside the product, whose own product is the first to read the normed value."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x).sigmoid()
+        return gate * super().forward(x)
+
+
+def test_a_gate_beside_a_block_is_not_the_end_of_the_model():
+    assert kinds_of(Mixer, GatedChannels, "a", "b") == EXPECTED
 
 
 def test_a_role_beats_a_name():
