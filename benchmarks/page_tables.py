@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/performance.md and docs/measurements/, made from the results files.
+"""The tables of README.md and of the pages under docs/, made from the results files.
 
     python benchmarks/page_tables.py            # write them into the pages
     python benchmarks/page_tables.py --check    # status 1 and the names of the pages that would change

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import loss_curves
 import model_tables
 import policy_families
 from md import RESULTS, records_of, table
@@ -361,6 +362,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "models_four": lambda _: model_tables.models_from_python("end_to_end_h200_x4.json"),
     "own_rows": lambda _: model_tables.models_from_python("own_rows_h200_x2.json"),
     "generate": lambda _: model_tables.generate("generate_h200.json"),
+    "loss_curves": lambda _: loss_curves.markdown(),
     "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
 

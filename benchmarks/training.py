@@ -5,16 +5,13 @@
     ... --providers inductor tpfuse norm_backward micro_pipeline                        tpfuse with norm_backward named;
                                                                                         PyTorch's async TP
     torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU
-    torchrun --nproc-per-node 2 benchmarks/training.py --curves results.json            losses of 200 steps on the CPU
 
 The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
 step is forward, backward and SGD; the loss is the mean log-sum-exp over a rank's own part of the vocabulary less one
 logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, medians of
 alternating rounds; memory is the most that the allocator held during a step. All providers take the same steps from the
 same start, so the first and the last loss show whether they compute alike; where they do not, the run fails.
-
-Curves are the same model's losses in float32 and bfloat16, eager against compiled, from the same start on the same
-tokens.
+loss_curves.py has longer runs on the CPU.
 """
 
 from __future__ import annotations
@@ -176,8 +173,8 @@ def build(sizes: Sizes, mesh: DeviceMesh, layout: str, dtype: torch.dtype, devic
 class Step:
     """Forward, backward and an SGD step of one model; returns the loss."""
 
-    def __init__(self, model: nn.Module, run: Callable[..., Any], rate: float = 1e-3) -> None:
-        self.run, self.optimizer = run, torch.optim.SGD(model.parameters(), lr=rate)
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        self.run, self.optimizer = run, torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         loss = self.run(tokens)
@@ -268,40 +265,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# -- curves -----------------------------------------------------------------------------------------------------------
-
-
-def curves(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Losses of `--steps` steps, eager and compiled."""
-    device = torch.device("cpu")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    records = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in arguments.layouts:
-            losses = {}
-            for provider in ("eager", "tpfuse", "norm_backward"):
-                torch._dynamo.reset()
-                model = build(SMALL, mesh, layout, dtype, device)
-                run = model
-                if provider != "eager":
-                    options = {"inner": arguments.inner, **PROVIDERS[provider].get("options", {})}
-                    run = torch.compile(model, backend=tpfuse_backend, options=options)
-                step = Step(model, run, rate=0.5)
-                g = torch.Generator().manual_seed(1)
-                batches = [torch.randint(SMALL.vocabulary, (2, 16), generator=g) for _ in range(8)]
-                losses[provider] = [float(step(batches[i % len(batches)])) for i in range(arguments.steps)]
-            apart = [max(each) - min(each) for each in zip(*losses.values(), strict=True)]
-            record = {
-                "world": dist.get_world_size(), "model": "small", "phase": layout, "dtype": str(dtype),
-                "size": arguments.steps, "furthest_apart": max(apart), "losses": losses,
-            }  # fmt: skip
-            records.append(record)
-            if dist.get_rank() == 0:
-                ends = {name: (each[0], each[-1]) for name, each in losses.items()}
-                print(layout, dtype, ends, "furthest apart:", max(apart), flush=True)
-    return records
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -312,22 +275,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--providers", nargs="+", default=["inductor", "tpfuse", "norm_backward"], choices=PROVIDERS)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--curves", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--inner", default="inductor", help="of the curves")
     arguments = parser.parse_args()
-    on_cpu = arguments.tiny or arguments.curves is not None
     device = torch.device("cpu")
-    if on_cpu:
+    if arguments.tiny:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
     else:
         _, device = join_ranks(300)
-    out = arguments.curves or arguments.out
-    records = curves(arguments) if arguments.curves else measured(arguments, device)
-    if out is not None and dist.get_rank() == 0:
-        host = {"device": "cpu", "torch": torch.__version__} if on_cpu else machine("training")
-        write_run(out, host, records)
+    records = measured(arguments, device)
+    if arguments.out is not None and dist.get_rank() == 0:
+        host = {"device": "cpu", "torch": torch.__version__} if arguments.tiny else machine("training")
+        write_run(arguments.out, host, records)
     dist.destroy_process_group()
 
 
