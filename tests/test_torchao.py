@@ -51,18 +51,30 @@ def decoded(call, config, ids, steps: int = 3) -> list[torch.Tensor]:
     return found
 
 
-def run(rank: int, folder: str, kind: str) -> dict:
+REWRITES = {"plain": DEFAULT_REWRITES, "quantised": (*DEFAULT_REWRITES, "quantised_outputs")}
+
+
+def run(rank: int, folder: str, kind: str, dynamic: bool) -> dict:
+    """(logits, what each boundary of each graph hands out) without and with the rewrite: of prompts without a cache, of
+    several lengths where rows are `dynamic`, and of tokens behind a prompt with a static cache."""
     model = quantised(folder, rank, kind)
-    ids = torch.randint(0, VOCAB, (1, 8), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, VOCAB, (1, length), generator=generator) for length in (8, 5, 11)[: 1 + 2 * dynamic]]
+    embed = model.get_input_embeddings()
     answers = {}
-    for how, rewrites in (("plain", DEFAULT_REWRITES), ("quantised", (*DEFAULT_REWRITES, "quantised_outputs"))):
+    for how, rewrites in REWRITES.items():
         torch._dynamo.reset()
         before = len(tpfuse.reports())
-        compiled = torch.compile(  # sizes are fixed: a vocabulary-parallel DTensor takes no symbolic ones
-            model, backend="tpfuse", dynamic=False, options={"inner": "aot_eager", "rewrites": rewrites}
-        )
+        options = {"inner": "aot_eager", "rewrites": rewrites}
+        compiled = torch.compile(model, backend="tpfuse", dynamic=dynamic, options=options)
+
+        def with_cache(ids: torch.Tensor, compiled=compiled, **more):
+            # DTensor takes no symbolic sizes in an embedding that is cut by its vocabulary, beside a static cache.
+            return compiled(inputs_embeds=embed(ids), **more) if dynamic else compiled(ids, **more)
+
         with torch.no_grad():
-            logits = [compiled(ids, use_cache=False).logits, *decoded(compiled, model.config, ids)]
+            logits = [compiled(ids, use_cache=False).logits for ids in prompts]
+            logits += decoded(with_cache, model.config, prompts[0])
         boundaries = [[(b.fused, b.quantised) for b in r.boundaries] for r in tpfuse.reports()[before:]]
         answers[how] = ([t.float().numpy() for t in logits], boundaries)
     return answers
@@ -70,21 +82,23 @@ def run(rank: int, folder: str, kind: str) -> dict:
 
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["FP8"])
-def test_every_boundary_of_a_llama_hands_out_its_rows_quantised(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["FP8", "INT8"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_boundary_of_a_llama_hands_out_its_rows_quantised(tmp_path, kind, dynamic):
     pytest.importorskip("torchao.quantization", exc_type=ImportError)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
-    for answers in run_processes(WORLD, run, str(tmp_path), kind):
+    for answers in run_processes(WORLD, run, str(tmp_path), kind, dynamic):
         (plain, unquantised), (got, graphs) = answers["plain"], answers["quantised"]
-        assert len(graphs) == 3 and all(map(np.array_equal, got, plain)), graphs
-        for graph in graphs:  # of no cache, the prompt, a token behind it
+        assert all(map(np.array_equal, got, plain)), graphs
+        assert len(graphs) == len(unquantised) == 3, "of no cache, the prompt, a token behind it"
+        for number, graph in enumerate(graphs):
             *boundaries, final, gather = graph
-            assert len(boundaries) == 2 * LAYERS, graph
-            assert all(fused and text.startswith(kind) and text.endswith("per row") for fused, text in boundaries), (
-                graph
-            )
+            embedded_outside = dynamic and number > 0  # whose sum is in no graph then
+            assert len(boundaries) == 2 * LAYERS - embedded_outside, graph
+            for fused, text in boundaries:
+                assert fused and text.startswith(kind) and text.endswith("per row"), graph
             assert final == (True, "") and gather == (False, ""), "the logits' product is not quantised"
         assert not any(text for graph in unquantised for _, text in graph)
