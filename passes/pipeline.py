@@ -1,6 +1,7 @@
 """The pass: a copy of the graph goes through `STEPS`, one after the other; the original stays if anything goes wrong.
 
-    normalise → relayout → merge → norm_backward → fuse → settle → quantise → quantise_first → gather → account
+    normalise → relayout → merge → norm_backward → fuse → norm_gather → settle → quantise → quantise_first →
+    gather → account
 
 Each step is given the graph and the `Context`, edits the graph, and answers with the verdicts that are new: boundaries
 by the names of their collectives. What is known of the graph is found once for each version of it (`Context.known`): a
@@ -27,7 +28,7 @@ from tpfuse.report import Boundary, Report, Transfer
 from .facts.collectives import ResolveGroup, is_collective
 from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
-from .facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
+from .facts.groups import names_of_groups, own_rank
 from .facts.refusals import Code, Refusal
 from .plan.sites import DEFAULT_REWRITES, Decisions, plan
 from .recognise.known import Known
@@ -39,6 +40,7 @@ from .rewrite.as_written import as_written
 from .rewrite.gather import gather
 from .rewrite.merge_backward import merge_all_reduces
 from .rewrite.norm_backward import norm_backward
+from .rewrite.norm_gather import norm_gather
 from .rewrite.normalise import normalise
 from .rewrite.quantise import quantise
 from .rewrite.quantise_first import quantise_first
@@ -257,21 +259,23 @@ def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
     return found
 
 
+def _norm_gather(graph: fx.Graph, context: Context) -> Verdicts:
+    """Put one operation in the place of a norm and of the gather of its rows, where no sum was fused with the norm."""
+    known = context.known
+    if not (known.backward or context.options.split):
+        return {}
+    restore_order(graph)
+    norms, left = norm_gather(known)
+    context.edited = bool(norms)
+    found = _told(context, left | dict.fromkeys(norms), "norm_gather", runs=LOCAL_KERNEL.sentence)
+    return {name: replace(b, norm=norms.get(name, b.norm)) for name, b in found.items()}
+
+
 def _merge(graph: fx.Graph, context: Context) -> Verdicts:
     """Make the backward pass's all-reduces one where their sums are added up."""
     if not context.known.backward or context.options.as_written:
         return {}
-    found: Verdicts = {}
-    for name, refusal in merge_all_reduces(context.known).items():
-        if name not in context.boundaries:
-            continue  # one that a merge before it put there
-        boundary = context.boundaries[name]
-        if refusal is not None:
-            found[name] = _left(boundary, refusal)
-        else:
-            found[name] = replace(_left(boundary, None), fused=True, rewrite="merge_all_reduces")
-            context.rewritten = True
-    return found
+    return _told(context, merge_all_reduces(context.known), "merge_all_reduces")
 
 
 def _norm_backward(graph: fx.Graph, context: Context) -> Verdicts:
@@ -281,17 +285,23 @@ def _norm_backward(graph: fx.Graph, context: Context) -> Verdicts:
         return {}
     boundaries = context.boundaries.items()
     found = {name: _left(b, IN_BACKWARD) for name, b in boundaries if not b.fused and b.code == IN_BACKWARD.code.value}
-    for name, refusal in norm_backward(known, bool(options.as_written)).items():
+    outcome = norm_backward(known, bool(options.as_written))
+    told = _told(context, outcome, "norm_backward", runs=LOCAL_KERNEL.sentence)
+    context.edited = any(boundary.fused for boundary in told.values())
+    return found | told
+
+
+def _told(context: Context, outcome: Mapping[str, Refusal | None], rewrite: str, runs: str = "") -> Verdicts:
+    """What `rewrite` says of collectives, by name: None of those it took, or why not."""
+    found: Verdicts = {}
+    for name, why in outcome.items():
         boundary = context.boundaries.get(name)
-        if boundary is None or (refusal is not None and boundary.fused):
-            continue
-        if refusal is not None:
-            found[name] = _left(boundary, refusal)
-        else:
-            runs = LOCAL_KERNEL.sentence
-            found[name] = replace(_left(boundary, None), fused=True, rewrite="norm_backward", runs=runs)
-            context.edited = True
-    context.rewritten |= context.edited
+        if boundary is None or (why is not None and boundary.fused):
+            continue  # one that a rewrite before this one put there, or took
+        found[name] = _left(boundary, why)
+        if why is None:
+            found[name] = replace(found[name], fused=True, rewrite=rewrite, runs=runs)
+            context.rewritten = True
     return found
 
 
@@ -352,7 +362,7 @@ def _account(graph: fx.Graph, context: Context) -> Verdicts:
     """What every boundary sent and sends now, and how its rows lie."""
     performed = accounting.transfers(graph, context.known.resolve) if context.rewritten else context.written
     layouts = context.layouts if context.rewritten else {}
-    mesh = _mesh(context.options.policy, context.options.ranks)
+    mesh = accounting.mesh_of(context.options.policy, context.options.ranks)
     names, boundaries = list(context.boundaries), list(context.boundaries.values())
     accounted = accounting.account(boundaries, names, context.written, performed, mesh, layouts)
     return dict(zip(names, accounted, strict=True))
@@ -371,6 +381,7 @@ STEPS = (
     Step(_merge, rewrite="merge_all_reduces"),
     Step(_norm_backward, rewrite="norm_backward"),
     Step(_fuse),
+    Step(_norm_gather, rewrite="norm_gather"),
     Step(_settle),
     Step(_quantise, rewrite="quantised_outputs"),
     Step(_quantise_first, rewrite="quantised_outputs"),
@@ -386,10 +397,3 @@ def _decide(recognition: Recognition, options: PassOptions) -> Decisions:
     if options.as_written:
         return as_written(recognition, options.rewrites, options.as_written)
     return plan(recognition, options.rewrites)
-
-
-def _mesh(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGroups | None:
-    rank = own_rank()
-    if policy is None or rank is None:
-        return None
-    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), ranks)

@@ -1,11 +1,12 @@
-"""A reduce-scatter's operation and the gather of what it gives, one functional operation each.
+"""An operation on a rank's own rows and the gather of what it gives, one functional operation each.
 
+    tpfuse::rows_norm_gather                       [*the results of rows_norm, y of all ranks]
     tpfuse::reduce_scatter_norm_gather             [*the results of reduce_scatter_norm, y of all ranks]
     tpfuse::reduce_scatter_norm_backward_gather    [*the results of reduce_scatter_norm_backward, dx of all ranks]
 
 Arguments are those of the operation without the gather. y or dx: [own rows, H]; of all ranks: [ranks * own rows, H], in
-the order of the ranks. Only training graphs hold these operators, and on every device they are two functional
-collectives, in the order in which the program has them: a compiled graph holds those (passes/rewrite/take_apart.py).
+the order of the ranks. Only training graphs hold these operators, and on every device they are the functional
+collectives of the program, in its order: a compiled graph holds those (passes/rewrite/take_apart.py).
 """
 
 from __future__ import annotations
@@ -43,5 +44,6 @@ def _define(name: str, arguments: str) -> None:
     register_local_tensor_rule(full_name, run)
 
 
+_define("rows_norm", ops.ARGUMENTS)
 _define("reduce_scatter_norm", ops.ARGUMENTS)
 _define("reduce_scatter_norm_backward", backward_ops.ARGUMENTS)

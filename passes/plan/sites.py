@@ -22,6 +22,7 @@ REWRITES = (
     "scatter_dense",
     "gather_full_tp",
     "reduce_scatter_norm",
+    "norm_gather",
     "norm_backward",
     "quantised_outputs",
 )

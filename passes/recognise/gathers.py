@@ -21,6 +21,7 @@ from .known import Known
 from .streams import calls
 
 aten = ops.aten
+_SIZES = {aten.sym_size.int, aten.sym_numel.default}
 #: Our operations that scatter, and whose first result are rows of a rank's own.
 SCATTERING = ("tpfuse::reduce_scatter_norm", "tpfuse::reduce_scatter_norm_backward")
 
@@ -49,7 +50,7 @@ def find_gathers(known: Known) -> list[Gather]:
 
 def _gather(collective: Collective, known: Known) -> Gather | None:
     found = gathered_rows(collective)
-    if found is None or len(collective.node.users) != 1:
+    if found is None or not is_waited_for_alone(collective):
         return None
     node, views = found
     fused = input_node(node)
@@ -85,6 +86,11 @@ def is_plain_gather(collective: Collective) -> bool:
     return known and is_float(argument(collective.node, "input"))
 
 
+def is_waited_for_alone(collective: Collective) -> bool:
+    """Whether of the unfinished result nothing is read but sizes."""
+    return all(user is collective.wait or is_call(user, _SIZES) for user in collective.node.users)
+
+
 def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
     """Whether `rows`, [..., H], are still in their order after these views: permuted and back at the most."""
     order = list(range(val(rows).dim()))
@@ -105,4 +111,4 @@ def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:
     return recompute_tag(fused) == recompute_tag(gather)
 
 
-__all__ = ["SCATTERING", "Gather", "find_gathers", "gathered_rows", "is_plain_gather"]
+__all__ = ["SCATTERING", "Gather", "find_gathers", "gathered_rows", "is_plain_gather", "is_waited_for_alone"]

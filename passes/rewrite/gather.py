@@ -26,11 +26,12 @@ def gather(known: Known) -> dict[str, str]:
     found = {}
     for each in find_gathers(known):
         found[origin(each.collective.node)] = origin(each.fused)
-        _apply(known.graph, each)
+        take_in(known.graph, each)
     return found
 
 
-def _apply(graph: fx.Graph, found: Gather) -> None:
+def take_in(graph: fx.Graph, found: Gather) -> None:
+    """Put an operation that gathers as well in the place of one and of the gather behind it."""
     old, collective = found.fused, found.collective
     name = operator_full_name(old.target).partition("::")[2]
     result = collective.result
@@ -49,6 +50,8 @@ def _apply(graph: fx.Graph, found: Gather) -> None:
             every = computed(graph, ops.operator.mul, own, len(collective.ranks), result)
             rows = reshaped(graph, rows, [every, *rest], val(result).shape)
     result.replace_all_uses_with(rows, propagate_meta=False)
+    for size in [user for user in collective.node.users if user is not result]:
+        size.replace_input_with(collective.node, rows)
     for node in (result, collective.node, *found.views, found.rows):
         if not node.users:
             graph.erase_node(node)

@@ -36,7 +36,7 @@ from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
 from ..verdict.runs import runs_in_a_kernel
 from .lower_backward import lower_backward
-from .plain import rows_divide, write_out
+from .plain import rows_divide, spec_of, write_out
 
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
 #: in tests and in the demo.
@@ -56,7 +56,7 @@ def lower(graph: fx.Graph) -> int:
 def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     operands = {name: argument(node, name) for name in OPERANDS}
     read = {user.args[1]: user for user in node.users if user.target is ops.operator.getitem and user.users}
-    spec = _spec(node, operands)
+    spec = spec_of(node, operands)
     if spec is None:
         return False
     if _without_kernel(node, operands["x"], spec):
@@ -103,17 +103,6 @@ def _overload(node: fx.Node, given: dict[str, Any]) -> Any:
     """The smallest of the operator's forms that takes all that is given."""
     packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2])
     return getattr(packet, form_for({name for name, value in given.items() if value is not None}))
-
-
-def _spec(node: fx.Node, operands: dict[str, Any]) -> BoundarySpec | None:
-    """What the node is told; None where some of it is only known when the graph runs."""
-    fakes = {name: value(operand) for name, operand in operands.items()}
-    if any(fakes[name] is None and operands[name] is not None for name in OPERANDS):
-        return None
-    options = {name: argument(node, name) for name in argument_names(node.target) if name not in OPERANDS}
-    if any(not isinstance(option, (str, float, int, bool, torch.dtype, type(None))) for option in options.values()):
-        return None
-    return BoundarySpec(**options, operands=tuple(None if (t := fakes[name]) is None else t.dtype for name in OPERANDS))
 
 
 def _only(spec: BoundarySpec, readers: dict[str, fx.Node]) -> BoundarySpec:

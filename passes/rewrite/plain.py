@@ -14,13 +14,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from tpfuse._torch_private import operator_full_name, trace_on_fakes
-from tpfuse.boundary_spec import BoundarySpec
+from tpfuse._torch_private import argument_names, operator_full_name, trace_on_fakes
+from tpfuse.boundary_spec import OPERANDS, BoundarySpec
 from tpfuse.lean import plain_outputs
 
-from ..facts.graph import carry_meta, same_size, value
+from ..facts.graph import argument, carry_meta, same_size, value
 
 
 def write_out(graph: fx.Graph, node: fx.Node, operands: dict[str, Any], spec: BoundarySpec) -> None:
@@ -44,6 +45,17 @@ def write_out(graph: fx.Graph, node: fx.Node, operands: dict[str, Any], spec: Bo
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def spec_of(node: fx.Node, operands: dict[str, Any]) -> BoundarySpec | None:
+    """What one of our operators is told; None where some of it is only known when the graph runs."""
+    fakes = {name: value(operand) for name, operand in operands.items()}
+    if any(fakes[name] is None and operands[name] is not None for name in OPERANDS):
+        return None
+    options = {name: argument(node, name) for name in argument_names(node.target) if name not in OPERANDS}
+    if any(not isinstance(option, (str, float, int, bool, torch.dtype, type(None))) for option in options.values()):
+        return None
+    return BoundarySpec(**options, operands=tuple(None if (t := fakes[name]) is None else t.dtype for name in OPERANDS))
 
 
 def rows_divide(shape: Sequence[Any], ranks: int) -> bool:

@@ -1,4 +1,5 @@
-"""A graph that is split holds gathers by themselves again: no kernel does one with what stands in front of it.
+"""A graph that is split holds gathers by themselves again: no kernel does one with what stands in front of it. A norm
+that nothing but its gather was fused with is plain operations again, which the compiler fuses with their neighbours.
 
 That comes before the compiler's own passes on collectives, which then see every gather (and products behind it, for
 PyTorch's async tensor parallelism) as in a graph of the program's. What is sent, and in which order, stays.
@@ -9,13 +10,15 @@ from __future__ import annotations
 from torch import fx
 
 from tpfuse._torch_private import group_size, operator_full_name
+from tpfuse.boundary_spec import OPERANDS
 
 from ..facts import aten_ops as ops
 from ..facts.graph import GATHERS, ORIGIN, argument, insert_call
 from ..recognise.gathers import SCATTERING
+from .plain import spec_of, write_out
 
 c10d = ops.c10d
-_OURS = {f"{name}_gather" for name in SCATTERING}
+_OURS = {f"{name}_gather" for name in (*SCATTERING, "tpfuse::rows_norm")}
 
 
 def take_apart(graph: fx.Graph) -> int:
@@ -46,3 +49,8 @@ def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
             graph.erase_node(user)
     node.replace_all_uses_with(fused, propagate_meta=False)
     graph.erase_node(node)
+    if operator is ops.tpfuse.rows_norm.default:
+        operands = {name: argument(fused, name) for name in OPERANDS}
+        spec = spec_of(fused, operands)
+        if spec is not None:
+            write_out(graph, fused, operands, spec)

@@ -16,15 +16,16 @@ import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_schema
+from tpfuse.policy import SharingPolicy
 from tpfuse.report import Boundary, Transfer
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup, is_collective
 from ..facts.graph import GATHERS, ORIGIN, argument, value
-from ..facts.groups import MeshGroups
+from ..facts.groups import MeshGroups, mesh_groups, names_of_groups, own_rank
 from ..plan.layouts import STEP_LAYOUTS, sent_bytes
 
-#: Our own operators that communicate, and what each performs.
+#: Our own operators that communicate, and what each performs, before it gathers where its name says so.
 OURS = {
     "tpfuse::all_reduce_norm": "all_reduce",
     "tpfuse::reduce_scatter_norm": "reduce_scatter",
@@ -53,9 +54,17 @@ def transfers(graph: fx.Graph, resolve: ResolveGroup) -> dict[str, tuple[Transfe
         transfer = _transfer(node, resolve)
         if transfer is not None:
             found[origin(node)].append(transfer)
-            if GATHERS in node.meta:
-                found[node.meta[GATHERS]].append(_gathered(node, transfer.group))
+        if GATHERS in node.meta:
+            found[node.meta[GATHERS]].append(_gathered(node, resolve))
     return {name: tuple(items) for name, items in found.items()}
+
+
+def mesh_of(policy: SharingPolicy | None, ranks: tuple[int, ...] | None) -> MeshGroups | None:
+    """The groups of `policy` on this rank, where both are known. `ranks`: of the whole group."""
+    rank = own_rank()
+    if policy is None or rank is None:
+        return None
+    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), ranks)
 
 
 def account(
@@ -103,13 +112,17 @@ def _transfer(node: fx.Node, resolve: ResolveGroup) -> Transfer | None:
     kind = performs(node)
     if kind is None:
         return None
-    name = argument(node, "group_name")
-    ranks = (resolve(name) if isinstance(name, str) else None) or ()
+    ranks = _ranks(node, resolve)
     return Transfer(kind, ranks, _sent(node, kind, len(ranks)))
 
 
+def _ranks(node: fx.Node, resolve: ResolveGroup) -> tuple[int, ...]:
+    name = argument(node, "group_name")
+    return (resolve(name) if isinstance(name, str) else None) or ()
+
+
 def performs(node: fx.Node) -> str | None:
-    """The kind of collective that `node` performs, or None."""
+    """The kind of collective that `node` performs, or None. (A gather at the end of an operation is not its kind.)"""
     collective = is_collective(node)
     if not collective and getattr(node.target, "namespace", "") != "tpfuse":
         return None
@@ -122,8 +135,9 @@ def performs(node: fx.Node) -> str | None:
     return next((kind for kind in ops.COLLECTIVE_KINDS if name.startswith(kind)), name)
 
 
-def _gathered(node: fx.Node, ranks: tuple[int, ...]) -> Transfer:
+def _gathered(node: fx.Node, resolve: ResolveGroup) -> Transfer:
     """What an operation sends to gather its last result."""
+    ranks = _ranks(node, resolve)
     return Transfer("all_gather", ranks, _bytes("all_gather", node.meta["val"][-1], len(ranks)))
 
 

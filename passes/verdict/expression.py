@@ -22,13 +22,14 @@ from tpfuse._torch_private import is_higher_order, is_operator, without_modes
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
-from ..facts.graph import FINISHES, GATHERS, argument, is_call, symbols, value
+from ..facts.graph import FINISHES, GATHERS, argument, input_node, is_call, symbols, value
 from ..recognise.streams import calls
 
-#: The fused operators that communicate: one collective each, and a gather behind it where their name says so.
+#: The fused operators that communicate: one collective each, and a gather behind it where their name says so; but of
+#: `rows_norm_gather` the gather is the only one.
 FUSED = (
     "all_reduce_norm", "reduce_scatter_norm", "all_reduce_norm_backward", "reduce_scatter_norm_backward",
-    "reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather",
+    "reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather", "rows_norm_gather",
 )  # fmt: skip
 #: Their lists are sizes, which differ with the rows: compared at the first run, and no part of the words.
 _SIZED = {
@@ -103,7 +104,10 @@ class Expression:
             return []
         if calls(node, "tpfuse::rows_norm"):  # rows of a rank's own, and what they are finished with
             return [(node.args[0], False), *((other, True) for other in _others(node))]  # type: ignore[list-item]
-        if communicates(node):
+        if _is_gathered(node):
+            operation = input_node(node)
+            return [] if not beside or self._reaches_all(operation) else [(operation, True)]
+        if _receives(node):
             if beside and not self._reaches_all(node):
                 return [(parent, True) for parent in node.all_input_nodes]
             return [(other, True) for other in _others(node)] if beside and _is_whole(node) else []
@@ -115,7 +119,8 @@ class Expression:
     def _reaches_all(self, node: fx.Node) -> bool:
         """Whether what `node` received is the same on all ranks that compare words. A sum or a gather over some of them
         is as different as what went into it."""
-        if not _is_whole(node) and not any(kind in str(node.target) for kind in ("all_reduce", "all_gather")):
+        alike = _is_whole(node) or GATHERS in node.meta
+        if not alike and not any(kind in str(node.target) for kind in ("all_reduce", "all_gather")):
             return True
         theirs, ours = argument(node, "group_name"), argument(self.node, "group_name")
         if theirs == ours:
@@ -184,8 +189,10 @@ class Expression:
             return f"{known.get(node, node.op)} {val.dtype if val is not None else ''}"
         if beside and _gives_each_its_own(node):
             return f"unknown {uuid.uuid4()}"
-        reaches = not communicates(node) or not beside or self._reaches_all(node)
-        if communicates(node) and reaches and not (beside and _is_whole(node)):
+        if _is_gathered(node) and (not beside or self._reaches_all(input_node(node))):
+            return "received"
+        reaches = not _receives(node) or not beside or self._reaches_all(node)
+        if _receives(node) and reaches and not (beside and _is_whole(node)):
             return "received"
         if beside and self._is_known_size(node):
             return f"size {self._size(node.meta.get('val'))}"
@@ -207,8 +214,10 @@ class Expression:
         if not reaches:  # groups have other names on other ranks
             group = argument(node, "group_name")
             return digest([str(node.target), *(word(arg) for arg in node.args if arg is not group), *_options(node)])
-        if communicates(node) or calls(node, "tpfuse::rows_norm"):
+        if _receives(node) or calls(node, "tpfuse::rows_norm"):
             return digest(["received", *map(word, node.args[1:]), *_options(node)])
+        if calls(node, "tpfuse::rows_norm_gather"):
+            return digest([str(node.target), *map(word, node.args), *_options(node)])
         if node.target is ops.operator.getitem and _gives_several(node.args[0]):
             return digest([known.get(node.args[0], "?"), _called(node)])  # type: ignore[arg-type]
         arguments = [*map(word, node.args), *(f"{name}={word(arg)}" for name, arg in sorted(node.kwargs.items()))]
@@ -245,6 +254,19 @@ def _gives_each_its_own(node: fx.Node) -> bool:
     """Whether `node` is a collective of the program that gives every rank something else."""
     alike = ("all_reduce", "all_gather", "broadcast")
     return is_collective(node) and not any(kind in str(node.target) for kind in alike)
+
+
+def _receives(node: fx.Node) -> bool:
+    """Whether `node` communicates and what it gives is what it received, or is made of that."""
+    return communicates(node) and not calls(node, "tpfuse::rows_norm_gather")
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    """Whether `node` is what one of our operations gathered behind what it gives besides."""
+    made = node.args[0] if node.target is ops.operator.getitem else None
+    if not isinstance(made, fx.Node) or GATHERS not in made.meta:
+        return False
+    return bool(node.args[1] == len(made.meta["val"]) - 1)
 
 
 def _is_whole(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from tpfuse.report import Step
 from ..facts.collectives import ResolveGroup
 from ..facts.graph import GATHERS, argument, value
 from ..recognise.streams import calls
+from .accounting import performs
 from .expression import FUSED, communicates, digest
 from .names import module_name
 from .runs import runs_in_a_kernel
@@ -20,8 +21,8 @@ from .sent import Sent, communicating
 
 
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
-    """One step for every collective and every fused operation of `graph`, in graph order, and one more where that
-    gathers as well. `original`: what `graph` was before it was rewritten, where it was."""
+    """One step for every collective of `graph`, in graph order: by itself or in a fused operation, of which one that
+    gathers besides has two. `original`: what `graph` was before it was rewritten, where it was."""
     written = original or graph
     sent = Sent(communicating(written), written.owning_module, resolve)
     steps = []
@@ -34,8 +35,9 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         op = fused.removesuffix("_gather") if fused else operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
-        relies, shapes = sent.relied_on(node), sent.shapes(node)
-        steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies, shapes))
+        if performs(node) is not None:
+            relies, shapes = sent.relied_on(node), sent.shapes(node)
+            steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies, shapes))
         if GATHERS in node.meta:
             gather, rows = "all_gather_into_tensor", sent.gathered_by(node)
             steps.append(Step(gather, ranks or (), *_of(node.meta["val"][-1]), module_name(node), rows))

@@ -37,7 +37,7 @@ from ..strict_json import StrictJson
 EXIT_STUCK = 75
 _COMMUNICATES = re.compile(
     r"_c10d_functional\.(?:all_reduce|reduce_scatter|all_gather|all_to_all|broadcast)"
-    r"|tpfuse\.(?:all_reduce_norm|reduce_scatter_norm)(?:_backward)?(?:_gather)?"
+    r"|tpfuse\.(?:rows_norm_gather|(?:all_reduce_norm|reduce_scatter_norm)(?:_backward)?(?:_gather)?)"
 )
 #: What process groups say in a plain RuntimeError: gloo, the checks of TORCH_DISTRIBUTED_DEBUG=DETAIL, NCCL.
 _GROUP_ERRORS = re.compile(
@@ -83,7 +83,8 @@ def step_at(frame: types.FrameType, line: int, steps: Sequence[Step]) -> Step | 
         return None
     lines = _source(frame)[: line - frame.f_code.co_firstlineno + 1]
     found = [match for text in lines if (match := _COMMUNICATES.search(text)) is not None]
-    index = len(found) - 1 + sum(match[0].endswith("_gather") for match in found[:-1])  # those are two steps
+    two_steps = [match for match in found[:-1] if match[0].endswith("_gather") and "rows_norm" not in match[0]]
+    index = len(found) - 1 + len(two_steps)
     return steps[index] if 0 <= index < len(steps) else None
 
 
