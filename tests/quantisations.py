@@ -65,7 +65,7 @@ def _triton(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bitsandbytes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     most = rows.abs().amax(-1).float()
-    factor = torch.full_like(most, 127) / most
+    factor = 127.0 / most  # which multiplies the reciprocal
     return torch.round(rows.float() * factor[..., None]).to(torch.int8), most, None
 
 
@@ -77,7 +77,7 @@ _SCHEMAS = {
     ),
     "triton::quantize_fp8_row": (
         "(Tensor a, Tensor? scale_ub=None, Tensor? zero_start_index_M=None, bool use_triton=True,"
-        " Device? output_device=None) -> (Tensor, Tensor)", _triton,
+        " Device? output_device=None, int? align_rows_to=None) -> (Tensor, Tensor)", _triton,
     ),
     "bitsandbytes::int8_vectorwise_quant": (
         "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)", _bitsandbytes,
@@ -89,10 +89,27 @@ for _name, (_schema, _function) in _SCHEMAS.items():
     _library.impl(_op, lambda rows, *_, _function=_function: _function(rows), "CompositeExplicitAutograd")
     torch.library.register_fake(_name, lambda rows, *_, _function=_function: _function(rows), lib=_library)
 
+#: ModelOpt's, which rounds to a format and back; one that is called with INT8 and a largest magnitude.
+_TENSORRT = torch.library.Library("tensorrt", "FRAGMENT")
+_TENSORRT.define(
+    "quantize_op(Tensor input, Tensor amax, int num_bits, int exponent_bits, bool unsigned, bool narrow_range)"
+    " -> Tensor"
+)
+
+
+def _quantize_op(rows: Tensor, amax: Tensor, bits: int, exponent: int, unsigned: bool, narrow: bool) -> Tensor:
+    scale = 127.0 / amax.float()
+    return (torch.round(rows.float() * scale).clamp(-127, 127) / scale).to(rows.dtype)
+
+
+_TENSORRT.impl("quantize_op", _quantize_op, "CompositeExplicitAutograd")
+torch.library.register_fake("tensorrt::quantize_op", _quantize_op, lib=_TENSORRT)
+
 #: By name: what calls the operator on rows [.., H] seen as [N, H], and gives (q, scale).
 OPERATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "fbgemm": lambda y, *more: tuple(torch.ops.fbgemm.quantize_fp8_per_row(y.flatten(0, -2), *more)),
     "triton": lambda y, *more: torch.ops.triton.quantize_fp8_row(y.flatten(0, -2), *more),
+    "triton, rows as they are": lambda y: torch.ops.triton.quantize_fp8_row(y),
     "bitsandbytes": lambda y, *more: torch.ops.bitsandbytes.int8_vectorwise_quant(y.flatten(0, -2), *more)[:2],
 }
 

@@ -66,7 +66,15 @@ def test_each_quantisation_is_one_with_its_boundary_and_bit_for_bit_that_of_y(tw
         assert same(q, right[0]) and same(scale, right[1])
 
 
-@pytest.mark.parametrize("name, option", [("fbgemm", (None, torch.ones(1))), ("bitsandbytes", (6.0,))])
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        ("fbgemm", (None, torch.ones(1))),
+        ("bitsandbytes", (6.0,)),
+        ("triton", (None, torch.zeros(10, dtype=torch.int64))),
+        ("triton", (None, None, True, None, 16)),
+    ],
+)
 def test_an_operator_with_an_option_set_stays(two_ranks, name, option):
     def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return OPERATORS[name](boundary(x, residual, weight)[0], *option)
@@ -74,6 +82,21 @@ def test_an_operator_with_an_option_set_stays(two_ranks, name, option):
     compiled(program)(*drawn())
     [verdict] = tpfuse.reports()[-1].boundaries
     assert verdict.fused and not verdict.quantised
+
+
+def test_an_operator_that_gives_rows_back_in_their_dtype_stays_and_is_said(two_ranks):
+    """ModelOpt's: behind it a product reads 16 bits."""
+
+    def program(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y = boundary(x, residual, weight)[0].flatten(0, -2)
+        return y, torch.ops.tensorrt.quantize_op(y, y.abs().amax(-1, keepdim=True), 8, 0, False, True)
+
+    y, rounded = compiled(program)(*drawn())
+    report = tpfuse.reports()[-1]
+    [verdict] = report.boundaries
+    assert verdict.fused and not verdict.quantised
+    assert any("tensorrt::quantize_op rounds" in note for note in report.notes)
+    assert same(rounded, torch.ops.tensorrt.quantize_op(y, y.abs().amax(-1, keepdim=True), 8, 0, False, True))
 
 
 def test_nothing_is_quantised_unless_it_is_asked_for(two_ranks):

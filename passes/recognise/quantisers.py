@@ -59,9 +59,10 @@ def _triton(of: Number, y: int) -> tuple[int, int]:
 
 
 def _bitsandbytes(of: Number, y: int) -> tuple[int, int]:
-    """s = max(|y|); q = round(y * (127 / s))."""
+    """s = max(|y|); q = round(y * f), f being 127 times the reciprocal of s, as PyTorch divides numbers by tensors."""
     largest = _largest(of, y)
-    scaled = of(QuantStep("mul", (y, of(QuantStep("div", (127.0, largest), _F32))), _F32))
+    factor = of(QuantStep("mul", (of(QuantStep("reciprocal", (largest,), _F32)), 127.0), _F32))
+    scaled = of(QuantStep("mul", (y, factor), _F32))
     return of(QuantStep("to", (of(QuantStep("round", (scaled,), _F32)),), _INT8)), largest
 
 
@@ -74,6 +75,15 @@ QUANTISERS = {
     "triton::quantize_fp8_row": Quantiser(_triton, _E4M3),
     "bitsandbytes::int8_vectorwise_quant": Quantiser(_bitsandbytes, _INT8),
 }
+#: Operators that round rows to such a format and give them back in the dtype they had.
+ROUNDING = ("tensorrt::quantize_op", "tensorrt::dynamic_block_quantize_op")
+ROUNDED = "rounds the normed value and gives it back in the dtype it had, so there are no quantised rows to hand out"
+
+
+def rounding_of(node: fx.Node) -> str:
+    """The name of the operator that `node` calls, if it is such."""
+    name = operator_full_name(node.target) if node.op == "call_function" else ""
+    return name if name in ROUNDING else ""
 
 
 def quantiser_of(node: fx.Node) -> Quantiser | None:
@@ -113,4 +123,4 @@ def part_of(node: fx.Node, of: Number, y: int) -> tuple[int, bool] | None:
     return (scale, False) if node.args[1] == 1 and result.dtype is _F32 and one_each else None
 
 
-__all__ = ["QUANTISERS", "Quantiser", "part_of", "quantised_rows", "quantiser_of"]
+__all__ = ["QUANTISERS", "ROUNDED", "Quantiser", "part_of", "quantised_rows", "quantiser_of", "rounding_of"]

@@ -7,6 +7,7 @@ Chains that are equal become one. What else reads y goes on reading it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -16,6 +17,7 @@ from tpfuse.quantisation import Quantisation
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, fake_result, insert_call, inserting_behind, same_shape, same_size, val
 from ..recognise.quantised import SYMBOLIC, Quantised, find_quantised
+from ..recognise.quantisers import ROUNDED, rounding_of
 from ..recognise.streams import calls
 from ..verdict.names import module_name
 
@@ -32,6 +34,7 @@ def quantise(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
         y = next((user for user in fused.users if user.target is ops.operator.getitem and user.args[1] == 0), None)
         quantised = None if y is None or argument(fused, "quant", "") else find_quantised(y)
         if quantised is None:
+            notes += [f"{_named(fused)}: {name} {ROUNDED}" for name in dict.fromkeys(_rounds(y))]
             continue
         known = sizes_known(quantised)
         if known:
@@ -39,8 +42,21 @@ def quantise(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
             found[fused] = str(quantised.how)
         stays = quantised.left if known else SYMBOLIC
         if stays:
-            notes.append(f"{module_name(fused) or 'a boundary'}: {stays}")
+            notes.append(f"{_named(fused)}: {stays}")
     return found, notes
+
+
+def _named(fused: fx.Node) -> str:
+    return module_name(fused) or "a boundary"
+
+
+def _rounds(y: fx.Node | None) -> Iterator[str]:
+    """The operators that round `y`, or a view of it, and keep its dtype."""
+    for user in y.users if y is not None else ():
+        if name := rounding_of(user):
+            yield name
+        elif user.target in ops.VIEWS:
+            yield from _rounds(user)
 
 
 def _apply(graph: fx.Graph, fused: fx.Node, quantised: Quantised) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.passes.test_quantised import recognised
-from tests.quantisations import SPELLINGS, same
+from tests.quantisations import OPERATORS, SPELLINGS, same
 from tpfuse.kernels.add_norm import add_norm
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.compat import next_power_of_2, tl, triton
@@ -57,6 +57,14 @@ def test_each_spelling_is_quantised_bit_for_bit(name: str, dtype: torch.dtype) -
     right, right_scale = SPELLINGS[name](y)
     assert same(scale, right_scale.reshape(scale.shape))
     assert same(q, right)
+
+
+@pytest.mark.parametrize("name", ["fbgemm", "triton", "bitsandbytes"])
+def test_each_operators_steps_are_done_bit_for_bit(name: str) -> None:
+    y = special_rows(384, torch.bfloat16)[5:].contiguous()  # what INT8 makes of NaN and infinity may be anything
+    q, scale = quantised(y, recognised(OPERATORS[name]))
+    right, right_scale = OPERATORS[name](y)
+    assert same(scale, right_scale.reshape(scale.shape)) and same(q, right)
 
 
 @pytest.mark.parametrize("name", ["float8_per_row", "int8_per_row", "groups"])
