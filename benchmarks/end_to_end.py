@@ -14,6 +14,7 @@ Models are in models.py; every rank holds its part, cut by `tpfuse.parallelize`.
     auto_select, auto_select + CUDA graph       Inductor with `_collective.auto_select`, with --auto-select: it lowers
                                                 small sums to symmetric memory, and fails when a second size follows in
                                                 the same process, so such a run has one model and one size
+    tpfuse, quantised outputs                   of llama_fp8: with the rewrite that quantises in the boundary's kernel
 
 Times are the slowest rank's, medians of alternating rounds. Outputs of the two are compared. One replay of each graph
 is profiled: time in boundary kernels (NCCL or fused, and kernels with a norm in them), in all others, and between them.
@@ -45,6 +46,7 @@ from records import OfModel, write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
+from tpfuse.passes.plan.sites import REWRITES
 
 BOUNDARY = re.compile(r"nccl|_one_shot_kernel|_two_shot_kernel|_barrier_kernel|_add_norm_kernel|rsqrt|"
                       r"rms_norm|symm_mem|multimem", re.IGNORECASE)  # fmt: skip
@@ -68,16 +70,16 @@ class Record(OfModel):
     note: str = ""
 
 
-def compiled_steps(step: Step, reduce_overhead: bool, selected: bool = False) -> dict[str, Callable]:
-    modes = [None, "reduce-overhead"] if reduce_overhead else [None]
-    out: dict[str, Callable] = {}
-    backends: list[tuple[str, Any]] = [("inductor", "inductor"), ("tpfuse", tpfuse_backend)]
-    backends += [("auto_select", auto_select)] if selected else []
-    for name, backend in backends:
-        for mode in modes if name != "auto_select" else [None]:
-            label = f"{name} {mode}" if mode else name
-            out[label] = torch.compile(step.call, backend=backend, mode=mode, fullgraph=True, dynamic=False)
-    return out
+def compiled_steps(step: Step, arguments: argparse.Namespace, quantised: bool) -> dict[str, Callable]:
+    modes = [{}, {"mode": "reduce-overhead"}] if arguments.reduce_overhead else [{}]
+    ways: dict[str, dict[str, Any]] = {}
+    for name, backend in (("inductor", "inductor"), ("tpfuse", tpfuse_backend)):
+        ways |= {f"{name} {mode['mode']}" if mode else name: {"backend": backend, **mode} for mode in modes}
+    if arguments.auto_select:
+        ways["auto_select"] = {"backend": auto_select}
+    if quantised:
+        ways["tpfuse, quantised outputs"] = {"backend": tpfuse_backend, "options": {"rewrites": REWRITES}}
+    return {name: torch.compile(step.call, fullgraph=True, dynamic=False, **way) for name, way in ways.items()}
 
 
 def captured(step: Step, call: Callable) -> Callable[[], None]:
@@ -160,7 +162,7 @@ def measure(run: Run, device: torch.device, arguments: argparse.Namespace) -> li
     profiles: dict[str, dict[str, float]] = {}
     notes: dict[str, str] = {}
     with torch.no_grad():
-        for name, call in compiled_steps(step, arguments.reduce_overhead, arguments.auto_select).items():
+        for name, call in compiled_steps(step, arguments, run.model.endswith("_fp8")).items():
             skipped = counters["inductor"]["cudagraph_skips"]
             for _ in range(3):
                 step.reset()

@@ -1,6 +1,7 @@
 """The models of end_to_end.py, with random weights: how to build one, cut it, and make one step of it.
 
     llama                  Hugging Face Llama, Llama-3-8B's sizes
+    llama_fp8              the same, its layers' linears quantised by torchao: FP8, activations by row
     qwen3_moe              Hugging Face Qwen3-MoE, Qwen3-30B-A3B's sizes
     dp_<dp>_<size>         dense layers of DeepSeek-V3's sizes under data-parallel attention, moe_dense_tp_size = <size>
     glm4_moe_<dp>_<size>   Hugging Face GLM4-MoE, GLM-4.5-Air's sizes, all layers but the last dense; the same policies
@@ -64,7 +65,7 @@ def hugging_face_config(run: Run, tiny: bool) -> Any:
     }
     if run.model.startswith("glm4_moe"):
         return _glm4_moe_config(run, tiny, common)
-    if run.model == "llama":
+    if run.model.startswith("llama"):
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
         sizes |= TINY if tiny else {}
         return transformers.LlamaConfig(**sizes, **common, vocab_size=_share(128256, run.layers, 32))
@@ -122,10 +123,12 @@ def _hugging_face(run: Run, device: torch.device, tiny: bool) -> Step:
     policy = policy_of(run.model, dist.get_world_size())
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if run.model != "llama":
+    if not run.model.startswith("llama"):
         model.set_experts_implementation("grouped_mm")
     tpfuse.parallelize(model, _mesh(policy, device), policy)
     model.requires_grad_(False)
+    if run.model == "llama_fp8":
+        _quantise_by_row(model.model)
     rows = run.size * policy.dp_size
     if run.phase == "prefill":
         ids = torch.randint(0, config.vocab_size, (1, run.size), device=device)
@@ -156,6 +159,12 @@ def _hugging_face(run: Run, device: torch.device, tiny: bool) -> Step:
         return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     return Step(decode, (ids,), reset, most, run.layers, rows)
+
+
+def _quantise_by_row(model: nn.Module) -> None:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
 
 
 # -- data-parallel attention ------------------------------------------------------------------------------------------

@@ -312,6 +312,21 @@ def norm(card: Card) -> str:
     return table(["norm", "hidden", "MB", "copy", "ours", "Inductor", "Liger", "torch, two operations"], lines)
 
 
+def norm_backward(card: Card) -> str:
+    """The local kernel of a norm's backward, beside Inductor's and Liger's."""
+    sizes: dict[tuple[str, int, int], dict[str, dict]] = {}
+    for r in records_of("norm_backward_h200.json"):
+        sizes.setdefault((r["norm"], r["hidden"], r["rows"]), {})[r["provider"]] = r
+    lines = []
+    for (kind, hidden, rows), here in sizes.items():
+        cells = [f"{here[p]['us']:.1f} ({here[p]['share']:.0%})" if p in here else "–" for p in ("inductor", "liger")]
+        mine = here["ours"]
+        lines.append([kind.split("_")[0], f"{hidden}", f"{rows}", f"{here['copy']['us']:.1f}",
+                      f"**{mine['us']:.1f}** ({mine['share']:.0%})", *cells,
+                      f"{here['inductor']['us'] / mine['us']:.2f}"])  # fmt: skip
+    return table(["norm", "hidden", "rows", "copy", "ours", "Inductor", "Liger", "Inductor / ours"], lines)
+
+
 def norm_summary(card: Card) -> str:
     """How far the local kernel is ahead of the others, and its share of the copy's bandwidth."""
     records = records_of(card.norm)
@@ -350,7 +365,7 @@ def variants(card: Card) -> str:
 
 TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     linked, shipped, four, side_by_side, brings, four_summary, virtual, virtual_summary, quantised, norm, norm_summary,
-    variants
+    norm_backward, variants
 )} | {
     "layers": lambda card: model_tables.layers(card.layers),
     "models": lambda card: model_tables.models(card.models),

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -174,7 +174,10 @@ class Step:
     """Forward, backward and an SGD step of one model; returns the loss."""
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
-        self.run, self.optimizer = run, torch.optim.SGD(model.parameters(), lr=1e-3)
+        # one operation for many parameters, which takes DTensors and plain tensors but not both at once
+        whole, cut = ([p for p in model.parameters() if isinstance(p, DTensor) == kind] for kind in (False, True))
+        groups = [{"params": each} for each in (whole, cut) if each]
+        self.run, self.optimizer = run, torch.optim.SGD(groups, lr=1e-3)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         loss = self.run(tokens)

@@ -5,14 +5,16 @@
     dx = (g - n * mean(g * n) [- mean(g), LayerNorm]) * rstd + residual
     dweight = sum over rows of dy * n,  dbias = sum over rows of dy
 
-All of it in float32 (float64 where an input is), `dx` rounded once. `norm_backward` runs one Triton kernel on CUDA
-tensors: each program takes every n-th row and keeps its part of the vectors' gradients in registers. Elsewhere, and
-where the kernel does not reach, it runs `norm_backward_reference`: the same formula in plain torch operations.
+All of it in float32 (float64 where an input is), `dx` rounded once. `norm_backward` runs two Triton kernels on CUDA
+tensors. In the first, each program takes every n-th row, loads the next ones while it computes on this one, and keeps
+its part of the vectors' gradients in registers; the second adds up the parts. Elsewhere, and where the kernels do not
+reach, it runs `norm_backward_reference`: the same formula in plain torch operations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,12 @@ from .call import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes
 from .compat import next_power_of_2, tl, triton
 from .device import LAYER
 
-#: Programs to a multiprocessor: they hide each other's waits, and each leaves one row of partial sums behind.
-PROGRAMS_PER_MULTIPROCESSOR = 4
-_PROGRAMS_ELSEWHERE = 8  # in the interpreter
+#: Rows that a program holds or has under way. Two to load ahead keep an H200's memory busy; more gave nothing.
+STAGES = 3
+#: Programs to a multiprocessor, where the rows under way fit its shared memory. Each leaves a row of partial sums
+#: behind, which more programs than these do not earn.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+_PARTS, _COLUMNS = 64, 16  # of the partial sums, what one program of the second kernel adds at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +77,42 @@ class NormBackwardOut:
 
 
 @triton.jit
+def _row(
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride, r_stride, cols,
+    mask, H: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr,
+):  # fmt: skip
+    """Finish one row of dx; gives its parts of the gradients of the weight and of the bias."""
+    at = row.to(tl.int64)
+    dy = tl.load(dy_ptr + at * (dy_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + at * (h_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
+    if NORM == 1:
+        if mean_ptr is not None:  # noqa: SIM108 (the pointer is compiled away)
+            mean = tl.load(mean_ptr + at).to(tl.float32)
+        else:
+            mean = tl.sum(h, axis=0) / H
+        h = tl.where(mask, h - mean, 0.0)
+    if rstd_ptr is not None:  # noqa: SIM108
+        rstd = tl.load(rstd_ptr + at).to(tl.float32)
+    else:
+        rstd = tl.rsqrt(tl.sum(h * h, axis=0) / H + eps)
+    n = h * rstd
+    g = dy * weight
+    dx = g - n * (tl.sum(g * n, axis=0) / H)
+    if NORM == 1:
+        dx -= tl.sum(g, axis=0) / H
+    dx *= rstd
+    if residual_ptr is not None:
+        r_row = residual_ptr + at * (r_stride if STRIDED else H)
+        dx += tl.load(r_row + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dy * n, dy
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _norm_backward_kernel(
     dy_ptr, h_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     weight_offset, eps, rows, programs, dy_stride, h_stride, r_stride,
-    H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -86,38 +123,52 @@ def _norm_backward_kernel(
     weight += weight_offset
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
-    row = pid
-    while row < rows:
-        at = row.to(tl.int64)
-        dy = tl.load(dy_ptr + at * (dy_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + at * (h_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
-        if NORM == 1:
-            if mean_ptr is not None:  # noqa: SIM108 (the pointer is compiled away)
-                mean = tl.load(mean_ptr + at).to(tl.float32)
-            else:
-                mean = tl.sum(h, axis=0) / H
-            h = tl.where(mask, h - mean, 0.0)
-        if rstd_ptr is not None:
-            rstd = tl.load(rstd_ptr + at).to(tl.float32)
-        else:
-            rstd = tl.rsqrt(tl.sum(h * h, axis=0) / H + eps)
-        n = h * rstd
-        g = dy * weight
-        dx = g - n * (tl.sum(g * n, axis=0) / H)
-        if NORM == 1:
-            dx -= tl.sum(g, axis=0) / H
-        dx *= rstd
-        if residual_ptr is not None:
-            r_row = residual_ptr + at * (r_stride if STRIDED else H)
-            dx += tl.load(r_row + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dweight += dy * n
-        dbias += dy
-        row += programs
+    if STAGES == 1:  # also because the interpreter takes no tensor as a bound of a range
+        row = pid
+        while row < rows:
+            of_weight, of_bias = _row(
+                dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride,
+                r_stride, cols, mask, H, NORM, STRIDED,
+            )  # fmt: skip
+            dweight += of_weight
+            dbias += of_bias
+            row += programs
+    else:
+        for row in tl.range(pid, rows, programs, num_stages=STAGES):
+            of_weight, of_bias = _row(
+                dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride,
+                r_stride, cols, mask, H, NORM, STRIDED,
+            )  # fmt: skip
+            dweight += of_weight
+            dbias += of_bias
     if dweight_ptr is not None:
         tl.store(dweight_ptr + pid * H + cols, dweight, mask=mask)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + pid * H + cols, dbias, mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_up_kernel(
+    partial_ptr, first_ptr, second_ptr, parts, H: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """first[H], second[H] = the sums over partial[2, parts, H], one program for some columns of one of them."""
+    vector = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    own = tl.arange(0, PARTS)
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    first = 0
+    while first < parts:
+        at = first + own
+        total += tl.load(
+            partial_ptr + (vector * parts + at[:, None]) * H + cols[None, :],
+            mask=(at < parts)[:, None] & (cols < H)[None, :], other=0.0,
+        )  # fmt: skip
+        first += PARTS
+    sums = tl.sum(total, axis=0)
+    if vector == 0:
+        tl.store(first_ptr + cols, sums, mask=cols < H)
+    else:
+        tl.store(second_ptr + cols, sums, mask=cols < H)
 
 
 def norm_backward(call: NormBackwardCall) -> NormBackwardOut:
@@ -127,27 +178,43 @@ def norm_backward(call: NormBackwardCall) -> NormBackwardOut:
     rows, H = call.dy.shape
     dy, h, residual = _unit(call.dy), _unit(call.h), None if call.residual is None else _unit(call.residual)
     strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
-    programs = min(rows, _programs(dy.device))
     block = next_power_of_2(H)
+    row_bytes = block * sum(t.element_size() for t in (dy, h, residual) if t is not None)
+    programs, stages = _schedule(rows, row_bytes, dy.device)
     with on_device_of(dy):
         dx = torch.empty((rows, H), dtype=call.out_dtype, device=dy.device)
-        partial = [
-            torch.empty((programs, H), dtype=torch.float32, device=dy.device) if wanted else None
-            for wanted in (call.want_weight, call.want_bias)
-        ]
+        wanted = (call.want_weight, call.want_bias)
+        partial = torch.empty((sum(wanted), programs, H), dtype=torch.float32, device=dy.device)
+        into = iter(partial)
+        dweight, dbias = (next(into) if each else None for each in wanted)
         _norm_backward_kernel[(programs,)](
-            dy, h, _flat(call.mean), _flat(call.rstd), _flat(call.weight), residual, dx, *partial,
+            dy, h, _flat(call.mean), _flat(call.rstd), _flat(call.weight), residual, dx, dweight, dbias,
             call.weight_offset, call.eps, rows, programs, *strides, H=H, BLOCK=block, NORM=NORMS[call.norm],
-            STRIDED=any(stride != H for stride in strides), num_warps=min(max(block // 512, 1), 16),
+            STRIDED=any(stride != H for stride in strides), STAGES=stages, num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
-        vectors = [None if each is None else each.sum(0) for each in partial]
-    return NormBackwardOut(dx, *vectors)
+        vectors = iter(_add_up(partial))
+    return NormBackwardOut(dx, *(next(vectors) if each else None for each in wanted))
 
 
-def _programs(device: torch.device) -> int:
+def _add_up(partial: Tensor) -> list[Tensor]:
+    """[vectors, parts, H] -> that many [H], each a tensor of its own, as an operator's results must be."""
+    vectors, parts, H = partial.shape
+    out = [torch.empty(H, dtype=torch.float32, device=partial.device) for _ in range(vectors)]
+    if vectors:
+        grid = (-(-H // _COLUMNS), vectors)
+        _add_up_kernel[grid](partial, out[0], out[-1], parts, H=H, PARTS=_PARTS, COLUMNS=_COLUMNS)
+    return out
+
+
+def _schedule(rows: int, row_bytes: int, device: torch.device) -> tuple[int, int]:
+    """How many programs run, and how many rows each holds or has under way. `row_bytes`: what one row loads."""
     if device.type != "cuda":
-        return _PROGRAMS_ELSEWHERE
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        return min(rows, 8), 1  # the interpreter
+    facts: Any = torch.cuda.get_device_properties(device)
+    stages = min(STAGES, max(facts.shared_memory_per_block_optin // row_bytes, 1))
+    fit = max(facts.shared_memory_per_multiprocessor // (stages * row_bytes), 1)
+    programs = min(rows, min(PROGRAMS_PER_MULTIPROCESSOR, fit) * facts.multi_processor_count)
+    return programs, stages if programs < rows else 1
 
 
 def _unit(t: Tensor) -> Tensor:
