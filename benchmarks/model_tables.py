@@ -121,3 +121,29 @@ def generate(file: str) -> str:
         for r in records_of(file)
     ]
     return table(["GPUs", "generate, batch 1", "tokens/s", "spread of the rounds", "boundaries fused"], lines)
+
+
+def training_steps(file: str) -> str:
+    """One training step; each way beside Inductor."""
+    records = records_of(file)
+    theirs = {(r["world"], r["phase"], r["size"]): r["ms"] for r in records if r["provider"] == "inductor"}
+    names = {"inductor": "Inductor", "norm_backward": "tpfuse, `norm_backward` named", "micro_pipeline": "async TP"}
+    lines = [
+        [f"{r['world']}", r["phase"], names.get(r["provider"], r["provider"]), f"{r['ms']:.1f}",
+         f"{theirs[r['world'], r['phase'], r['size']] / r['ms']:.3f}", f"{r['tokens_per_s']:,}", f"{r['peak_mb']:,.0f}",
+         f"{r['fused']}"]
+        for r in records
+    ]  # fmt: skip
+    head = ["GPUs", "layout", "", "ms", "Inductor / this", "tokens/s", "peak MB of a step", "collectives fused"]
+    return table(head, lines)
+
+
+def before_after(file: str) -> str:
+    """Steps under CUDA graphs by two trees, whose processes took turns."""
+    document = json.loads((RESULTS / file).read_text())
+    trees = [run["tree"] for run in document["runs"]]
+    lines = []
+    for r in document["records"]:
+        values = {tree: [f"{ms:.4f}" for ms, of in zip(r["ms"], trees, strict=True) if of == tree] for tree in trees}
+        lines.append([f"{r['phase']} {r['size']}", r["provider"], *(", ".join(each) for each in values.values())])
+    return table(["step", "", "before", "after"], lines)
