@@ -206,14 +206,19 @@ def picture():
 # -- torch's own test model, cut by DTensor ---------------------------------------------------------------------------
 
 
-def torch_transformer(rank: int) -> nn.Module:
+def torch_transformer(rank: int, tied: bool = True) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed._tensor.common_dtensor import ModelArgs, Transformer
 
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(n_layers=2, vocab_size=VOCAB, dim=DIM, n_heads=HEADS, dropout_p=0.0)).eval()
+    sizes = {"n_layers": 2, "vocab_size": VOCAB, "dim": DIM, "n_heads": HEADS}
+    model = Transformer(ModelArgs(**sizes, dropout_p=0.0, weight_tying=tied)).eval()
     mesh = init_device_mesh("cpu", (WORLD,))
     return Transformer.parallelize(model, mesh, use_seq_parallel=False, local_output_for_attn=True)
+
+
+def torch_transformer_untied(rank: int) -> nn.Module:
+    return torch_transformer(rank, tied=False)
 
 
 def tokens():

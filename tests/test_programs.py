@@ -25,13 +25,15 @@ class Program:
     left: tuple[str, ...] = ()
 
 
+LOGITS = "no norm reads what it gathers, so there is nothing to fuse it with: the graph returns it"
 PROGRAMS = (
     Program(programs.gpt_fast, programs.one_token, 6),
     Program(programs.gpt_fast_mixtral, programs.one_token, 6),
     Program(programs.whisper_encoder, programs.sound, 4),
     Program(programs.clip_vision, programs.picture, 4),
     Program(programs.siglip_vision, programs.picture, 4),
-    Program(programs.torch_transformer, programs.tokens, 6, ("no norm reads what it gathers",)),
+    Program(programs.torch_transformer, programs.tokens, 6, (LOGITS,)),
+    Program(programs.torch_transformer_untied, programs.tokens, 6, (LOGITS,)),
     Program(programs.megatron, programs.tokens, 3),
 )
 each_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.build.__name__)

@@ -166,3 +166,24 @@ def test_training_equals_that_of_the_uncut_model_also_when_resumed(ways, tmp_pat
     for found in run_processes(4, loops, ways, str(tmp_path)):
         for way, errors in found.items():
             assert max(errors.values()) < 1e-9, (way, errors)
+
+
+def replicated_over_the_cut(rank: int) -> list[str]:
+    said = []
+    for compiled in (lambda model: model, lambda model: torch.compile(model, backend="tpfuse")):
+        cut = tpfuse.parallelize(build(make), init_device_mesh("cpu", (2,)), tpfuse.SharingPolicy(2))
+        model = compiled(DistributedDataParallel(cut))
+        with pytest.raises(tpfuse.PolicyError) as refused:
+            model(data(0, 0, 0))
+        said.append(str(refused.value))
+    cut = tpfuse.parallelize(build(make), init_device_mesh("cpu", (2,)), tpfuse.SharingPolicy(2))
+    cut.compile(backend="tpfuse")
+    with pytest.raises(tpfuse.PolicyError) as refused:
+        DistributedDataParallel(cut)(data(0, 0, 0))
+    return [*said, str(refused.value)]
+
+
+def test_ddp_over_ranks_that_hold_different_slices_is_refused():
+    """DDP makes their slices one when it is made; Hugging Face's Trainer puts it around every model."""
+    for said in run_processes(2, replicated_over_the_cut):
+        assert all("ranks [0, 1] hold different slices" in each and "process_group=" in each for each in said)

@@ -240,6 +240,15 @@ def scaled_by_units(self, x, z):
     return torch.rms_norm(x + self.norm.weight * z, (HIDDEN,))
 
 
+def divided_by_their_length(self, x, z):
+    return torch.nn.functional.normalize(x + z, dim=-1) * HIDDEN**0.5 * (self.norm.weight + 1)
+
+
+def test_in_training_a_norm_is_where_the_forward_pass_scales():
+    """Backward divides the same rows by the same length."""
+    assert trained(divided_by_their_length).boundaries[0].fused
+
+
 def test_what_is_returned_as_a_gradient_does_not_leave_the_graph():
     reason = trained(projected).boundaries[0].reason
     assert reason.startswith("no norm reads the all-reduced value: it goes into aten.mm.default in down"), reason

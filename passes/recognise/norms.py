@@ -212,7 +212,9 @@ class _Scaled:
 
 
 def _scaled_by(inverse: fx.Node, found: Moments, divides: bool) -> _Scaled | None:
-    """Where `found.centred` is multiplied by `inverse`, or divided by it, over casts, views, numbers and one weight."""
+    """Where `found.centred` is multiplied by `inverse`, or divided by it, over casts, views, numbers and one weight.
+    The first place in graph order, since a backward pass scales by it as well."""
+    places: list[_Scaled] = []
     pending: list[tuple[fx.Node, float, float, fx.Node | None]] = [(inverse, 1.0, 0.0, None)]
     while pending:
         node, factor, least, weight = pending.pop(0)
@@ -227,11 +229,11 @@ def _scaled_by(inverse: fx.Node, found: Moments, divides: bool) -> _Scaled | Non
                 further.append((user, factor, float(user.args[1]) / factor, weight))
             elif (output := _scales(user, node, found, divides, weight)) is not None:
                 number = output.factor / factor if divides else output.factor * factor
-                return replace(output, factor=number, least=least)
+                places.append(replace(output, factor=number, least=least))
             elif not divides and weight is None and one_a_row(node, found.source):
                 further += [(user, factor, least, vector) for _, vector in _times_weight(user, found.source, of=node)]
         pending = further + pending
-    return None
+    return min(places, key=lambda scaled: scaled.output, default=None)
 
 
 def _scales(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -172,6 +173,17 @@ def wrapped_in_ddp() -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def ranks_of_ddp() -> tuple[int, ...]:
+    """The ranks over which the running forward of DistributedDataParallel replicates; () outside of one.
+
+    If `_active_ddp_module` goes: (), and a model that is cut over these ranks is not refused.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return tuple(dist.get_process_group_ranks(module.process_group)) if module is not None else ()
 
 
 def wrap_optimizer_state(saved: Any, loaded: Any) -> None:

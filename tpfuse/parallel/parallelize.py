@@ -29,6 +29,7 @@ from tpfuse.parallel.outside import watch_losses
 from tpfuse.parallel.places import places
 from tpfuse.parallel.reads import LookAtReads
 from tpfuse.parallel.record import Done, Parallelized
+from tpfuse.parallel.replicas import RefuseDDP
 from tpfuse.parallel.roles import Role, policy_of, role_of
 from tpfuse.parallel.router_loss import RefuseRouterLoss, ShareRouterLogits, holder_of_layers
 from tpfuse.parallel.saving import guard_copies, guard_saving
@@ -97,6 +98,7 @@ def parallelize(
     owed = owed_sums(model, done, roles, groups)
     model._tpfuse = Parallelized(policy, groups, sites, cuts, owed, used)  # type: ignore[assignment]
     where = places(model, done, edges, owed, groups)
+    model.register_forward_pre_hook(RefuseDDP(groups.attention.ranks))
     model.register_forward_pre_hook(LookAtReads(where))
     watch_losses(model, where, owed, groups)
     sum_gradients(model)

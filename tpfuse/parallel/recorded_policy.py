@@ -22,6 +22,7 @@ from ..passes.facts.groups import mesh_groups, names_of_groups, own_rank
 from ..passes.verdict.names import clean_path
 from ..policy import SharingPolicy
 from ..report import Report
+from .replicas import refuse_ddp
 
 RECORD = "__tpfuse_parallelized__"
 
@@ -59,11 +60,13 @@ def with_recorded_policy(options: Options, gm: fx.GraphModule) -> Options:
     """`options` with the policy and the ranks that `parallelize` recorded on the graph's modules, if it did.
 
     Raises:
-        PolicyError: where `options["policy"]` says anything else.
+        PolicyError: where `options["policy"]` says anything else, or DistributedDataParallel runs over the ranks that
+            the weights are cut over.
     """
     recorded = recorded_policies(gm)
     stated = options.policy
     for one, where in recorded.items():
+        refuse_ddp(_ranks_of_replica(one))
         if stated is not None and stated.normalised() != one.policy:
             raise PolicyError(
                 f"options['policy'] is {stated}, but parallelize cut {where} by {one.policy}: options['policy'] may "
@@ -74,6 +77,13 @@ def with_recorded_policy(options: Options, gm: fx.GraphModule) -> Options:
         return options  # nothing was recorded, or two models share the graph and have no one preference
     ranks = {one.ranks for one in recorded}
     return dataclasses.replace(options, policy=policies.pop(), ranks=ranks.pop() if len(ranks) == 1 else None)
+
+
+def _ranks_of_replica(recorded: Recorded) -> tuple[int, ...]:
+    rank, policy = own_rank(), recorded.policy
+    if rank is None:
+        return ()
+    return mesh_groups(policy.tp_size, policy.dp_size, rank, names_of_groups(), recorded.ranks).attention
 
 
 def check_groups(report: Report, policy: SharingPolicy | None, ranks: tuple[int, ...] | None = None) -> None:
