@@ -6,6 +6,7 @@ judged by its numbers. Sums of float16 and bfloat16 are rounded to that dtype as
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,3 +99,23 @@ def collectives_of(events: Iterable[Any]) -> Counter:
     names = [e.name.removeprefix("c10d::") for e in events if e.name.startswith("c10d::")]
     words = {name: next((word for part, word in _C10D_NAMES.items() if part in name), name) for name in names}
     return Counter(words[name] for name in names if "barrier" not in name)
+
+
+#: How many bytes a number has, by the profiler's name of its dtype.
+_SIZES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "int": 4}
+_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
+def sent_bytes(fn: Callable[[], Any]) -> tuple[int, Counter]:
+    """(the bytes that a call gives to functional collectives, which matrix products and attentions it runs)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        fn()
+    sent, products = 0, Counter[str]()
+    for event in profile.profiler.kineto_results.events():
+        space, _, name = event.name().partition("::")
+        if space == "_c10d_functional" and not name.startswith("wait"):
+            sent += math.prod(event.shapes()[0]) * _SIZES[event.dtypes()[0]]
+        elif event.name() in _PRODUCTS:
+            products[event.name()] += 1
+    return sent, products

@@ -244,5 +244,6 @@ def test_nothing_more_is_saved_executed_or_recomputed(how, checkpointed, rewrite
             seen.append(Cost(model, tokens(how), backend="tpfuse", options={"inner": "aot_eager", "rewrites": names}))
     plain, fused = seen
     assert (fused.forward, fused.backward) == (plain.forward, plain.backward)
+    assert fused.sent == plain.sent and fused.products <= plain.products
     assert fused.saved <= plain.saved
     assert counts(tpfuse.reports()[-1]) == expected(how, rewrites)

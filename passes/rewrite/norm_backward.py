@@ -53,7 +53,7 @@ def _problem(gradient: NormGradient, hazards: Hazards, as_written: bool) -> Refu
     first, last = gradient.collective.node, _last_operand(gradient)
     way = region_between(gradient.out, {gradient.collective.result})
     # What forward made is read where it stood, or was saved in another form: no write may have come since.
-    made = [node for node in (gradient.norm.hidden, gradient.norm.mean, gradient.norm.rstd) if node is not None]
+    made = [node for node in (gradient.norm.hidden, gradient.norm.rstd) if node is not None]
     end = max(last, gradient.out)
     written = hazards.write_to([*_operands(gradient), *way], first, end) or hazards.write_to(made, min(made), end)
     if written:
@@ -79,7 +79,7 @@ def _sized(gradient: NormGradient, like: fx.Node) -> fx.Node | None:
 
 def _operands(gradient: NormGradient) -> list[fx.Node]:
     norm = gradient.norm
-    found = [norm.hidden, norm.mean, norm.rstd, norm.weight, *gradient.residuals, gradient.collective.input]
+    found = [norm.hidden, norm.rstd, norm.weight, *gradient.residuals, gradient.collective.input]
     found += [other for step in gradient.steps for other in step.others]
     return [node for node in found if node is not None]
 
@@ -138,7 +138,7 @@ def _apply(graph: fx.Graph, gradient: NormGradient) -> fx.Node:
         }
         operands = (
             flat(as_incoming(norm.hidden)),
-            flat(norm.mean, False),
+            None,  # the mean: computed anew of the rows that are read in any case, so that none is kept for it
             flat(norm.rstd, False),
             weight,
             flat(residual),
