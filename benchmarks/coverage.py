@@ -230,7 +230,8 @@ def page(results: Results) -> str:
             lines += [f"**{family.name}, {mode}: {fused} of {family.feeding} fused.** {why}", ""]
             cell = results.cells.get(f"{family.name} {mode} 2")
             for reason, count in (cell.unfused or {}).items() if cell else ():
-                lines += [f"The report says, {count} times: {reason}.", ""]
+                times = "once" if count == 1 else f"{count} times"
+                lines += [f"The report says {times}: {reason}.", ""]
         for mode, why in family.cannot.items():
             fails = f"**{family.name}, {mode}: the model itself fails once it is cut**, in eager mode too: {why}."
             lines += [fails, ""]

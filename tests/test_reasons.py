@@ -54,6 +54,7 @@ class Two(nn.Module):
 
 
 def reports_of(model, **options):
+    torch._dynamo.reset()
     before = len(tpfuse.reports())
     with fake_world(2), torch.no_grad():
         torch.compile(model, backend="tpfuse", options={"inner": "aot_eager", **options})(torch.randn(2, 3, HIDDEN))
@@ -159,3 +160,43 @@ def test_a_path_of_dynamo_is_a_name(path, name):
 def test_a_product_behind_the_sum_is_named():
     (report,) = reports_of(Block(lambda self, x: F.relu(all_reduce(x)) @ self.down.weight))
     assert "no norm reads the all-reduced value: it goes into aten.mm.default" in report.unfused[0].reason
+
+
+def in_two_steps(self, x):
+    own = funcol.reduce_scatter_tensor(self.down(x), "sum", 0, dist.group.WORLD)
+    return self.norm(x + funcol.all_gather_tensor(own, 0, dist.group.WORLD))
+
+
+def gathered_and_added(self, x):
+    return self.norm(x + funcol.all_gather_tensor(self.down(x)[None], 0, dist.group.WORLD).sum(0))
+
+
+def exchanged(self, x):
+    own = funcol.all_to_all_single(self.down(x), None, None, dist.group.WORLD)
+    return self.down(torch.relu(own))
+
+
+def coalesced(self, x):
+    y = self.down(x)
+    one, other = funcol.all_reduce_coalesced([y, y * y], "sum", dist.group.WORLD)
+    return self.norm(x + one + other)
+
+
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        (in_two_steps, ["all_gather_into_tensor.default (test_reasons.py:", "reduce_scatter_tensor.default (test_rea"]),
+        (gathered_and_added, ["an all_reduce in its place is fused"]),
+        (exchanged, ["applies to this all_to_all: it goes into aten.mm.default in down (test_reasons.py:"]),
+        (coalesced, ["each of its tensors by an all_reduce of its own can be"]),
+    ],
+)
+def test_a_collective_that_is_no_all_reduce_is_told_what_it_is_a_part_of(after, said):
+    (report,) = reports_of(Block(after))
+    assert len(report.unfused) == len(said)
+    assert all(word in boundary.reason for word, boundary in zip(said, report.unfused, strict=True)), report
+
+
+def test_of_two_steps_of_an_all_reduce_each_says_so():
+    (report,) = reports_of(Block(in_two_steps))
+    assert all("the two are an all-reduce in two steps" in boundary.reason for boundary in report.unfused)

@@ -52,6 +52,9 @@ REORDERINGS = {aten.permute.default, aten.transpose.int, aten.t.default}
 #: Choose some of the elements and keep them as they are. The tensor is the first argument.
 SELECTIONS = {aten.slice.Tensor, aten.select.int}
 
+#: Put elements elsewhere by a table of indices, or in a circle. The tensor is the first argument.
+PICKS = {aten.index.Tensor, aten.roll.default}
+
 #: Repeats elements along new dimensions, or along those of size 1. The tensor is the first argument.
 SPREADS = {aten.expand.default}
 

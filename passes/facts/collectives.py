@@ -104,7 +104,8 @@ def _no_group_name(group: object) -> str:
 
 def _all_reduce_problem(node: fx.Node, name: str, wait: fx.Node | None, waits: list[fx.Node], reduce_op: object) -> str:
     if name != "all_reduce":
-        return f"it is written as {name}; only the functional all_reduce can be fused"
+        more = "; each of its tensors by an all_reduce of its own can be" if "coalesced" in name else ""
+        return f"it is written as {name}; only the functional all_reduce can be fused{more}"
     if not isinstance(reduce_op, str) or reduce_op.lower() not in ("sum", "avg"):
         return f"its reduce op is {reduce_op!r}; only 'sum' and 'avg' can be fused"
     if not waits:

@@ -50,7 +50,7 @@ def _shrinks(step: Step) -> bool:
     node = step.node
     if is_call(node, ops.ROW_SUMS):
         return is_call(node, {aten.mean.dim})
-    if not step.is_gate or is_call(node, _CHOICES):
+    if not step.is_gate or is_call(node, _CHOICES | ops.PICKS):
         return True
     return is_call(node, ops.MULS) and all(_bounded(gate) for gate in step.others)
 

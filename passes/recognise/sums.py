@@ -45,7 +45,7 @@ class Step:
     @property
     def moves_only(self) -> bool:
         """Whether the step computes nothing: a view, a choice of elements, a repetition of them."""
-        return is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.SPREADS)
+        return is_call(self.node, ops.VIEWS | ops.SELECTIONS | ops.PICKS | ops.SPREADS)
 
     @property
     def spreads(self) -> bool:
@@ -307,7 +307,7 @@ def _adds_whole_rows(node: fx.Node) -> bool:
 
 def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
     """The inputs in which `node` is linear while its others are held: factors of a product, a masked value, rows that
-    are added up with weights.
+    are added up with weights, rows in an order that a table tells.
 
     Of a product only inputs of the node's own shape: a sum is never broadcast before it is paid, that would send more.
     """
@@ -322,10 +322,23 @@ def gated_inputs(node: fx.Node) -> list[tuple[fx.Node, Step]]:
         positions = (0,)
     elif node.target is ops.aten.where.self:
         positions = tuple(p for p in (1, 2) if _is_zero(node.args[3 - p]))
+    elif node.target in ops.PICKS and _keeps_rows_whole(node):
+        positions = (0,)
     else:
         return []
     factors = [(node.args[position], Step(node, position)) for position in positions]
     return [(factor, step) for factor, step in factors if is_float(factor) and same_shape(factor, node)]
+
+
+def _keeps_rows_whole(node: fx.Node) -> bool:
+    """Whether what is put elsewhere are whole rows: a cyclic shift of windows, a permutation of tokens."""
+    rows, table = node.args[:2]
+    count = val(rows).dim() if is_float(rows) else 0  # type: ignore[arg-type]
+    if node.target is ops.aten.roll.default:
+        dims = node.args[2] if len(node.args) > 2 else ()
+        return bool(dims) and all(isinstance(dim, int) and dim % count != count - 1 for dim in dims)  # type: ignore
+    told = [at for at, index in enumerate(table) if index is not None]  # type: ignore[arg-type]
+    return bool(told) and all(at < count - 1 and val(table[at]).dtype is not torch.bool for at in told)  # type: ignore
 
 
 def _weighted_rows(node: fx.Node) -> list[tuple[fx.Node, Step]]:

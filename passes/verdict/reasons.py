@@ -17,6 +17,7 @@ from ..recognise.scattered import scattered_sum_problem
 from ..recognise.sites import ONE_OF_TWO
 from ..recognise.sums import gated_inputs, linear_inputs
 from .names import module_name, place
+from .other_kinds import no_rewrite
 from .reach import Reached
 
 #: For a sum that no norm reads before the graph ends. What ends it is not in the graph, so the backend, which sees it,
@@ -59,8 +60,7 @@ def reason_for(
         said = f"no norm reads what it gathers, so there is nothing to fuse it with{_whither(reached)}"
         return Refusal(Code.NO_NORM, said)
     if collective.kind != "all_reduce":
-        said = f"it is no all-reduce before a norm, and no rewrite applies to this {collective.kind}"
-        return Refusal(Code.NO_REWRITE, said)
+        return no_rewrite(collective, reached)
     if reached.alike is not None:
         return Refusal(Code.NORM, _unrecognised(reached.alike))
     if reached.product is not None:
@@ -151,7 +151,7 @@ def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> Refusal
         return Refusal(
             Code.BETWEEN,
             f"{place(obstacle)} stands between the all-reduce and the norm; only views, casts, additions, "
-            "multiplications and sums of rows are looked through",
+            "multiplications, sums of rows and rows put in another order are looked through",
         )
     if norm.problem:
         return Refusal(Code.NORM, norm.problem)

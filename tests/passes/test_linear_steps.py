@@ -77,6 +77,15 @@ def transposed(s, r, weight, bias):
     return (s.transpose(0, 1) + r.transpose(0, 1)).transpose(0, 1)
 
 
+def rolled(s, r, weight, bias):
+    """Swin's windows: shifted back before the residual is added."""
+    return r + torch.roll(s, 1, 0)
+
+
+def in_another_order(s, r, weight, bias):
+    return r + s[torch.arange(s.shape[0] - 1, -1, -1)]
+
+
 def bias_then_view(s, r, weight, bias):
     """A linear layer's bias, added where the rows are still flat."""
     return (s.reshape(-1, HIDDEN) + bias).view(*ROWS, HIDDEN) + r
