@@ -3,7 +3,8 @@
     y, ... = reduce_scatter_norm(...)                gathered = all-gather of y over the same ranks
     dx, ... = reduce_scatter_norm_backward(...)      gathered = all-gather of dx
 
-What stands between are views that leave the rows in their order. Reads only.
+What stands between are views that leave the rows in their order, or swap the two dimensions that they have (scattered
+along the sequence, and gathered along the batch). Reads only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.checkpoint import recompute_tag
 from ..facts.collectives import Collective, communicates_between
 from ..facts.graph import argument, input_node, is_call, is_float, last_dim, permutation, same_shape, same_size, val
+from ..facts.sizes import find_size
 from .known import Known
 from .streams import calls
 
@@ -28,12 +31,14 @@ SCATTERING = ("tpfuse::reduce_scatter_norm", "tpfuse::reduce_scatter_norm_backwa
 
 @dataclass(frozen=True)
 class Gather:
-    """`collective` gathers `rows`, the first result of `fused`, seen through `views`."""
+    """`collective` gathers `rows`, the first result of `fused`, seen through `views`. swapped: the view in which they
+    are [a, b, H], where they are gathered as [b, a, H]."""
 
     fused: fx.Node
     rows: fx.Node
     views: tuple[fx.Node, ...]
     collective: Collective
+    swapped: fx.Node | None = None
 
 
 def find_gathers(known: Known) -> list[Gather]:
@@ -49,10 +54,16 @@ def find_gathers(known: Known) -> list[Gather]:
 
 
 def _gather(collective: Collective, known: Known) -> Gather | None:
-    found = gathered_rows(collective)
+    found = _first_result(collective)
     if found is None or not is_waited_for_alone(collective):
         return None
     node, views = found
+    arrangement = arranged(node, views[::-1])
+    if arrangement is None:
+        return None
+    like, order = arrangement
+    if order not in ((), (1, 0, 2)) or (order and not _is_known(val(like).shape[1], known)):
+        return None
     fused = input_node(node)
     if not any(calls(fused, name) for name in SCATTERING) or fused.kwargs.get("quant"):
         return None
@@ -64,18 +75,29 @@ def _gather(collective: Collective, known: Known) -> Gather | None:
         return None
     if known.backward and not _tagged_alike(fused, collective.node):  # it is still to be split by these tags
         return None
-    return Gather(fused, node, views, collective)
+    return Gather(fused, node, views, collective, like if order else None)
+
+
+def _is_known(size: int | torch.SymInt, known: Known) -> bool:
+    return isinstance(size, int) or find_size(known.graph, size) is not None
 
 
 def gathered_rows(collective: Collective) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     """(the first result of some operation, the views above it) where a plain gather gathers that, row after row."""
+    found = _first_result(collective)
+    order = arranged(found[0], found[1][::-1]) if found is not None else None
+    return found if order is not None and order[1] == () else None
+
+
+def _first_result(collective: Collective) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The same, however the views arrange it."""
     if not is_plain_gather(collective):
         return None
     node, views = collective.input, list[fx.Node]()
     while is_call(node, ops.VIEWS | ops.COPIES_OF_VALUES) and is_float(node.args[0]):
         views.append(node)
         node = input_node(node)
-    if node.target is not ops.operator.getitem or node.args[1] != 0 or not _keeps_rows(node, views[::-1]):
+    if node.target is not ops.operator.getitem or node.args[1] != 0:
         return None
     return node, tuple(views)
 
@@ -91,17 +113,29 @@ def is_waited_for_alone(collective: Collective) -> bool:
     return all(user is collective.wait or is_call(user, _SIZES) for user in collective.node.users)
 
 
-def _keeps_rows(rows: fx.Node, views: Sequence[fx.Node]) -> bool:
-    """Whether `rows`, [..., H], are still in their order after these views: permuted and back at the most."""
-    order = list(range(val(rows).dim()))
+def arranged(rows: fx.Node, views: Sequence[fx.Node]) -> tuple[fx.Node, tuple[int, ...]] | None:
+    """(whose dimensions `rows`, [..., H], have behind these views; in which order those lie, () where in their own);
+    None where the views do more. A dimension of size 1 has no place in an order."""
+    like, order, flat = rows, list(range(val(rows).dim())), False
     for view in views:
         if is_call(view, ops.REORDERINGS):
+            if flat:
+                return None
             order = [order[dim] for dim in permutation(view)]
         elif not same_shape(view, input_node(view)):
-            if order != sorted(order) or not same_size(last_dim(view), last_dim(rows)):
-                return False
-            order = list(range(val(view).dim()))
-    return order == sorted(order) and len(order) > 1
+            if not same_size(last_dim(view), last_dim(rows)):
+                return None
+            flat = bool(_moved(like, order))
+            if not flat:
+                like, order = view, list(range(val(view).dim()))
+    if len(order) < 2 or order[-1] != len(order) - 1:
+        return None
+    return like, _moved(like, order)
+
+
+def _moved(like: fx.Node, order: list[int]) -> tuple[int, ...]:
+    shown = [dim for dim in order if not same_size(val(like).shape[dim], 1)]
+    return () if shown == sorted(shown) else tuple(order)
 
 
 def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:
@@ -111,4 +145,12 @@ def _tagged_alike(fused: fx.Node, gather: fx.Node) -> bool:
     return recompute_tag(fused) == recompute_tag(gather)
 
 
-__all__ = ["SCATTERING", "Gather", "find_gathers", "gathered_rows", "is_plain_gather", "is_waited_for_alone"]
+__all__ = [
+    "SCATTERING",
+    "Gather",
+    "arranged",
+    "find_gathers",
+    "gathered_rows",
+    "is_plain_gather",
+    "is_waited_for_alone",
+]

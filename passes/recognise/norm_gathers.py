@@ -9,7 +9,7 @@ first. Reads only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,14 +22,12 @@ from ..facts.graph import (
     is_call,
     is_float,
     last_dim,
-    permutation,
     region_between,
-    same_shape,
     same_size,
     val,
 )
 from ..facts.refusals import Code, Refusal, refused
-from .gathers import is_plain_gather, is_waited_for_alone
+from .gathers import arranged, is_plain_gather, is_waited_for_alone
 from .known import Known
 from .norms import Norm
 from .sites import Site, site_problem
@@ -94,28 +92,14 @@ def _gather(collective: Collective, norms: Mapping[fx.Node, Norm], backward: Col
         views.append(node)
         node = input_node(node)
     norm = norms.get(node)
-    order = None if norm is None else _order(node, views[::-1])
-    if norm is None or order is None:
+    arrangement = None if norm is None else arranged(node, views[::-1])
+    if norm is None or arrangement is None:
+        return None
+    like, order = arrangement
+    if order and like is not node:  # seen in another shape first
         return None
     hidden, shapes = _unviewed(norm.source)
     return NormGather(norm, hidden, shapes, tuple(views), order, collective)
-
-
-def _order(rows: fx.Node, views: Sequence[fx.Node]) -> tuple[int, ...] | None:
-    """The order of the dimensions of `rows` behind these views, () where it is theirs; None where rows are broken."""
-    order, reshaped = list(range(val(rows).dim())), False
-    for view in views:
-        if is_call(view, ops.REORDERINGS):
-            if reshaped:
-                return None
-            order = [order[dim] for dim in permutation(view)]
-        elif not same_shape(view, input_node(view)):
-            reshaped = True
-            if not same_size(last_dim(view), last_dim(rows)):
-                return None
-    if len(order) < 2 or order[-1] != len(order) - 1:
-        return None
-    return () if order == sorted(order) else tuple(order)
 
 
 def _unviewed(source: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:

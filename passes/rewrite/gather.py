@@ -6,12 +6,14 @@ stands between them, so what is sent is what the program sends, and no other ran
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import operator_full_name
 
 from ..facts import aten_ops as ops
 from ..facts.graph import GATHERS, insert_call, inserting_behind, val
+from ..facts.sizes import find_size
 from ..recognise.gathers import Gather, find_gathers
 from ..recognise.known import Known
 from ..verdict.accounting import origin
@@ -37,7 +39,10 @@ def take_in(graph: fx.Graph, found: Gather) -> None:
     result = collective.result
     with inserting_behind(graph, old):
         operator = getattr(ops.tpfuse, f"{name}_gather").default
-        fused = insert_call(graph, operator, old.args, dict(old.kwargs), like=old)
+        options = dict(old.kwargs)
+        if found.swapped is not None:
+            options["swap"] = _known_size(graph, val(found.swapped).shape[1], old)
+        fused = insert_call(graph, operator, old.args, options, like=old)
         fused.meta |= {key: kept for key, kept in old.meta.items() if key not in fused.meta}
         fused.meta[GATHERS] = origin(collective.node)
         count = len(old.meta["val"])
@@ -55,3 +60,9 @@ def take_in(graph: fx.Graph, found: Gather) -> None:
     for node in (result, collective.node, *found.views, found.rows):
         if not node.users:
             graph.erase_node(node)
+
+
+def _known_size(graph: fx.Graph, size: int | torch.SymInt, like: fx.Node) -> int | fx.Node:
+    """A size that is a number, or that an input of the graph has."""
+    place = None if isinstance(size, int) else find_size(graph, size)
+    return place.read(graph, like) if place is not None else size  # type: ignore[return-value]

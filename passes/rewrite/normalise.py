@@ -2,6 +2,9 @@
 
 *Waited for twice*, as `funcol.wait_tensor(funcol.all_reduce(x))` is: the first wait is enough.
 
+*Waited for here.* What a graph before this one sent is waited for by this one's first reader alone, and the others read
+it as it came; they read what the wait gives.
+
 *Leading dimensions of size 1*. A sum [S, H] that is added to hidden states [1, S, H] is broadcast to nothing but
 itself, so it is viewed as [1, S, H] first.
 
@@ -52,6 +55,7 @@ def normalise(graph: fx.Graph) -> None:
     use_positions(graph)
     drop_unread(graph)
     wait_once(graph)
+    read_what_was_waited_for(graph)
     drop_copies(graph)
     view_leading_ones(graph)
     expand_beside_sums(graph)
@@ -77,6 +81,15 @@ def wait_once(graph: fx.Graph) -> None:
             continue
         node.replace_all_uses_with(source if source.target is ops.WAIT else first[source], propagate_meta=False)
         graph.erase_node(node)
+
+
+def read_what_was_waited_for(graph: fx.Graph) -> None:
+    """Let readers of an input read its wait, where they stand behind it."""
+    for node in graph.find_nodes(op="call_function", target=ops.WAIT):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source.op == "placeholder":
+            for user in [user for user in source.users if node < user]:
+                user.replace_input_with(source, node)
 
 
 #: What a sum may go through and still be one that is added to something.

@@ -7,17 +7,18 @@ PyTorch's async tensor parallelism) as in a graph of the program's. What is sent
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from tpfuse._torch_private import group_size, operator_full_name
 from tpfuse.boundary_spec import OPERANDS
 
 from ..facts import aten_ops as ops
-from ..facts.graph import GATHERS, ORIGIN, argument, insert_call
+from ..facts.graph import GATHERS, ORIGIN, argument, insert_call, val
 from ..recognise.gathers import SCATTERING
 from .plain import spec_of, write_out
 
-c10d = ops.c10d
+aten, c10d = ops.aten, ops.c10d
 _OURS = {f"{name}_gather" for name in (*SCATTERING, "tpfuse::rows_norm")}
 
 
@@ -34,10 +35,13 @@ def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
     operator = getattr(ops.tpfuse, name.partition("::")[2].removesuffix("_gather")).default
     last = len(node.meta["val"]) - 1
     with graph.inserting_before(node):
-        fused = insert_call(graph, operator, node.args, dict(node.kwargs), like=node)
+        options = dict(node.kwargs)
+        swap = options.pop("swap", None)
+        fused = insert_call(graph, operator, node.args, options, like=node)
         fused.meta |= {key: kept for key, kept in node.meta.items() if key not in fused.meta and key != GATHERS}
         rows = insert_call(graph, ops.operator.getitem, (fused, 0), like=node)
-        given = (rows, group_size(group), group)
+        sent = _swapped(graph, rows, swap) if isinstance(swap, (int, fx.Node)) else rows
+        given = (sent, group_size(group), group)
         pending = insert_call(graph, c10d.all_gather_into_tensor.default, given, like=node)
         pending.meta[ORIGIN] = node.meta.get(GATHERS, pending.name)
         gathered = insert_call(graph, ops.WAIT, (pending,), like=pending)
@@ -54,3 +58,20 @@ def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
         spec = spec_of(fused, operands)
         if spec is not None:
             write_out(graph, fused, operands, spec)
+
+
+def _swapped(graph: fx.Graph, rows: fx.Node, swap: int | fx.Node) -> fx.Node:
+    """[a * b, H] as [b * a, H]; `swap`: b."""
+    count, hidden = (
+        size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, (rows, dim), like=rows)
+        for dim, size in enumerate(val(rows).shape)
+    )
+    first: int | fx.Node
+    if isinstance(count, int) and isinstance(swap, int):
+        first = count // max(swap, 1)
+    else:  # without a batch there are no rows, and nothing to divide them by
+        some = insert_call(graph, torch.sym_max, (swap, 1), like=rows)
+        first = insert_call(graph, ops.operator.floordiv, (count, some), like=rows)
+    apart = insert_call(graph, aten.reshape.default, (rows, [first, swap, hidden]), like=rows)
+    moved = insert_call(graph, aten.permute.default, (apart, [1, 0, 2]), like=rows)
+    return insert_call(graph, aten.reshape.default, (moved, [count, hidden]), like=rows)
