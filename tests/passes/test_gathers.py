@@ -60,7 +60,7 @@ def along_the_batch(s, r, weight):
     """torchtitan's `spmd_types`: scattered along the sequence, put first for that, and gathered batch by batch."""
     h = r.permute(1, 0, 2) + s.permute(1, 0, 2)
     y, rstd = normed(h, weight)
-    return h, torch.cat(all_gather(y, world_size()).chunk(world_size()), 1), rstd
+    return h, torch.cat(all_gather(y.contiguous(), world_size()).chunk(world_size()), 1), rstd
 
 
 def transposed(s, r, weight):
@@ -154,7 +154,7 @@ def test_a_swap_of_symbolic_sizes(two_ranks, apart):
     def program(tangents, partial, weight):
         h = (partial[: partial.shape[0] // 2].sin() + reduce_scatter(partial, 2)).permute(1, 0, 2)
         y = normed(h, weight)[0]
-        return h, all_gather(y, 2).cos(), tangents.exp()
+        return h, all_gather(y.contiguous(), 2).cos(), tangents.exp()
 
     tangents, partial, _, weight = Program(residual, 2, F32).inputs(0)
     before = trace(program, *example([tangents, partial, weight]), dynamic=True)
