@@ -53,6 +53,19 @@ def lower(graph: fx.Graph) -> int:
     return lowered
 
 
+def write_out_scattered(graph: fx.Graph) -> int:
+    """Write every reduce-scatter and norm out that would be in the end, and no other; how many there were."""
+    found = [node for node in graph.nodes if operator_full_name(node.target) == "tpfuse::reduce_scatter_norm"]
+    written = 0
+    for node in found:
+        operands = {name: argument(node, name) for name in OPERANDS}
+        spec = spec_of(node, operands)
+        if spec is not None and _without_kernel(node, operands["x"], spec):
+            write_out(graph, node, operands, spec)
+            written += 1
+    return written
+
+
 def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     operands = {name: argument(node, name) for name in OPERANDS}
     read = {user.args[1]: user for user in node.users if user.target is ops.operator.getitem and user.users}

@@ -1,8 +1,9 @@
-"""A graph that is split holds gathers by themselves again: no kernel does one with what stands in front of it. A norm
-that nothing but its gather was fused with is plain operations again, which the compiler fuses with their neighbours.
+"""A graph that is split holds by themselves again the collectives that no kernel does with what stands beside them:
+gathers, reduce-scatters, and all collectives of gradients. A norm that nothing but its gather was fused with is plain
+operations again, which the compiler fuses with their neighbours.
 
-That comes before the compiler's own passes on collectives, which then see every gather (and products behind it, for
-PyTorch's async tensor parallelism) as in a graph of the program's. What is sent, and in which order, stays.
+That comes before the compiler's own passes on collectives, which then see each of these (and products before and behind
+it, for PyTorch's async tensor parallelism) as in a graph of the program's. What is sent, and in which order, stays.
 """
 
 from __future__ import annotations
@@ -14,20 +15,62 @@ from tpfuse._torch_private import group_size, operator_full_name
 from tpfuse.boundary_spec import OPERANDS
 
 from ..facts import aten_ops as ops
-from ..facts.graph import GATHERS, ORIGIN, argument, insert_call, val
+from ..facts.graph import (
+    GATHERS,
+    ORIGIN,
+    argument,
+    input_node,
+    insert_call,
+    is_call,
+    is_float,
+    last_dim,
+    row_major,
+    same_size,
+    val,
+)
 from ..recognise.gathers import SCATTERING
+from .lower import write_out_scattered
+from .lower_backward import lower_backward
 from .plain import spec_of, write_out
 
 aten, c10d = ops.aten, ops.c10d
+_SCATTER = c10d.reduce_scatter_tensor.default
 _OURS = {f"{name}_gather" for name in (*SCATTERING, "tpfuse::rows_norm")}
 
 
 def take_apart(graph: fx.Graph) -> int:
-    """Put an operation and a gather in the place of every operation that holds both; how many there were."""
+    """Put single collectives in the place of every operation that holds one without need; how many there were."""
     found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
     for node in found:
         _take_apart(graph, node)
-    return len(found)
+    written = set(graph.find_nodes(op="call_function", target=_SCATTER))
+    count = len(found) + write_out_scattered(graph) + lower_backward(graph)
+    for node in graph.find_nodes(op="call_function", target=_SCATTER):
+        if node not in written:
+            _unflatten(graph, node)
+    return count
+
+
+def _unflatten(graph: fx.Graph, scatter: fx.Node) -> None:
+    """Scatter what the program does: our operations take rows in two dimensions, and the compiler looks for products
+    behind the views that the program has."""
+    flat, parts = input_node(scatter), argument(scatter, "group_size")
+    if not is_call(flat, ops.VIEWS - ops.REORDERINGS) or not is_float(whole := input_node(flat)):
+        return
+    (wait,) = scatter.users
+    shape, hidden = val(whole).shape, last_dim(flat)
+    divides = same_size(shape[-1], hidden) and same_size(shape[0] % parts, 0)
+    if len(shape) < 3 or val(flat).dim() != 2 or not divides or not row_major(whole):
+        return
+    with graph.inserting_before(scatter):
+        pending = insert_call(graph, _SCATTER, (whole, *scatter.args[1:]), like=scatter)
+        arrived = insert_call(graph, ops.WAIT, (pending,), like=wait)
+        rows = insert_call(graph, aten.reshape.default, (arrived, [-1, hidden]), like=wait)
+    wait.replace_all_uses_with(rows)
+    for node in (wait, scatter):
+        graph.erase_node(node)
+    if not flat.users:
+        graph.erase_node(flat)
 
 
 def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
