@@ -200,3 +200,30 @@ def test_a_collective_that_is_no_all_reduce_is_told_what_it_is_a_part_of(after, 
 def test_of_two_steps_of_an_all_reduce_each_says_so():
     (report,) = reports_of(Block(in_two_steps))
     assert all("the two are an all-reduce in two steps" in boundary.reason for boundary in report.unfused)
+
+
+def turned(self, x):
+    pairs = torch.view_as_complex((x + all_reduce(self.down(x))).unflatten(-1, (-1, 2)))
+    return self.norm(torch.view_as_real(pairs * 1j).flatten(-2))
+
+
+def attended(self, x):
+    z = all_reduce(self.down(x))[:, None]
+    return self.norm(F.scaled_dot_product_attention(z, z, z)[:, 0])
+
+
+def mixed_by_frequency(self, x):
+    return self.norm(torch.fft.fft(all_reduce(self.down(x)), dim=1).real)
+
+
+@pytest.mark.parametrize(
+    "after, said, feeds",
+    [
+        (turned, "aten.view_as_complex.default (test_reasons.py:", True),
+        (attended, "it goes into aten._scaled_dot_product", False),
+        (mixed_by_frequency, "it goes into aten._fft_r2c.default", False),
+    ],
+)
+def test_rows_are_followed_over_complex_numbers_and_not_over_what_mixes_them(after, said, feeds):
+    (report,) = reports_of(Block(after))
+    assert said in report.unfused[0].reason and report.unfused[0].feeds_norm is feeds, report

@@ -25,9 +25,10 @@ from ..facts.collectives import is_collective
 from ..facts.graph import last_dim, same_shape, same_size, tensor_inputs, val, value
 from ..facts.others import called, is_called_norm
 
-#: Operators that mix rows or units, by the beginning of their names: a walk over row-wise operators ends there.
+#: Operators that mix rows or units, by the beginning of their names, without underscores in front: a walk over row-wise
+#: operators ends there.
 ENDS = ("mm", "addmm", "bmm", "linear", "matmul", "convolution", "embedding", "scaled_dot_product", "softmax", "sort",
-        "_scaled_mm", "_int_mm", "grouped_mm")  # fmt: skip
+        "scaled_mm", "int_mm", "grouped_mm", "weight_int", "fft")  # fmt: skip
 _PRODUCTS = ("mm", "matmul", "linear")
 _ROOTS = ("sqrt", "rsqrt")
 #: Reductions that hold a root.
@@ -92,13 +93,17 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
 
 def is_end(node: fx.Node) -> bool:
     """Whether `node` mixes rows or units, hands them to a graph of its own, or makes indices of them. A cast to
-    integers does not, for they may be cast back; nor does a comparison, a mask of the same rows."""
+    integers does not, for they may be cast back; nor does a comparison, a mask of the same rows; nor a complex value."""
     val = value(node)
-    if called(node).startswith(ENDS) or is_region(node):
+    if _mixes(called(node)) or is_region(node):
         return True
     if val is None or val.dtype in ops.FLOATS or node.target in ops.CASTS | _REINTERPRETED:
         return False
-    return val.dtype is not torch.bool or not _keeps_shape(node)
+    return not (val.dtype is torch.bool or val.dtype.is_complex) or not _keeps_shape(node)
+
+
+def _mixes(name: str) -> bool:
+    return name.lstrip("_").startswith(ENDS)
 
 
 def is_region(node: fx.Node) -> bool:
@@ -187,7 +192,7 @@ def _reduces(node: fx.Node, hidden: Any, read: int) -> bool:
     if name.startswith(_REDUCTIONS) and not same_size(result.numel(), val(inputs[0]).numel()):
         return True
     by_product = name.startswith(_PRODUCTS) and same_size(last_dim(node), 1)  # with a vector of ones, say
-    if name.startswith(ENDS) and read < len(inputs) and not by_product:
+    if _mixes(name) and read < len(inputs) and not by_product:
         return False
     return _one_a_row(node, hidden)
 
