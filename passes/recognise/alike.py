@@ -93,7 +93,7 @@ def find_alike(result: fx.Node, recognised: Collection[fx.Node], ignored: Collec
 
 def is_end(node: fx.Node) -> bool:
     """Whether `node` mixes rows or units, hands them to a graph of its own, or makes indices of them. A cast to
-    integers does not, for they may be cast back; nor does a comparison, a mask of the same rows; nor a complex value."""
+    integers does not, for they may be cast back; nor does a comparison, a mask of the same rows; nor a complex one."""
     val = value(node)
     if _mixes(called(node)) or is_region(node):
         return True
