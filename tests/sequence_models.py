@@ -104,19 +104,19 @@ def cut_plainly(model: Model, mesh: DeviceMesh) -> Model:
     return parallelize_module(model, mesh, plan)
 
 
-def cut_by_dtensor(model: Model, mesh: DeviceMesh) -> Model:
-    """As torchtitan declares it: rows are parts of the sequence between the blocks."""
-    gathered = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+def cut_by_dtensor(model: Model, mesh: DeviceMesh, dim: int = 1) -> Model:
+    """As torchtitan declares it: rows are parts of the sequence, dimension `dim`, between the blocks."""
+    gathered = PrepareModuleInput(input_layouts=(Shard(dim),), desired_input_layouts=(Replicate(),))
     plan: dict = {
-        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(dim)),
+        "norm": SequenceParallel(sequence_dim=dim),
+        "output": ColwiseParallel(input_layouts=Shard(dim), output_layouts=Replicate()),
     }
     for i in range(LAYERS):
-        plan |= {f"layers.{i}.{norm}": SequenceParallel() for norm in ("norm1", "norm2")}
+        plan |= {f"layers.{i}.{norm}": SequenceParallel(sequence_dim=dim) for norm in ("norm1", "norm2")}
         plan |= {f"layers.{i}.{part}": gathered for part in ("attention", "mlp")}
         plan |= {f"layers.{i}.{part}": ColwiseParallel() for part in COLUMNS}
-        plan |= {f"layers.{i}.{part}": RowwiseParallel(output_layouts=Shard(1)) for part in ROWS}
+        plan |= {f"layers.{i}.{part}": RowwiseParallel(output_layouts=Shard(dim)) for part in ROWS}
     return parallelize_module(model, mesh, plan)
 
 

@@ -206,6 +206,25 @@ def test_every_boundary_of_every_form(how, norm):
         assert all(bool(b.reason) != b.fused for b in report.boundaries)
 
 
+@pytest.mark.parametrize(("batch", "dim"), [
+    (1, 1), *(pytest.param(batch, dim, marks=pytest.mark.nightly) for batch, dim in ((2, 0), (2, 1), (1, 0))),
+])  # fmt: skip
+def test_every_boundary_of_dtensors_form_whatever_the_batch(batch, dim):
+    """[B, S, H] or [S, B, H], parts of the sequence; with a batch of 1 DTensor gathers without a copy and scatters with
+    one, which is taken away."""
+    seen = []
+    with fake_world(2):
+        for names in ((), REWRITES):
+            torch._dynamo.reset()
+            model = models.cut_by_dtensor(models.whole(), init_device_mesh("cpu", (2,)), dim)
+            ids = torch.randint(0, models.TOKENS, (batch, LENGTH) if dim == 1 else (LENGTH, batch))
+            seen.append(Cost(model, ids, backend="tpfuse", options={"inner": "aot_eager", "rewrites": names}))
+        assert counts(tpfuse.reports()[-1]) == expected("dtensor", REWRITES)
+    plain, fused = seen
+    assert (fused.forward, fused.backward) == (plain.forward, plain.backward)
+    assert fused.saved <= plain.saved
+
+
 @pytest.mark.parametrize("how", [pytest.param("megatron", marks=pytest.mark.nightly), "torchtitan"])
 def test_every_boundary_where_rows_are_symbolic(how):
     """The last rank's part of a sequence of unknown length is what the others leave."""

@@ -5,6 +5,9 @@
 *Waited for here.* What a graph before this one sent is waited for by this one's first reader alone, and the others read
 it as it came; they read what the wait gives.
 
+*Split and put together again* in the same order, as DTensor does it around a collective along the sequence, where the
+batch is 1: a view, and no copy.
+
 *Leading dimensions of size 1*. A sum [S, H] that is added to hidden states [1, S, H] is broadcast to nothing but
 itself, so it is viewed as [1, S, H] first.
 
@@ -34,10 +37,12 @@ from tpfuse._torch_private import operator_schema, storage_identity
 from ..facts import aten_ops as ops
 from ..facts.collectives import is_collective
 from ..facts.graph import (
+    argument,
     input_node,
     insert_call,
     is_call,
     last_dim,
+    row_major,
     same_shape,
     same_size,
     same_strides,
@@ -57,6 +62,7 @@ def normalise(graph: fx.Graph) -> None:
     wait_once(graph)
     read_what_was_waited_for(graph)
     drop_copies(graph)
+    view_whole_splits(graph)
     view_leading_ones(graph)
     expand_beside_sums(graph)
     read_sizes_before_sums(graph)
@@ -90,6 +96,49 @@ def read_what_was_waited_for(graph: fx.Graph) -> None:
         if isinstance(source, fx.Node) and source.op == "placeholder":
             for user in [user for user in source.users if node < user]:
                 user.replace_input_with(source, node)
+
+
+def view_whole_splits(graph: fx.Graph) -> None:
+    """Where what is scattered, or was gathered, is split and concatenated in the same order, view it so: in graphs that
+    write nowhere, as a view shares what a copy does not."""
+    schemas = map(operator_schema, {node.target for node in graph.nodes if node.op == "call_function"})
+    if any(schema is not None and schema.is_mutable for schema in schemas):
+        return
+    for node in list(graph.find_nodes(op="call_function", target=ops.aten.cat.default)):
+        source = _split_whole(node)
+        if source is None or not row_major(source) or not _beside_a_collective(node, source):
+            continue
+        sizes = [size if isinstance(size, int) else -1 for size in val(node).shape]
+        if sizes.count(-1) > 1 or 0 in sizes:
+            continue
+        parts = node.all_input_nodes
+        splits = [input_node(part) for part in parts]
+        node.target, node.args, node.kwargs = ops.aten.reshape.default, (source, sizes), {}
+        for dead in (*parts, *dict.fromkeys(splits)):
+            if not dead.users:
+                graph.erase_node(dead)
+
+
+def _beside_a_collective(node: fx.Node, source: fx.Node) -> bool:
+    return source.target is ops.WAIT or all(is_collective(user) for user in node.users)
+
+
+def _split_whole(node: fx.Node) -> fx.Node | None:
+    """What `node` concatenates every part of, if that gives its elements in their order; else None."""
+    parts, into = node.all_input_nodes, argument(node, "dim")
+    if node.args[0] != parts or not isinstance(into, int) or any(value(part) is None for part in parts):
+        return None
+    if any(not is_call(part, ops.operator.getitem) or part.args[1] != i for i, part in enumerate(parts)):
+        return None
+    first, *others = (input_node(part) for part in parts)
+    if not all(is_call(split, ops.aten.split.Tensor) and split.args == first.args for split in (first, *others)):
+        return None
+    if len(first.meta["val"]) != len(parts) or not all(same_shape(part, parts[0]) for part in parts):
+        return None
+    shape = val(parts[0]).shape
+    into, along = into % len(shape), argument(first, "dim") % len(shape)
+    passed = shape[min(into, along) : max(into, along)]
+    return input_node(first) if passed and all(same_size(size, 1) for size in passed) else None
 
 
 #: What a sum may go through and still be one that is added to something.
