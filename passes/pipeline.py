@@ -335,11 +335,12 @@ def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
 def _quantise_first(graph: fx.Graph, context: Context) -> Verdicts:
     """Quantise own rows in front of their gather, where the graph quantises the gathered ones."""
     options, known = context.options, context.known
-    if not context.rewritten or known.backward or options.split or options.as_written:
+    if known.backward or options.split or options.as_written:
         return {}
     found, notes = quantise_first(known, context.boundaries)
     context.notes = [*context.notes, *notes]
-    context.edited = bool(found)
+    context.edited = any(boundary.quantised for boundary in found.values())
+    context.rewritten |= context.edited
     return found
 
 

@@ -44,10 +44,10 @@ class Pair(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, pair: type[nn.Module] = Pair):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(HIDDEN), Pair(HIDDEN)
-        self.ffn_norm, self.feed_forward = nn.RMSNorm(HIDDEN), Pair(INTER)
+        self.attention_norm, self.attention = nn.RMSNorm(HIDDEN), pair(HIDDEN)
+        self.ffn_norm, self.feed_forward = nn.RMSNorm(HIDDEN), pair(INTER)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x + self.attention(self.attention_norm(x))
@@ -55,10 +55,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self):
+    def __init__(self, pair: type[nn.Module] = Pair):
         super().__init__()
         self.embeddings = nn.Embedding(TOKENS, HIDDEN)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Block(pair) for _ in range(LAYERS))
         self.norm, self.output = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, TOKENS, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class Transformer(nn.Module):
         return self.output(self.norm(h))
 
 
-def model(mesh: DeviceMesh | None) -> nn.Module:
+def model(mesh: DeviceMesh | None, pair: type[nn.Module] = Pair) -> nn.Module:
     """Whole without a mesh."""
     torch.manual_seed(0)
-    whole = Transformer()
+    whole = Transformer(pair)
     if mesh is None:
         return whole
     gathered = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))

@@ -20,6 +20,9 @@ from .fakes import call_on_fakes
 ORIGIN = "tpfuse_origin"
 #: Metadata of an operation that gathers as well: the name of the gather that it stands for.
 GATHERS = "tpfuse_gathers"
+#: Metadata of a gather of quantised rows with their scales: (how they are quantised, whether it stands in the place of
+#: the program's own gather, of the rows as they are).
+QUANTISED_ROWS = "tpfuse_quantised_rows"
 #: Metadata of a gather: it gathers what is each rank's own, whatever that is.
 OWN_ROWS = "tpfuse_own_rows"
 #: Metadata of a fused operation: its rank finishes rows that other ranks read, with its own residual, weight and bias.

@@ -1,6 +1,6 @@
 """Recognise: rows that are gathered, and quantised behind the gather.
 
-    y, ... = a fused operation        rows = all-gather of y        q, s = a quantisation of these rows
+    rows = all-gather of own        q, s = a quantisation of these rows
 
 A quantisation has a scale for each row, or for some columns of one, so every rank may as well quantise its own rows and
 gather what that gives: the same bits, and half the bytes. What stands between the gather and the quantisation may move
@@ -33,14 +33,15 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 @dataclass(frozen=True)
 class QuantisedGather:
-    """`rows`, the normed value of the operation `fused`, are gathered, and `quantised` behind the steps `between`.
+    """Own rows are gathered, and `quantised` behind the steps `between`.
 
-    collectives: the gathers, one behind another where rows are gathered over two groups; those behind the first are
-    among the steps. views: between `rows` and the first one. dead: what nobody reads any more once rows are quantised
-    first, in graph order. reader: what reads the gathered rows as they are besides, or None.
+    fused, rows: where what is gathered is the normed value `rows` of an operation of ours, row after row, seen through
+    `views`: that operation can quantise it; else None. collectives: the gathers, one behind another where rows are
+    gathered over two groups; those behind the first are among the steps. dead: what nobody reads any more once rows are
+    quantised first, in graph order. reader: what reads the gathered rows as they are besides, or None.
     """
 
-    fused: fx.Node
+    fused: fx.Node | None
     rows: fx.Node
     views: tuple[fx.Node, ...]
     collectives: tuple[Collective, ...]
@@ -53,17 +54,20 @@ class QuantisedGather:
 def find_quantised_gathers(known: Known) -> list[QuantisedGather]:
     """In graph order."""
     gathers = {c.node: c for c in known.collectives if is_plain_gather(c) and readers(c.node) == [c.wait]}
-    return [found for collective in gathers.values() if (found := _gather(collective, gathers)) is not None]
+    found: list[QuantisedGather] = []
+    taken: set[fx.Node] = set()  # behind another one
+    for collective in gathers.values():
+        each = None if collective.node in taken else _gather(collective, gathers)
+        if each is not None:
+            taken.update(behind.node for behind in each.collectives)
+            found.append(each)
+    return found
 
 
 def _gather(first: Collective, gathers: dict[fx.Node, Collective]) -> QuantisedGather | None:
-    found = gathered_rows(first)
-    if found is None:
-        return None
-    rows, views = found
-    fused = rows.args[0]
-    if not isinstance(fused, fx.Node) or not any(calls(fused, name) for name in QUANTISING):
-        return None
+    rows, views = gathered_rows(first) or (first.input, ())
+    source = rows.args[0] if rows.target is ops.operator.getitem else None
+    fused = source if isinstance(source, fx.Node) and any(calls(source, name) for name in QUANTISING) else None
     collectives, between, end = [first], list[fx.Node](), first.result
     while step := _step(end, gathers):
         collectives += [gathers[node] for node in step if node in gathers]

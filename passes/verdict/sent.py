@@ -16,7 +16,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.declared import operator_of
-from ..facts.graph import FINISHES, GATHERS, OWN_ROWS, argument, is_call, symbols, value
+from ..facts.graph import FINISHES, GATHERS, OWN_ROWS, QUANTISED_ROWS, argument, is_call, symbols, value
 from ..facts.groups import resolve_group
 from ..recognise.streams import calls
 from .accounting import origin
@@ -69,6 +69,9 @@ class Sent:
             return f"#{self.index[node.name]}"
         if node.meta.get(OWN_ROWS):  # of two that the same boundary adds, either may come first
             return f"own rows, #{self.index.get(origin(node), 0)}"
+        quantised, in_place = node.meta.get(QUANTISED_ROWS, ("", False))
+        if in_place:  # of the rows that the program sends there; to other numbers if a peer quantises otherwise
+            return f"{digest(['quantised', quantised])}:#{self.index[origin(node)]}"
         source = _input(node)
         if not isinstance(source, fx.Node):
             return "?"
@@ -83,7 +86,7 @@ class Sent:
             return f"#{index}" if origin(node) not in self.declared else f"{digest(['functional'])}:#{index}"
         expression = self._expressions(node, source)
         found = sorted({i for current in expression.order for i in self.inputs.get(current.name, [])})
-        how = digest([str(argument(node, "reduce_op")), *expression.words()])
+        how = digest([str(argument(node, "reduce_op")), *filter(None, [quantised]), *expression.words()])
         return f"{how}:{','.join(f'#{i}' for i in found)}"
 
     def gathered_by(self, node: fx.Node) -> str:
@@ -94,7 +97,8 @@ class Sent:
         """Which of the compiled graph's inputs `node` takes for equal on all ranks, in the order in which what is sent
         reads them; their values are compared before the first run. -1 is one that cannot be told."""
         source = _input(node)
-        if self.by(node).startswith(("#", "own rows")) or not isinstance(source, fx.Node):
+        in_place = self.by(node).startswith(("#", "own rows")) or node.meta.get(QUANTISED_ROWS, ("", False))[1]
+        if in_place or not isinstance(source, fx.Node):
             return ()
         relied = tuple(map(input_index, self._expressions(node, source).read))
         # The norm of a sum that was laid out anew is elsewhere: what finishes its rows cannot be told.

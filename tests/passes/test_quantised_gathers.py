@@ -106,10 +106,11 @@ def quantised_first(run: Callable, given: list, world: int, dynamic: bool = Fals
     plain, _ = rewritten(before, WITHOUT)
     after, report = rewritten(before)
     assert executed_collectives(after, *example(given)) == Counter(reduce_scatter=1, all_gather=1)
+    assert report.boundaries[1].quantised and report.boundaries[1].bytes_after < report.boundaries[1].bytes_before
     for each in (given, *others):
         for was, now in zip(on_ranks(plain, world, *each), on_ranks(after, world, *each), strict=True):
             assert all(map(same, was, now))
-            assert [t.stride() for t in was] == [t.stride() for t in now]
+            assert all(a.stride() == b.stride() or not a.numel() for a, b in zip(was, now, strict=True))
     return after, report
 
 
@@ -176,6 +177,60 @@ def test_own_rows_that_are_quantised_by_the_program_too_are_the_same(two_ranks):
     assert report.boundaries[1].rewrite == "quantised_outputs"
 
 
+@pytest.mark.parametrize("two_of_the_program", [False, True])
+def test_an_operation_that_hands_out_another_one_leaves_it_to_plain_steps(two_ranks, two_of_the_program):
+    """Of own rows, or of rows that are gathered as well."""
+
+    def run(partial, r, weight):
+        y, h = boundary(partial, r, weight)
+        other = SPELLINGS["int8_per_row"](y if not two_of_the_program else viewed(y))
+        return (*other, *SPELLINGS["by_hand"](flat(y)), h)
+
+    given = inputs(2)
+    before = trace(run, *example(given))
+    (plain, _), (after, report) = rewritten(before, WITHOUT), rewritten(before)
+    for was, now in zip(on_ranks(plain, 2, *given), on_ranks(after, 2, *given), strict=True):
+        assert all(map(same, was, now))
+    assert report.boundaries[0].quantised == "INT8 per row"
+    assert report.boundaries[-1].quantised == "FP8 (e4m3) per row"
+    assert report.boundaries[-1].bytes_after == ROWS * BATCH * (H + 4)
+
+
+def padded(y: Tensor) -> Tensor:
+    return flat(torch.constant_pad_nd(y, (0, 0, 0, 2)))
+
+
+def swapped(y: Tensor) -> Tensor:
+    return flat(y.flip(0))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", [padded, swapped], ids=lambda form: form.__name__)
+def test_rows_that_are_padded_or_moved_in_front_of_the_gather(ranks, form, dynamic):
+    """Every rank's padding is quantised as the program quantises it."""
+    others = (inputs(ranks, 0), inputs(ranks, 5)) if dynamic else ()
+    _, report = quantised_first(program("float8_per_row", form), inputs(ranks), ranks, dynamic, others)
+    assert [b.quantised for b in report.boundaries] == ["", "FP8 (e4m3) per row"]
+
+
+def test_rows_that_no_boundary_made(ranks):
+    """An embedding's, say."""
+
+    def run(own, weight):
+        return SPELLINGS["int8_per_row"](flat(own * weight))
+
+    _, own, weight = inputs(ranks)
+    before = trace(run, own[0], weight)
+    (plain, _), (after, report) = rewritten(before, WITHOUT), rewritten(before)
+    for was, now in zip(on_ranks(plain, ranks, own, weight), on_ranks(after, ranks, own, weight), strict=True):
+        assert all(map(same, was, now))
+    assert [(b.rewrite, b.bytes_after) for b in report.boundaries] == [
+        ("quantised_outputs", (ranks - 1) * ROWS * BATCH * (H + 4))
+    ]
+    (step,) = report.steps
+    assert not step.sends.startswith("#") and not step.relies, "own rows are no two ranks' alike"
+
+
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,15 +269,6 @@ def test_two_quantisations_of_the_gathered_rows_stay_behind_it(two_ranks):
         return (*SPELLINGS["by_hand"](rows), *SPELLINGS["int8_per_row"](rows))
 
     assert refused(run)[0].boundaries[1].code == Code.USED_TWICE.value
-
-
-def test_own_rows_that_are_quantised_otherwise_leave_the_gather(two_ranks):
-    def run(partial, r, weight):
-        y, h = boundary(partial, r, weight)
-        return (*SPELLINGS["int8_per_row"](y), *SPELLINGS["by_hand"](flat(y)), h)
-
-    report, _ = refused(run)
-    assert report.boundaries[0].quantised == "INT8 per row" and "hands out one" in report.boundaries[1].reason
 
 
 @pytest.mark.parametrize(
@@ -275,7 +321,11 @@ def test_ranks_that_quantise_alike_say_that_they_send_the_same_and_others_do_not
         y, h = boundary(partial, r, weight)
         return (h.sin(), *SPELLINGS["by_hand"](flat(y)), y)
 
+    def padded_by_hand(partial, r, weight):
+        return SPELLINGS["by_hand"](padded(boundary(partial, r, weight)[0]))
+
     plans = [sends(program(name)) for name in ("by_hand", "int8_per_row", "float8_per_row", "fbgemm")]
     assert all(first == "#0" and not second.startswith("#") for first, second in plans)
     assert len({second for _, second in plans}) == len(plans)
     assert sends(besides) == plans[0], "what else a rank does is its own affair"
+    assert sends(padded_by_hand) == plans[0], "and how many rows it has, and what quantises them"

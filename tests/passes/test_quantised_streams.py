@@ -84,3 +84,17 @@ def test_own_rows_are_gathered_quantised_and_padding_is_dropped(shape, dynamic):
     program = lambda *tensors: layers(*tensors, block="own_rows")  # noqa: E731
     before, report = quantised(program, mesh, policy, shape, dynamic)
     assert gathered(report) == fewer(before)
+
+
+def test_gathers_over_two_groups_both_say_how_rows_are_quantised():
+    """The ranks of the second group may have met none that quantise otherwise in the first."""
+    mesh, policy = Mesh(2, 2), SharingPolicy(4, 2, None, residual="scattered")
+    said = []
+    for name in ("by_hand", "float8_per_row"):
+        program = lambda *tensors, name=name: layers(*tensors, name=name)  # noqa: E731
+        given = [[t.to(BF16) for t in x] if isinstance(x, list) else x.to(BF16) for x in inputs(mesh, 2, 6)]
+        _, _, (report, *_) = rewritten(program, mesh, given, policy, True, QUANTISED)
+        said.append([(s.group, s.sends) for s in report.steps if s.dtype == "uint8"])
+    first, second = said
+    assert {group for group, _ in first} == {(0, 1), (0, 2)} and len(first) == len(second)
+    assert all(a != b for a, b in zip(first, second, strict=True))
