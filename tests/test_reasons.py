@@ -227,3 +227,27 @@ def mixed_by_frequency(self, x):
 def test_rows_are_followed_over_complex_numbers_and_not_over_what_mixes_them(after, said, feeds):
     (report,) = reports_of(Block(after))
     assert said in report.unfused[0].reason and report.unfused[0].feeds_norm is feeds, report
+
+
+def more_by_a_number(self, x):
+    return self.norm(x + all_reduce(self.down(x)) + 0.5)
+
+
+def more_by_one_element(self, x):
+    return self.norm(x + all_reduce(self.down(x)) + self.down.weight[0, 0])
+
+
+def more_by_one_a_unit(self, x):
+    return self.norm(x + all_reduce(self.down(x)) + torch.full((HIDDEN,), 0.5))
+
+
+def test_a_number_that_is_added_is_told_apart_from_a_tensor():
+    (report,) = reports_of(Block(more_by_a_number))
+    assert "aten.add.Tensor (test_reasons.py:" in report.unfused[0].reason
+    assert "adds a number between the all-reduce and the norm" in report.unfused[0].reason
+
+
+@pytest.mark.parametrize("after", [more_by_one_element, more_by_one_a_unit])
+def test_a_tensor_of_one_element_or_one_a_unit_that_is_added_is_looked_through(after):
+    (report,) = reports_of(Block(after))
+    assert report.fused_forward == 1, report

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective
-from ..facts.graph import is_call, last_dim, same_shape, same_size, val, value
+from ..facts.graph import is_call, is_number, last_dim, same_shape, same_size, val, value
 from ..facts.refusals import Code, Refusal
 from ..recognise.alike import Alike, is_region
 from ..recognise.norms import Norm
@@ -147,6 +147,9 @@ def _in_the_way(collective: Collective, reached: Reached, norm: Norm) -> Refusal
             "more would be sent if the sum were taken afterwards, so it is finished first; spread before its "
             "all-reduce, or added to another all-reduced value of that shape, it is fused",
         )
+    if is_call(obstacle, ops.ADDS | ops.SUBS) and any(map(is_number, obstacle.args[:2])):
+        said = f"{place(obstacle)} adds a number between the all-reduce and the norm; an addition of a tensor, of one "
+        return Refusal(Code.BETWEEN, f"{said}element or of one for each hidden unit, is looked through")
     if obstacle is not None:
         return Refusal(
             Code.BETWEEN,
