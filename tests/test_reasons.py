@@ -251,3 +251,17 @@ def test_a_number_that_is_added_is_told_apart_from_a_tensor():
 def test_a_tensor_of_one_element_or_one_a_unit_that_is_added_is_looked_through(after):
     (report,) = reports_of(Block(after))
     assert report.fused_forward == 1, report
+
+
+def round_after_round(self, x):
+    from torch._higher_order_ops.while_loop import while_loop
+
+    def body(n, h):
+        return n + 1, h + all_reduce(self.down(self.norm(h)))
+
+    return self.norm(while_loop(lambda n, h: n < 2, body, (torch.zeros((), dtype=torch.int64), x))[1])
+
+
+def test_a_sum_that_a_loop_carries_on_cannot_be_taken_behind_the_loop():
+    (report,) = reports_of(Block(round_after_round))
+    assert "while_loop" in report.unfused[0].reason and "called as plain code" in report.unfused[0].reason

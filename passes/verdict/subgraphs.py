@@ -14,6 +14,7 @@ from tpfuse.report import Boundary
 
 from ..facts import aten_ops as ops
 from ..facts.collectives import Collective, ResolveGroup, find_collectives
+from ..facts.others import called
 from ..facts.refusals import Code
 from ..recognise.norms import Norm, find_norms
 from .names import module_name, place
@@ -36,7 +37,8 @@ def collectives_inside(graph: fx.Graph, resolve: ResolveGroup) -> list[Boundary]
 def _verdict(collective: Collective, name: str, callers: _Callers) -> Boundary:
     norm, reached, outside = _norm_behind(collective.result, callers)
     where = f"the graph {name!r} of {place(callers[-1])}" if callers else f"the graph {name!r}, which no operator calls"
-    if reached.feeds_norm and not outside:
+    around = any(word in called(caller) for caller in callers for word in ("while_loop", "scan"))
+    if reached.feeds_norm and (around or not outside):  # what a loop's body hands out, its next round reads
         remedy = "called as plain code (a loop of Python, a region without its wrapper) the sum and its norm are fused"
     else:
         remedy = "where the sum is only handed out, it can be taken behind that operator, in the graph of its norm"
