@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -92,8 +93,9 @@ def whole(norm: Callable[[int], nn.Module] = nn.RMSNorm, dtype: torch.dtype = to
     return model.to(dtype)
 
 
-def cut_plainly(model: Model, mesh: DeviceMesh) -> Model:
-    """Plain tensor parallelism by DTensor: every rank has all rows between the blocks."""
+def cut_plainly(model: Model, mesh: DeviceMesh, **instead: ParallelStyle | None) -> Model:
+    """Plain tensor parallelism by DTensor: every rank has all rows between the blocks. instead: other styles of the
+    embedding and the output projection, None for none."""
     plan: dict = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
         "output": ColwiseParallel(output_layouts=Replicate()),
@@ -101,10 +103,14 @@ def cut_plainly(model: Model, mesh: DeviceMesh) -> Model:
     for i in range(LAYERS):
         plan |= {f"layers.{i}.{part}": ColwiseParallel() for part in COLUMNS}
         plan |= {f"layers.{i}.{part}": RowwiseParallel() for part in ROWS}
-    return parallelize_module(model, mesh, plan)
+    return _parallelized(model, mesh, plan | instead)
 
 
-def cut_by_dtensor(model: Model, mesh: DeviceMesh, dim: int = 1) -> Model:
+def _parallelized(model: Model, mesh: DeviceMesh, plan: dict[str, ParallelStyle | None]) -> Model:
+    return parallelize_module(model, mesh, {name: style for name, style in plan.items() if style is not None})
+
+
+def cut_by_dtensor(model: Model, mesh: DeviceMesh, dim: int = 1, **instead: ParallelStyle | None) -> Model:
     """As torchtitan declares it: rows are parts of the sequence, dimension `dim`, between the blocks."""
     gathered = PrepareModuleInput(input_layouts=(Shard(dim),), desired_input_layouts=(Replicate(),))
     plan: dict = {
@@ -117,7 +123,7 @@ def cut_by_dtensor(model: Model, mesh: DeviceMesh, dim: int = 1) -> Model:
         plan |= {f"layers.{i}.{part}": gathered for part in ("attention", "mlp")}
         plan |= {f"layers.{i}.{part}": ColwiseParallel() for part in COLUMNS}
         plan |= {f"layers.{i}.{part}": RowwiseParallel(output_layouts=Shard(dim)) for part in ROWS}
-    return parallelize_module(model, mesh, plan)
+    return _parallelized(model, mesh, plan | instead)
 
 
 COLUMNS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
