@@ -4,6 +4,7 @@
     python benchmarks/fuzz.py --seeds 0:2000 --ranks 2 --shard 3/32            one share of them, in one pair of ranks
 
 Seeds from 1000000 on are spellings of the same kinds, written down (tests/own_spellings.py): 1000000:COUNT has all.
+Those from 2000000 on are all trained, and their gradients are summed in front of norms' backward passes.
 
 Prints a line of JSON for each program that is wrong on a rank, raises, or does not end, and a last line on all of them;
 exit status 1 if there was one. `--output` appends the last line to a file (benchmarks/results/fuzz.jsonl). Programs

@@ -17,6 +17,7 @@ from tpfuse.runtime.ballots import Ledger
 from . import own_traced
 from .own_parts import block, groups, results
 from .own_programs import draw
+from .training_faults import planted
 
 #: A single program's error is noise around its bound, which is the unfused graph's error, a rounding of the output, and
 #: one more rounding of each partial sum: what moves in front of a sum rounds them. Wrong numbers are far above it.
@@ -24,7 +25,14 @@ SLACK = 4.0
 
 
 def run(
-    rank: int, world: int, seeds: Sequence[int], folder: str, short: bool, agree: bool = True, inner: str = "aot_eager"
+    rank: int,
+    world: int,
+    seeds: Sequence[int],
+    folder: str,
+    short: bool,
+    agree: bool = True,
+    inner: str = "aot_eager",
+    fault: str = "",
 ) -> dict:
     """What came out of the programs `seeds` on this rank: `wrong`, by seed; how often each rewrite was seen;
     errors in float32 as multiples of the unfused graph's, one rounding added to both; the largest share that a tensor
@@ -32,7 +40,7 @@ def run(
 
     inner: "aot_eager", "inductor", or "traced", which goes without torch.compile (own_traced.py).
     agree: False makes every ballot a yes, whatever the ranks bring. folder: where the seed at hand is written down, so
-    that one that hangs can be told, and a line for each program that is done.
+    that one that hangs can be told, and a line for each program that is done. fault: one of training_faults.py.
     """
     if not agree:
         Ledger.agree = lambda self, plans, timeout, place=None: True
@@ -43,7 +51,8 @@ def run(
         drawn, found = draw(seed, short), empty()
         began, cpu = time.monotonic(), time.process_time()
         try:
-            _one(drawn, rank, world, names, inner, found)
+            with planted(fault):
+                _one(drawn, rank, world, names, inner, found)
         except Exception as error:
             raise RuntimeError(f"a program failed on rank {rank}:\n{drawn}") from error
         found["seconds"], found["cpu_seconds"] = time.monotonic() - began, time.process_time() - cpu
@@ -78,7 +87,7 @@ def _one(drawn, rank: int, world: int, names: list[str], inner: str, found: dict
         if compiled and inner == "traced":
             return own_traced.results(drawn, model, rank, dtype, traced)
         if compiled:
-            options = {"inner": inner, "plan_timeout": 120.0}
+            options = {"inner": inner, "plan_timeout": 120.0, "rewrites": own_traced.REWRITES}
             # The function, for trees that are not installed: there the backend's name is not known.
             call = torch.compile(model, backend=backend, dynamic=drawn.dynamic or None, options=options)
         return results(drawn, model, call, rank, dtype)

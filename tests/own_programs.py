@@ -25,6 +25,9 @@ SAME_INTS = ("1", "ONE", "j", "m.same_int", "m.cfg.same_int")
 #: Into how many parts rows are viewed.
 OWN_SIZES = ("(1 + R % 2)", "m.own_size")
 SAME_SIZES = ("2", "m.same_size")
+#: From this seed on all programs are trained, and are streams whose gradients are summed as well.
+STREAMS = 2_000_000
+SUMMED = ("Copied", "Selected", "Scaled")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Drawn:
 def draw(seed: int, short: bool = False) -> Drawn:
     """The program with number `seed`; the same on every rank and in every process. `short`: one round, seldom trained,
     which compiles in a third of the time. From `own_spellings.FIRST` on they are those of own_spellings.py."""
+    if seed >= STREAMS:
+        return _stream(seed)
     if seed >= FIRST:
         text, dtype, train, dynamic = spelled(seed - FIRST)
         return Drawn(seed, text, dtype, train, dynamic, two_calls=False)
@@ -65,6 +70,17 @@ def draw(seed: int, short: bool = False) -> Drawn:
     return Drawn(seed, text, dtype, train, dynamic, two_calls)
 
 
+def _stream(seed: int) -> Drawn:
+    """Two rounds of which the gradients are summed over the ranks as well: what each norm's backward pass reads is a
+    sum, which it may be one operation with."""
+    rng = random.Random(seed)
+    dtype = rng.choice([torch.float32] * 4 + [torch.bfloat16, torch.float16])
+    writer = _Writer(rng, dtype, seed, sized=True)
+    writer.scattered = rng.random() < 0.4
+    writer.copied = True
+    return Drawn(seed, writer.program(2), dtype, train=True, dynamic=False, two_calls=False)
+
+
 class _Writer:
     """Writes one program. `sized`: the number of rows is always ROWS, so that buffers of so many may be used."""
 
@@ -80,6 +96,8 @@ class _Writer:
         self.few = False
         #: Whether a round may be sequence-parallel.
         self.scattered = False
+        #: Whether the gradients of all that is read by a layer are summed.
+        self.copied = False
         #: How much of what is drawn is a rank's own: in some programs nothing is, and there everything fuses.
         self.own_share = rng.choice((0.0, 0.3, 0.6))
 
@@ -144,6 +162,8 @@ class _Writer:
                 f"m.second_of({of}) + Gather.apply({of}).unflatten(0, (W, -1)).mean(0).sin()"
                 f" + Gather.apply({of})[: {of}.shape[0]]",
             ]
+        if self.copied:
+            layers = [layer for layer in layers if any(f"{kind}.apply({of})" in layer for kind in SUMMED)]
         return self.let(self.rng.choice(layers), "y")
 
     # -- values that are a rank's own, or not -------------------------------------------------------------------------

@@ -18,12 +18,16 @@ from tpfuse._torch_private import inductor_decompositions, joint_graph_clean_up
 from tpfuse.backend import DIFFER, resolve_group
 from tpfuse.options import parse_options
 from tpfuse.passes.pipeline import PassOptions, fuse
+from tpfuse.passes.plan.sites import REWRITES as ALL_REWRITES
 from tpfuse.report import Report
 from tpfuse.runtime.ballots import Place
 from tpfuse.runtime.guard import guard
 
 from .own_parts import Block, inputs, tangents
 from .own_programs import Drawn
+
+#: All but the one that programs have nothing for.
+REWRITES = tuple(name for name in ALL_REWRITES if name != "quantised_outputs")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def _trace(drawn: Drawn, model: Block, args: list[Tensor], numbers: tuple) -> fx
 def _guarded(drawn: Drawn, traced: fx.GraphModule, reports: list[Report]):
     def compiled(as_written: str = ""):
         graph = copy.deepcopy(traced)
-        outcome = fuse(graph.graph, resolve_group, PassOptions(strict=True, as_written=as_written))
+        options = PassOptions(rewrites=REWRITES, strict=True, as_written=as_written)
+        outcome = fuse(graph.graph, resolve_group, options)
         reports.append(outcome.report)
         module = fx.GraphModule(graph, outcome.graph)
 

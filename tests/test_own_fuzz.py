@@ -11,9 +11,12 @@ from statistics import geometric_mean
 import pytest
 
 from .own_fuzz import run
-from .own_programs import draw
+from .own_programs import STREAMS, draw
 from .own_spellings import COUNT, FIRST
 from .ranks import run_processes
+from .training_faults import OF_BACKWARD
+
+IN_BACKWARD = ("merge_all_reduces", "norm_backward")
 
 
 def outcomes(world: int, seeds, folder, timeout: float, **how) -> list[dict]:
@@ -24,7 +27,7 @@ def outcomes(world: int, seeds, folder, timeout: float, **how) -> list[dict]:
         raise TimeoutError(f"{error}; the ranks were at the programs {at}") from None
 
 
-def check(found: list[dict], short: bool) -> None:
+def check(found: list[dict], short: bool, used: tuple[str, ...] = ("all_reduce_norm", "merge_all_reduces")) -> None:
     wrong = sorted({seed for rank in found for seed in rank["wrong"]})
     said = "\n".join(f"{draw(seed, short)}{[rank['wrong'].get(seed) for rank in found]}" for seed in wrong)
     what = "(tensor, error, that of the unfused graph, that of one more rounding)"
@@ -32,7 +35,7 @@ def check(found: list[dict], short: bool) -> None:
     # One program's rounding is luck, that of all of them is not.
     assert geometric_mean([ratio for rank in found for ratio in rank["ratios"]]) < 1.1
     # What all ranks have alike is fused, what they have not is not.
-    assert min(rank["rewrites"][name] for rank in found for name in ("all_reduce_norm", "merge_all_reduces")) > 0
+    assert min(rank["rewrites"][name] for rank in found for name in used) > 0
     assert min(rank["apart"] for rank in found) > 0
 
 
@@ -42,6 +45,26 @@ def test_programs_with_values_of_a_ranks_own_are_right(tmp_path):
     once read a symbolic size off a value that its own rewrite took away."""
     seeds = [*range(100), 978]
     check(outcomes(2, seeds, tmp_path, 580, short=True, agree=True, inner="traced"), short=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("world", "count"), [(2, 30), pytest.param(4, 100, marks=pytest.mark.nightly)])
+def test_trained_streams_whose_gradients_are_summed_are_right(world, count, tmp_path):
+    seeds = range(STREAMS, STREAMS + count)
+    check(outcomes(world, seeds, tmp_path, 580, short=True, agree=True, inner="traced"), True, IN_BACKWARD)
+
+
+@pytest.mark.parametrize("fault", OF_BACKWARD)
+def test_a_fault_in_the_backward_pass_is_found(fault, tmp_path):
+    seeds = range(STREAMS, STREAMS + 8)
+    for rank in outcomes(2, seeds, tmp_path, 280, short=True, agree=True, inner="traced", fault=fault):
+        assert rank["wrong"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+def test_compiled_streams_whose_gradients_are_summed_are_right(tmp_path):
+    check(outcomes(2, range(STREAMS, STREAMS + 60), tmp_path, 1180, short=True), True, IN_BACKWARD)
 
 
 @pytest.mark.nightly
