@@ -266,3 +266,27 @@ def test_nothing_more_is_saved_executed_or_recomputed(how, checkpointed, rewrite
     assert fused.sent == plain.sent and fused.products <= plain.products
     assert fused.saved <= plain.saved
     assert counts(tpfuse.reports()[-1]) == expected(how, rewrites)
+
+
+class Scaled(nn.Module):
+    """Rows of their own: a slice of the embedding would keep all of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 5.5
+
+
+@pytest.mark.parametrize("norm", [models.OutputSaved, pytest.param(models.NormedRowsSaved, marks=pytest.mark.nightly)])
+def test_nothing_more_is_saved_whatever_the_norm_saves(norm):
+    seen = []
+    with fake_world(2):
+        for names in ((), REWRITES):
+            torch._dynamo.reset()
+            model = cut("megatron", 2, norm)
+            model.embed = nn.Sequential(model.embed, Scaled())
+            options = {"inner": "aot_eager", "rewrites": names}
+            seen.append(Cost(model, tokens("megatron"), backend="tpfuse", options=options))
+    plain, fused = seen
+    assert (fused.forward, fused.backward) == (plain.forward, plain.backward)
+    assert fused.saved <= plain.saved
+    fused_backward = sum(b.fused for b in tpfuse.reports()[-1].boundaries if b.direction == "backward")
+    assert fused_backward == (0 if norm is models.OutputSaved else 2 * NORMS - 1)

@@ -43,15 +43,18 @@ _SEARCH = 8
 
 @dataclass(frozen=True)
 class Normed:
-    """What the backward of a norm reads: the hidden states, the statistics where the graph has them, the weight."""
+    """What the backward of a norm reads: the hidden states, the statistics where the graph has them, the weight; the
+    bias, where the normed value is had back from `output`, what the norm gave."""
 
     kind: str
     hidden: fx.Node
     mean: fx.Node | None
     rstd: fx.Node | None
     weight: fx.Node | None
+    bias: fx.Node | None
     weight_offset: float
     eps: float
+    output: fx.Node
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class NormGradient:
     def incoming(self) -> fx.Node:
         """The gradient as the norm's backward reads it."""
         return self.steps[-1].node if self.steps else self.collective.result
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether it is computed from what the norm gave, and not from the hidden states."""
+        made = {node for node in (self.out, self.weight, self.bias) if node is not None}
+        way = set[fx.Node]().union(*(region_between(node, {self.collective.result}) for node in made))
+        read = {parent for node in way for parent in node.all_input_nodes} - way - {*self.residuals}
+        return any(depends_on(node, {self.norm.output}) for node in read if node is not self.collective.result)
 
 
 def find_norm_gradients(known: Known) -> tuple[list[NormGradient], dict[fx.Node, str]]:
@@ -101,8 +112,9 @@ def _read_by_backward(norm: Norm) -> Normed | None:
         if finer(val(below).dtype, val(hidden).dtype) or not same_size(last_dim(below), last_dim(hidden)):
             break
         hidden = below
-    weight = None if norm.weight is None else _base(norm.weight)
-    return Normed(norm.kind, hidden, norm.mean, norm.rstd, weight, norm.weight_offset, float(norm.eps))
+    weight, bias = (None if vector is None else _base(vector) for vector in (norm.weight, norm.bias))
+    eps, offset = float(norm.eps), norm.weight_offset
+    return Normed(norm.kind, hidden, norm.mean, norm.rstd, weight, bias, offset, eps, norm.output)
 
 
 def _base(vector: fx.Node) -> fx.Node:
@@ -207,6 +219,8 @@ def _formula(rows: Rows, norm: Normed) -> Callable[[Tensor], tuple[Tensor, Tenso
             return None
         factor = weight
     factor = factor + norm.weight_offset
+    if norm.bias is not None and norm.bias not in rows.known:
+        rows.random(norm.bias)
     n = centred * rstd
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,6 +62,9 @@ def _problem(gradient: NormGradient, hazards: Hazards, as_written: bool) -> Refu
     if any(first < node < gradient.out for node in hazards.modes):
         said = "how operators work changes between the collective and the norm's backward"
         return Refusal(Code.MOVES_PAST, said)
+    if gradient.reads_output:
+        said = "the norm's backward reads what the norm gave; the operation would keep the hidden states besides"
+        return Refusal(Code.NORM, said)
     if as_written and communicates_between(first, last):
         return Refusal(Code.AS_WRITTEN, "it would be sent after a collective that follows it")
     if _sized(gradient, gradient.incoming) is None or _sized(gradient, gradient.out) is None:
