@@ -24,7 +24,7 @@ from .call import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes
 from .compat import next_power_of_2, tl, triton
 from .device import LAYER
 
-#: Rows that a program holds or has under way. Two to load ahead keep an H200's memory busy; more gave nothing.
+#: Rows that a program holds or has under way: two are loaded ahead while it computes on one.
 STAGES = 3
 #: Programs to a multiprocessor, where the rows under way fit its shared memory. Each leaves a row of partial sums
 #: behind, which more programs than these do not earn.

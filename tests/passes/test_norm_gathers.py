@@ -13,10 +13,10 @@ from tpfuse.passes.plan.sites import DEFAULT_REWRITES
 from tpfuse.passes.rewrite.lower import lower
 from tpfuse.passes.rewrite.take_apart import take_apart
 
-from ..graphs import all_reduce, executed_collectives, fake_world, on_ranks, relative_error, trace
+from ..graphs import all_reduce, executed_collectives, fake_world, on_ranks, trace
 from .test_gathers import all_gather, world_size
-from .test_norm_backward import BF16, EPS, F32, H, exact, example, reduce_scatter
-from .test_scattered_norm import BATCH, ROWS, normed, rewritten
+from .test_norm_backward import BF16, EPS, F32, H, example, reduce_scatter
+from .test_scattered_norm import BATCH, ROWS, follows_the_error_rule, normed, rewritten
 
 
 def plain(h, r, weight):
@@ -131,17 +131,7 @@ def judged(form, world: int, dtype: torch.dtype, seeds: int) -> None:
     assert boundary.before == boundary.after, "bytes"
     assert [(s.op, s.sends) for s in report.steps] == [("all_gather_into_tensor", "#0")]
     assert not any("c10d" in str(node.target) for node in after.graph.nodes if form is not waited_for_here)
-    wide = program.traced(exact(inputs))
-    old, new = [], []
-    for seed in range(seeds):
-        inputs = program.inputs(seed)
-        reference = on_ranks(wide, world, *exact(inputs))
-        was, now = (on_ranks(graph, world, *inputs) for graph in (before, after))
-        assert [(t.dtype, t.shape) for t in was[0]] == [(t.dtype, t.shape) for t in now[0]]
-        for errors, outputs in ((old, was), (new, now)):
-            errors += [relative_error(o, r) for o, r in zip(outputs, reference, strict=True)]
-    old, new = torch.tensor(old).mean(0), torch.tensor(new).mean(0)
-    assert (new <= 1.1 * old + torch.finfo(dtype).eps / 2).all(), f"errors {new.tolist()} against {old.tolist()}"
+    follows_the_error_rule(program, before, after, seeds)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
