@@ -54,9 +54,9 @@ def test_one_key_for_both_turns_would_mix_exchanges(store, monkeypatch):
     """The negative control: without the second key a fast rank writes over what a slow one has not read."""
     store.set_timeout(timedelta(seconds=0.5))
     monkeypatch.setattr(mailbox, "_key", lambda name, turn, index: f"{name}/{index}")
-    want = [[[rank, at] for rank in range(3)] for at in range(40)]
+    want = [[[rank, at] for rank in range(3)] for at in range(400)]
     monkeypatch.setattr(threading, "excepthook", lambda raised: None)
-    assert exchanged(size=3, times=40) != [want] * 3
+    assert exchanged(size=3, times=400) != [want] * 3
 
 
 def test_a_rank_that_does_not_come_is_named(store):
