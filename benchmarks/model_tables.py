@@ -139,11 +139,32 @@ def training_steps(file: str) -> str:
 
 
 def before_after(file: str) -> str:
-    """Steps under CUDA graphs by two trees, whose processes took turns."""
+    """Steps by several trees, whose processes took turns: each process's milliseconds, a column for each tree."""
     document = json.loads((RESULTS / file).read_text())
     trees = [run["tree"] for run in document["runs"]]
     lines = []
-    for r in document["records"]:
-        values = {tree: [f"{ms:.4f}" for ms, of in zip(r["ms"], trees, strict=True) if of == tree] for tree in trees}
-        lines.append([f"{r['phase']} {r['size']}", r["provider"], *(", ".join(each) for each in values.values())])
-    return table(["step", "", "before", "after"], lines)
+    for r in sorted(document["records"], key=lambda r: r["size"]):
+        digits = 4 if "CUDA graph" in r["provider"] else 2  # from Python, processes of one tree differ by up to half
+        values: dict[str, list[str]] = {tree: [] for tree in trees}
+        for ms, tree in zip(r["ms"], trees, strict=True):
+            if ms is not None:
+                values[tree].append(f"{ms:.{digits}f}")
+        lines.append([f"{r['phase']} {r['size']}", r["provider"], *(", ".join(v) or "–" for v in values.values())])
+    return table(["step", "", *(f"`{tree}`" for tree in dict.fromkeys(trees))], lines)
+
+
+def quantised_steps(file: str) -> str:
+    """Steps of a quantised model, with and without quantised outputs, beside Inductor."""
+    records = records_of(file)
+    lines = []
+    for phase, size in dict.fromkeys((r["phase"], r["size"]) for r in records):
+        ways = {r["provider"]: r for r in records if (r["phase"], r["size"]) == (phase, size)}
+        theirs = ways["inductor + CUDA graph"]["ms"]
+        for name in (name for name in ways if "CUDA graph" not in name):
+            python, graph = ways[name], ways[f"{name} + CUDA graph"]
+            lines.append([
+                f"{phase} {size}", name.replace("inductor", "Inductor"), f"{python['ms']:.2f} ({python['spread']:.2f})",
+                f"**{graph['ms']:.4f}**", f"{theirs / graph['ms']:.3f}",
+                f"{graph['boundary_ms']:.3f} + {graph['other_ms']:.3f} + {graph['idle_ms']:.3f}",
+            ])  # fmt: skip
+    return table(["step", "", "from Python (quartiles apart)", "CUDA graph", "Inductor / this", "profile"], lines)
