@@ -144,7 +144,14 @@ def recognise(
             for owed in site.owed:  # paid once
                 eligible.pop(owed.collective.result, None)
             known.fixed.add(site.hidden)
-    return Recognition(tuple(collectives), tuple(norms), tuple(sites), backward)
+    return Recognition(tuple(collectives), tuple(norms), tuple(_one_adds(sites)), backward)
+
+
+def _one_adds(sites: list[Site]) -> list[Site]:
+    """Where two norms' values are added up, the site that sends last takes the addition: its residual is there then."""
+    may = (site for site in sites if not site.problem and not site.astride)
+    last = {s.add_after: s for s in sorted(may, key=lambda site: max(owed.collective.node for owed in site.owed))}
+    return [s if last.get(s.add_after) is s else replace(s, add_after=None, residual_after=None) for s in sites]
 
 
 # -- one site ---------------------------------------------------------------------------------------------------------

@@ -220,6 +220,20 @@ def test_a_chain_of_layers_fuses_every_boundary(four_ranks):
     assert executed_collectives(after, partials[0], *rest) == {"all_reduce": 4}
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_norms_whose_values_are_added_up_one_takes_the_addition(four_ranks, swapped):
+    """The one whose sum is sent last: all are sent in the order of the program."""
+
+    def run(x, r, weight, bias):
+        a, b = all_reduce(x), all_reduce(torch.tanh(x))
+        terms = [spellings.rms_llama(each, weight, bias) for each in ((b, a) if swapped else (a, b))]
+        h = r + (terms[0] + terms[1])
+        return spellings.rms_llama(h, weight, bias), h
+
+    first, second = assert_error_rule(run, four_ranks, torch.bfloat16).boundaries
+    assert (first.rewrite, second.rewrite) == ("all_reduce_norm", "all_reduce_post_norm")
+
+
 def test_zero_rows(four_ranks):
     partials = [torch.zeros(0, HIDDEN) for _ in range(4)]
     rest = torch.zeros(0, HIDDEN), torch.ones(HIDDEN), torch.ones(HIDDEN)
