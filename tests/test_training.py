@@ -55,6 +55,12 @@ def save_sums(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if communicates else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def save_unfinished(ctx, op, *args, **kwargs):
+    """As lists of operators to save have it: the sums, and not the waits for them."""
+    saved = op is torch.ops._c10d_functional.all_reduce.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def checkpointed(policy):
     """A way to run a block: under activation checkpointing, whole or selective."""
     more = {} if policy is None else {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
@@ -70,6 +76,7 @@ WRAPS = {
     "checkpoint": checkpointed(None),
     "save_products": checkpointed(save_products),
     "save_sums": checkpointed(save_sums),
+    "save_unfinished": checkpointed(save_unfinished),
 }
 
 
@@ -148,7 +155,7 @@ def means_that_inductor_folds(wrap: str, norm: type[nn.Module], dtype: torch.dty
 
 @pytest.mark.parametrize(
     "wrap",
-    [pytest.param(w, marks=pytest.mark.nightly) for w in ("checkpoint", "save_products", "plain", "save_sums")],
+    [pytest.param(w, marks=pytest.mark.nightly) for w in WRAPS],
 )
 @pytest.mark.parametrize("options", [EVERYTHING, NAMED], ids=["default", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -156,6 +163,12 @@ def means_that_inductor_folds(wrap: str, norm: type[nn.Module], dtype: torch.dty
 def test_no_more_communication_and_no_more_saved_than_without_the_pass(norm, dtype, options, wrap):
     alone = {"backend": "tpfuse", "options": NOTHING}
     assert_no_dearer(wrap, norm, dtype, alone, {"backend": "tpfuse", "options": options})
+
+
+def test_a_sum_that_a_checkpoint_saves_without_its_wait_is_fused():
+    """The forward half returns it unfinished."""
+    alone = {"backend": "tpfuse", "options": NOTHING}
+    assert_no_dearer("save_unfinished", nn.RMSNorm, torch.float32, alone, {"backend": "tpfuse", "options": EVERYTHING})
 
 
 def test_a_mean_is_not_kept_for_the_operation_of_the_backward_pass():

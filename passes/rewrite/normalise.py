@@ -5,6 +5,9 @@
 *Waited for here.* What a graph before this one sent is waited for by this one's first reader alone, and the others read
 it as it came; they read what the wait gives.
 
+*Returned before it is waited for*, as by the forward half of a training step where a checkpoint saves a collective and
+not the wait for it: what the wait gives is returned, which is the same memory.
+
 *Split and put together again* in the same order, as DTensor does it around a collective along the sequence, where the
 batch is 1: a view, and no copy.
 
@@ -61,6 +64,7 @@ def normalise(graph: fx.Graph) -> None:
     drop_unread(graph)
     wait_once(graph)
     read_what_was_waited_for(graph)
+    return_what_was_waited_for(graph)
     drop_copies(graph)
     view_whole_splits(graph)
     view_leading_ones(graph)
@@ -96,6 +100,15 @@ def read_what_was_waited_for(graph: fx.Graph) -> None:
         if isinstance(source, fx.Node) and source.op == "placeholder":
             for user in [user for user in source.users if node < user]:
                 user.replace_input_with(source, node)
+
+
+def return_what_was_waited_for(graph: fx.Graph) -> None:
+    """Of a collective whose result the graph waits for and returns, let it return the wait's."""
+    for wait in graph.find_nodes(op="call_function", target=ops.WAIT):
+        source = wait.args[0]
+        if isinstance(source, fx.Node) and is_collective(source):
+            for user in [user for user in source.users if user.op == "output"]:
+                user.replace_input_with(source, wait)
 
 
 def view_whole_splits(graph: fx.Graph) -> None:
