@@ -64,7 +64,8 @@ class Surroundings:
 
 
 _SKIPPED = (
-    "Dynamo broke or skipped it (a hook that it does not trace, a disabled function; TORCH_LOGS=graph_breaks says more)"
+    "Dynamo broke or skipped it (a break inside a loop, a hook that it does not trace, a disabled function; "
+    "TORCH_LOGS=graph_breaks says more)"
 )
 _SHARDED = (
     "FSDP2 wraps modules inside it, and Dynamo does not trace FSDP2's hooks: each wrapped module is compiled by "
