@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from generation import loaded_models, rates_of
 from machine import join_ranks, machine
-from models import Run, hugging_face_config
 from records import write_run
 
 import tpfuse
@@ -53,20 +51,6 @@ class Record:
     spread: float
     same_tokens: float
     fused: int
-
-
-def saved_model(config: Any, folder: Path) -> None:
-    import transformers
-
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-
-
-def loaded_model(folder: Path) -> Any:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)
 
 
 def ways_of(modes: list[str], everywhere: bool) -> dict[str, dict[str, Any]]:
@@ -109,17 +93,13 @@ def measure(models: dict[str, Any], ways: dict[str, dict], batch: int, arguments
     for _ in range(arguments.rounds):
         for name, way in ways.items():
             seconds[name].append(seconds_of(models[name], ids, arguments.tokens, way)[0])
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, seconds)
+    rates = rates_of(seconds, batch * arguments.tokens)
     records = []
     for name in ways:
-        slowest = [max(each) for each in zip(*(rank[name] for rank in everyone), strict=True)]
-        rates = [batch * arguments.tokens / each for each in slowest]
-        quarters = statistics.quantiles(rates, n=4)
         same = (tokens[name] == tokens["eager"]).float().mean().item()
         records.append(
             Record(dist.get_world_size(), batch, arguments.prompt, arguments.tokens, arguments.layers, name,
-                   round(statistics.median(rates), 1), round(quarters[2] - quarters[0], 1), round(same, 4), fused[name])
+                   *rates[name], round(same, 4), fused[name])
         )  # fmt: skip
     return records
 
@@ -137,15 +117,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rank, device = join_ranks(300)
     cuda = device.type == "cuda"
-    with tempfile.TemporaryDirectory() as own:
-        folder = [own]
-        dist.broadcast_object_list(folder, src=0)
-        if rank == 0:
-            saved_model(hugging_face_config(Run("llama", "decode", 1, arguments.layers), arguments.tiny), Path(own))
-        dist.barrier()
-        ways = ways_of(arguments.ways, everywhere=not cuda)
-        models = {name: loaded_model(Path(folder[0])) for name in ways}
-        dist.barrier()
+    ways = ways_of(arguments.ways, everywhere=not cuda)
+    models = loaded_models(ways, arguments.layers, arguments.tiny, device)
     records: list[Record] = []
     for batch in arguments.batch:
         here = measure(models, ways, batch, arguments)

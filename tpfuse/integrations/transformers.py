@@ -6,11 +6,13 @@ operator of the graph that the compiler does not look into:
 
     from tpfuse.integrations.transformers import keep_paged_attention_whole
     keep_paged_attention_whole()
-    compiled = CompileConfig(backend="tpfuse", fullgraph=True, dynamic=True)
+    compiled = CompileConfig(backend="tpfuse", mode="default", fullgraph=True, dynamic=True)
     model.generate_batch(inputs, continuous_batching_config=ContinuousBatchingConfig(
         varlen_compile_config=compiled, decode_compile_config=compiled))
 
-It runs the same function of transformers on the same cache.
+It runs the same function of transformers on the same cache. `mode`: CompileConfig's own choice, "reduce-overhead", asks
+for torch.compile's CUDA graphs, which belong to a thread, and continuous batching runs steps in one of its own; it
+captures graphs itself (`use_cuda_graph`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from .._state import ATTENTIONS as _ORIGINAL
 from .._state import BATCH_STEPS as _RUNNING
 from .._state import LOCK
 
+#: The functions that may be handed a paged cache. In 5.17 sdpa and flash attention have others for it.
+_PAGED = ("sdpa", "flash_attention_2", "flash_attention_3", "paged|eager", "paged|sdpa", "paged|flash_attention_2",
+          "paged|flash_attention_3")  # fmt: skip
 #: What the model's own inputs are, and no business of its attention.
 _OF_THE_MODEL = ("input_ids", "attention_mask", "position_ids", "logits_indices", "logits_processor_args", "use_cache",
                  "logits_to_keep")  # fmt: skip
@@ -81,7 +86,7 @@ def keep_paged_attention_whole() -> None:
             "transformers' continuous batching has no model runner with _get_forward_fn, which this integration steps "
             "into (5.23 has one); without it, generate_batch runs as it is, with a graph break in every attention"
         )
-    for name in ("sdpa", "paged|eager", "flash_attention_2", "flash_attention_3"):
+    for name in _PAGED:
         if name in ALL_ATTENTION_FUNCTIONS:
             with LOCK:
                 _ORIGINAL[name] = ALL_ATTENTION_FUNCTIONS[name]
