@@ -4,6 +4,8 @@
     ... --layouts plain sequence --tokens 8192 --rounds 10                              what is run
     ... --providers inductor tpfuse norm_backward micro_pipeline                        tpfuse with norm_backward named;
                                                                                         PyTorch's async TP
+    ... --providers inductor tpfuse no_reuse                                            tpfuse, and Inductor reuses no
+                                                                                        buffers (peak_memory.py)
     torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU
 
 The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
@@ -64,6 +66,7 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "tpfuse": {"backend": tpfuse_backend},
     "norm_backward": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward"]}},
+    "no_reuse": {"backend": tpfuse_backend, "options": {"inductor": {"allow_buffer_reuse": False}}},
     "micro_pipeline": {"backend": "inductor", "options": {"_micro_pipeline_tp": True}},
 }
 #: How far apart losses may be, by dtype: they are about log(vocabulary).
