@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +41,8 @@ class Call(Options):
 
     x, residual: [..., H] of one shape; pre_bias, weight, bias: [H]; eps_tensor: 0-d, in place of `eps`; the options as
     in `Options`. `x` is this rank's part of the sum, or what is to be added and normalised where nothing is owed.
-    `out`, `sum_out`: contiguous tensors to fill, else new.
+    `out`, `sum_out`: contiguous tensors to fill, else new. `product(first, stop)`: fills these rows of `x`, which holds
+    nothing before (`multiplied`).
     """
 
     x: Tensor = field(kw_only=False)
@@ -51,6 +53,7 @@ class Call(Options):
     eps_tensor: Tensor | None = field(default=None, kw_only=False)
     out: AddNormOut | None = None
     sum_out: Tensor | None = None
+    product: Callable[[int, int], None] | None = None
 
     @property
     def eps_given(self) -> float | Tensor:
@@ -111,6 +114,13 @@ class Call(Options):
             return None, None
         q = torch.empty(x.shape, dtype=how.q_dtype, device=x.device)
         return q, torch.empty(how.scales_of(x.shape), dtype=how.scale_dtype, device=x.device)
+
+    def multiplied(self) -> Call:
+        """The same call with its x there."""
+        if self.product is None:
+            return self
+        self.product(0, self.rows)
+        return replace(self, product=None)
 
     @property
     def addends(self) -> tuple[Tensor | None, ...]:

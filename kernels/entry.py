@@ -6,6 +6,7 @@ path (a plain all-reduce, then `add_norm`); `why_not` has the sentence for the r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..parallel.mesh import group_name_of
 from .call import KERNEL_DTYPES, AddNormOut, Call
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
+from .symmetric.copied import FROM_BYTES
 from .symmetric.dispatch import choose, default_table
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
@@ -38,7 +40,8 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
         return None
     if call.rows == 0:
         return call.outputs()
-    ws = workspace_of(group_name, x.device)
+    copies = call.overlap and x.nbytes >= FROM_BYTES
+    ws = workspace_of(group_name, x.device, copies=copies)
     if ws is None:
         return None
     check_peers(group_name)  # of older, smaller workspaces too
@@ -46,6 +49,8 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
         note_capture(ws)
     device, table = ws.device_name or torch.cuda.get_device_name(x.device), default_table()
     chosen = choose(device, ws.world, call.hidden, x.element_size(), call.rows)
+    if copies and ws.copy_words:
+        chosen = replace(chosen, kernel="copied")
     ran = None if site is None else lambda launch: site.leave(launch, call, ws, table)
     return run(chosen, call, ws, ran)
 

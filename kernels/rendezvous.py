@@ -27,7 +27,7 @@ from .facts import OVERLAP_VARIABLE, Exchange, facts_of, judge, tried
 from .records import Records
 from .symmetric.registry import worlds
 from .symmetric.timeout import gave_up, raise_if_late, set_timeout
-from .symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, buffer_words, from_buffers, initialise
+from .symmetric.workspace import DEFAULT_SLOT_BYTES, Workspace, buffer_words, copy_words_of, from_buffers, initialise
 from .words import STATE_WORDS
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class Member:
     """What the registry holds of one group: its workspace or why there is none, workspaces that were outgrown but may
     still be addressed by captured graphs, the limit that `init_workspace` was given for its waits, and the records of
-    its launches, which hold for the workspace in use."""
+    its launches, which hold for the workspace in use. `no_copies`: there was no memory for a copy slot."""
 
     group: Any
     workspace: Workspace | None
@@ -45,15 +45,18 @@ class Member:
     outgrown: list[Workspace] = field(default_factory=list)
     timeout: float | None = None
     records: Records = field(default_factory=Records)
+    no_copies: bool = False
 
     @property
     def workspaces(self) -> tuple[Workspace, ...]:
         """All of them, the one in use first."""
         return (self.workspace, *self.outgrown) if self.workspace is not None else ()
 
-    def serves(self, slot_bytes: int) -> bool:
-        """Whether there is nothing to set up for calls of this size."""
-        return self.workspace is None or self.workspace.slot_words * 4 >= slot_bytes
+    def serves(self, slot_bytes: int, copies: bool) -> bool:
+        """Whether there is nothing to set up for calls of this size; `copies`: that copy engines may make."""
+        ws = self.workspace
+        copies = copies and not self.no_copies and ws is not None and ws.world == 2
+        return ws is None or (ws.slot_words * 4 >= slot_bytes and (not copies or ws.copy_words > 0))
 
     def set_timeout(self, seconds: float | None) -> None:
         if seconds is not None:
@@ -113,9 +116,12 @@ def _static_refusal(group: Any) -> str:
     return f"The group communicates through {backend}; the symmetric-memory kernels need nccl."
 
 
-def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> Workspace | None:
+def workspace_of(
+    group_name: str, device: torch.device, slot_bytes: int = 0, copies: bool = False
+) -> Workspace | None:
     """The group's workspace, made at the first call (collective); None where `why_not` has a reason. With `slot_bytes`
-    the workspace has at least such slots: a smaller one is replaced, by all ranks together.
+    the workspace has at least such slots, and with `copies` that of 2 ranks has a copy slot: one that has not is
+    replaced, by all ranks together.
 
     Raises PeerTimeoutError where it would have to grow and any rank of the group gave up waiting for a peer, and where
     the ranks cannot meet. Two threads at a group's first call meet once.
@@ -124,7 +130,7 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
     if group is None:
         return None
     known = _known(group_name, group)
-    if known is None or not known.serves(slot_bytes):
+    if known is None or not known.serves(slot_bytes, copies):
         if _static_refusal(group):
             return None
         if torch.cuda.is_current_stream_capturing():
@@ -132,8 +138,8 @@ def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0) -> 
             return known.workspace if known is not None else None
         with _LOCKS.setdefault(group, threading.Lock()):
             known = _known(group_name, group)
-            if known is None or not known.serves(slot_bytes):
-                known = _set_up(known, group, group_name, device, slot_bytes)
+            if known is None or not known.serves(slot_bytes, copies):
+                known = _set_up(known, group, group_name, device, slot_bytes, copies)
     return known.workspace
 
 
@@ -143,12 +149,16 @@ def _known(group_name: str, group: Any) -> Member | None:
     return known if known is not None and known.group() is group else None
 
 
-def _set_up(known: Member | None, group: Any, group_name: str, device: torch.device, slot_bytes: int) -> Member:
-    slots = max(slot_bytes, DEFAULT_SLOT_BYTES)
+def _set_up(
+    known: Member | None, group: Any, group_name: str, device: torch.device, slot_bytes: int, copies: bool
+) -> Member:
+    had = known.workspace if known is not None else None
+    slots = max(slot_bytes, DEFAULT_SLOT_BYTES, had.slot_words * 4 if had is not None else 0)
+    copies = copies or (had is not None and had.copy_words > 0)
     # On a thread of its own: where CUDA graphs warm up, what this thread allocates comes from the graph's private pool,
     # and the two small tensors of addresses that a rendezvous keeps would be taken for results that nobody returns.
     with ThreadPoolExecutor(1) as aside:
-        workspace, refusal = aside.submit(_meet, group, group_name, device, slots).result()
+        workspace, refusal = aside.submit(_meet, group, group_name, device, slots, copies).result()
     if refusal:
         log.info("group %s: %s", group_name, refusal)
     if known is None:
@@ -163,6 +173,7 @@ def _set_up(known: Member | None, group: Any, group_name: str, device: torch.dev
         known.workspace = workspace
         known.records.clear()  # they hold for the old one, and are not used any more
         known.set_timeout(known.timeout)
+    known.no_copies = copies and (known.workspace is None or not known.workspace.copy_words)
     return known
 
 
@@ -230,7 +241,9 @@ def _retire(member: Member) -> None:
         log.info("%d workspaces of a destroyed group are kept, because CUDA graphs hold their addresses", kept)
 
 
-def _meet(group: Any, group_name: str, device: torch.device, slot_bytes: int) -> tuple[Workspace | None, str]:
+def _meet(
+    group: Any, group_name: str, device: torch.device, slot_bytes: int, copies: bool = False
+) -> tuple[Workspace | None, str]:
     """Collective: exchange facts, allocate, rendezvous, bring to rest, and only then return, on all ranks alike. A rank
     that fails on the way says so at the next exchange, in which all its peers take part."""
     torch.cuda.set_device(device)  # each thread has its own
@@ -249,30 +262,35 @@ def _meet(group: Any, group_name: str, device: torch.device, slot_bytes: int) ->
         )  # fmt: skip
     if refusal:
         return None, refusal
+    copied = copy_words_of(slot_bytes // 16 * 4, len(facts)) if copies else 0
     made: dict[str, Any] = {}
     for step in (_allocate, _map):
-        words = exchange(tried(step, made, facts, group_name, device, slot_bytes))
+        words = exchange(tried(step, made, facts, group_name, device, slot_bytes, copied))
         problems = [f"rank {rank}: {word['error']}" for rank, word in enumerate(words) if "error" in word]
         if problems:
             return None, f"Symmetric memory could not be set up ({problems[0]})."
     return made["workspace"], ""
 
 
-def _allocate(made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int) -> dict:
+def _allocate(
+    made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int, copies: int
+) -> dict:
     """The memory, by each rank for itself. Whoever has none says so before its peers wait for it in `_map`."""
     import torch.distributed._symmetric_memory as symmetric
 
     slot_words = slot_bytes // 16 * 4
-    shared = -(-buffer_words(slot_words, len(facts)) // 4) * 4
+    shared = -(-buffer_words(slot_words, len(facts), copies) // 4) * 4
     # One allocation for everything: memory from here never belongs to a CUDA graph's private pool.
     made["whole"] = symmetric.empty(shared + STATE_WORDS + 2 * len(facts), dtype=torch.int32, device=device)
     made["buffer"], made["state"] = made["whole"][:shared], made["whole"][shared : shared + STATE_WORDS]
-    initialise(made["buffer"], made["state"], slot_words)
+    initialise(made["buffer"], made["state"], slot_words, copies)
     torch.cuda.synchronize(device)
     return {}
 
 
-def _map(made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int) -> dict:
+def _map(
+    made: dict[str, Any], facts: list[dict], group_name: str, device: torch.device, slot_bytes: int, copies: int
+) -> dict:
     """Each other's memory, together."""
     import torch.distributed._symmetric_memory as symmetric
 
@@ -283,7 +301,11 @@ def _map(made: dict[str, Any], facts: list[dict], group_name: str, device: torch
     devices = {fact["uuid"] for fact in facts}
     blocks = blocks * len(devices) // len(facts)  # ranks that share a device share its multiprocessors
     slot_words = slot_bytes // 16 * 4
-    workspace = from_buffers(handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers)
+    other = handle.get_buffer(1 - handle.rank, (len(buffer),), torch.int32) if copies else None
+    workspace = from_buffers(
+        handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers, remote=other,
+        copies=copies,
+    )
     made["workspace"] = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
     torch.cuda.synchronize(device)
     return {}

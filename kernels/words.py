@@ -20,7 +20,9 @@ MOST_RANKS = 8  # of one group: a watch has a word for each of them
 MAX_SPLIT = 8  # most programs of one row
 INBOX_WORDS = CHANNELS * MAX_SPLIT  # of each of the two sets of inboxes, which follow the pairs
 INBOXES = 2 * CHANNELS
-STATE_WORDS = INBOXES + 2 * INBOX_WORDS
+COPIES = INBOXES + 2 * INBOX_WORDS  # the count of the calls that copy engines made; four words, for alignment
+STATE_WORDS = COPIES + 4
+COPY_FLAGS = 256  # of one rank: a word for each chunk that is copied to it
 EPOCHS, MARKS = slice(0, INBOXES, 2), slice(1, INBOXES, 2)  # of `state`
 
 _SENTINEL, _CHANNELS = tl.constexpr(SENTINEL), tl.constexpr(CHANNELS)

@@ -7,7 +7,8 @@ captured in a CUDA graph and replayed; replays differ, because the inputs follow
 x and residual are small whole numbers, so that their sums are exact in every dtype: h must be right bit for bit, and y
 to a rounding. A word from any other call, rank or place is wrong.
 
-`plant` puts a fault in, so that one can see that it would be found: "slot", "epoch" or "flag" (see `_plant_kernel`).
+`plant` puts a fault in, so that one can see that it would be found: "slot", "epoch", "flag" or "copy" (see
+`_plant_kernel`).
 """
 
 from __future__ import annotations
@@ -26,23 +27,25 @@ from ..call import Call as Operation
 from ..compat import INTERPRETED, next_power_of_2, tl, triton
 from ..symmetric.barrier import barrier
 from ..symmetric.barrier import fits as barrier_fits
+from ..symmetric.copied import KERNEL as COPIED
 from ..symmetric.one_shot import fits as one_shot_fits
 from ..symmetric.one_shot import one_shot
 from ..symmetric.two_shot import fits as two_shot_fits
 from ..symmetric.two_shot import two_shot
 from ..symmetric.workspace import Workspace
-from ..words import CHANNELS, SENTINEL
+from ..words import CHANNELS, COPIES, COPY_FLAGS, SENTINEL
 
 EPS = 1e-6
-PLANTS = ("slot", "epoch", "flag")
+PLANTS = ("slot", "epoch", "flag", "copy")
 _SENTINEL, _CHANNELS, _EPS = tl.constexpr(SENTINEL), tl.constexpr(CHANNELS), tl.constexpr(EPS)
+_COPIES, _COPY_FLAGS = tl.constexpr(COPIES), tl.constexpr(COPY_FLAGS)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CALL_BYTES = 2 << 20  # the most that x of one call takes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a kernel is compiled for. `kernel`: one_shot, two_shot or barrier."""
+    """What a kernel is compiled for. `kernel`: one_shot, two_shot, barrier or copied (2 ranks only)."""
 
     kernel: str
     hidden: int
@@ -68,11 +71,14 @@ RECIPES = (
     Recipe("barrier", 8192, BF16, "rms_norm"),
     Recipe("barrier", 1024, BF16, "layer_norm"),
     Recipe("barrier", 4096, F16, "rms_norm"),
+    Recipe("copied", 1024, BF16, "rms_norm"),
+    Recipe("copied", 4096, F32, "layer_norm"),
+    Recipe("copied", 7168, F16, "none"),
 )
 #: For the interpreter, which runs the programs of a split row in turn: none is split.
 TINY_RECIPES = tuple(
     Recipe(kernel, hidden, dtype, norm)
-    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("barrier", 64))
+    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("copied", 64))
     for dtype, norm in ((BF16, "rms_norm"), (F32, "layer_norm"))
 )
 ROWS = (0, 1, 1, 2, 3, 5, 8, 16, 33, 64, 150)
@@ -201,10 +207,13 @@ def _timer_kernel(timer_ptr, LOOKS: tl.constexpr):
         tl.atomic_max(timer_ptr + 2, worst)
 
 
-@triton.jit(do_not_specialize=["slot_words", "words", "flags"])
-def _plant_kernel(buffer_ptr, state_ptr, slot_words, words, flags, KIND: tl.constexpr, WORLD: tl.constexpr):
+@triton.jit(do_not_specialize=["slot_words", "words", "flags", "copies"])
+def _plant_kernel(
+    buffer_ptr, state_ptr, slot_words, words, flags, copies, KIND: tl.constexpr, WORLD: tl.constexpr
+):  # fmt: skip
     """A fault in this rank's memory. KIND 0, "slot": the call before did not clear its first `words` words. 1, "epoch":
-    it did not advance the epoch. 2, "flag": the peers' flags are up before the peers have raised them."""
+    it did not advance the epoch. 2, "flag": the peers' flags are up before the peers have raised them. 3, "copy": those
+    of chunks say that they were copied, and none was."""
     epoch = tl.load(state_ptr)
     slot = ((epoch & 3) + 2) % 3  # the call before's
     if KIND == 0:
@@ -219,6 +228,11 @@ def _plant_kernel(buffer_ptr, state_ptr, slot_words, words, flags, KIND: tl.cons
         for q in tl.static_range(WORLD):
             raised = buffer_ptr + flags + q * _CHANNELS + at
             tl.store(raised, tl.zeros([_CHANNELS], tl.int32) + ((epoch & -4) + 4))
+    if KIND == 3:
+        at = tl.arange(0, _COPY_FLAGS)
+        count = tl.load(state_ptr + _COPIES) + 1
+        ready = at == _COPY_FLAGS - 1  # the peer's slot
+        tl.store(buffer_ptr + copies + at, tl.zeros([_COPY_FLAGS], tl.int32) + count, mask=ready == 0)
 
 
 # -- host -------------------------------------------------------------------------------------------------------------
@@ -307,6 +321,8 @@ def bind(call: Call, op: Operation, ws: Workspace) -> Any:
     """The recipe's kernel, or, where it does not fit the size, one that does."""
     recipe = call.recipe
     ws = replace(ws, max_blocks=min(ws.max_blocks, 9)) if call.few else ws
+    if recipe.kernel == "copied" and COPIED.fits(op, ws, 1):
+        return COPIED.bind(op, ws, 1, 0, 0)
     if recipe.kernel == "two_shot" and two_shot_fits(op, ws):
         return two_shot(op, ws)
     if "shot" in recipe.kernel and one_shot_fits(op, ws, recipe.split):
@@ -360,4 +376,6 @@ def _spin(ledger: Ledger, index: int, rank: int, most_ns: int) -> Any:
 def _planted(ws: Workspace, plant: str, words: int) -> Step:
     settings = {"KIND": PLANTS.index(plant), "WORLD": ws.world}
     programs = max(1, -(-words // 1024)) if plant == "slot" else 1
-    return Step(_plant_kernel, programs, (ws.buffer, ws.state, ws.slot_words, words, ws.flags_offset), settings)
+    return Step(_plant_kernel, programs, (
+        ws.buffer, ws.state, ws.slot_words, words, ws.flags_offset, ws.copies_offset + ws.copy_words
+    ), settings)  # fmt: skip

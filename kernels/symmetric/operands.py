@@ -101,8 +101,10 @@ def _ready(t: Tensor | None) -> Tensor | None:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def prepare(call: Call) -> Prepared:
-    """Allocate the outputs and bring the inputs into the form the kernels load."""
+def prepare(call: Call, multiply: bool = True) -> Prepared:
+    """Allocate the outputs and bring the inputs into the form the kernels load. An x that is a product is multiplied
+    here, unless the kernel does so (`multiply`)."""
+    call = call.multiplied() if multiply else call
     inputs = tuple(_ready(t) for t in (call.x, call.residual, call.pre_bias, call.weight, call.bias))
     out, total = call.outputs()
     eps_tensor, eps = split_eps(call.eps_given, call.x.device)

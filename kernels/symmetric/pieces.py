@@ -58,5 +58,12 @@ def _rows(call: Call, out: AddNormOut, total: Tensor | None, start: int, stop: i
     def cut(t: Tensor | None) -> Tensor | None:
         return None if t is None else each(t)
 
+    def multiply(first: int, stop: int) -> None:
+        assert call.product is not None
+        call.product(start + first, start + stop)
+
     into = AddNormOut(each(out.y), *map(cut, (out.residual_out, out.mean, out.rstd, out.q, out.scale)))
-    return dataclasses.replace(call, x=each(call.x), residual=cut(call.residual), out=into, sum_out=cut(total))
+    product = None if call.product is None else multiply
+    return dataclasses.replace(
+        call, x=each(call.x), residual=cut(call.residual), out=into, sum_out=cut(total), product=product
+    )

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from tpfuse.kernels.symmetric.timeout import new_watch
-from tpfuse.kernels.symmetric.workspace import SLOTS, Workspace, buffer_words, from_buffers, initialise
-from tpfuse.kernels.words import EPOCHS, INBOXES, MARKS, SENTINEL, STATE_WORDS
+from tpfuse.kernels.symmetric.workspace import SLOTS, Workspace, buffer_words, copy_words_of, from_buffers, initialise
+from tpfuse.kernels.words import COPIES, EPOCHS, INBOXES, MARKS, SENTINEL, STATE_WORDS
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
     TimeoutError when ranks hang. `patience`: how long kernels wait for peers, in units of 32 polls rather than
     milliseconds. `rest`: whether all memory must be at rest in the end."""
     slot_words = slot_bytes // 16 * 4
-    buffers = [torch.empty(buffer_words(slot_words, world), dtype=torch.int32).share_memory_() for _ in range(world)]
+    copies = copy_words_of(slot_words, world)
+    size = buffer_words(slot_words, world, copies)
+    buffers = [torch.empty(size, dtype=torch.int32).share_memory_() for _ in range(world)]
     states = [torch.empty(STATE_WORDS, dtype=torch.int32).share_memory_() for _ in range(world)]
     for buffer, state in zip(buffers, states, strict=True):
-        initialise(buffer, state, slot_words)
+        initialise(buffer, state, slot_words, copies)
     context = multiprocessing.get_context("fork")  # the mappings keep their addresses
     results: Any = context.Queue()
     watches = [new_watch("cpu", patience).share_memory_() for _ in range(world)]
@@ -67,7 +69,7 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
     for rank in range(world):
         fence = context.Barrier(programs_per_rank)
         ws = from_buffers(rank, addresses, buffers[rank], states[rank], slot_words, max_blocks, None,
-                          watch=watches[rank])  # fmt: skip
+                          watch=watches[rank], remote=buffers[1 - rank] if copies else None, copies=copies)  # fmt: skip
         for program in range(programs_per_rank):
             delay = random.Random(f"{seed}/{rank}/{program}")
             seats.append(Seat(ws, program, programs_per_rank, fence, delay))
@@ -99,6 +101,6 @@ def run(world: int, fn: Callable[..., Any], *args: Any, programs_per_rank: int =
 def check_rest(rank: int, buffer: torch.Tensor, state: torch.Tensor, slot_words: int) -> None:
     """At rest every slot and inbox is empty, and all channels agree on the epoch."""
     assert (buffer[: SLOTS * slot_words] == SENTINEL).all(), f"rank {rank} left words in a slot"
-    assert (state[INBOXES:] == SENTINEL).all(), f"rank {rank} left words in an inbox"
+    assert (state[INBOXES:COPIES] == SENTINEL).all(), f"rank {rank} left words in an inbox"
     assert (state[MARKS] == 0).all(), f"rank {rank} is dead"
     assert (state[EPOCHS] == state[0]).all(), f"rank {rank}'s channels disagree on the epoch"

@@ -97,7 +97,7 @@ def in_place_of_gpus(monkeypatch: Any, slot_bytes: int = 1 << 16, computes: bool
     """Let groups of a fake world use the stub on CPU tensors; what is launched."""
     kernel = StubKernel(list(one_shot._one_shot_kernel.arg_names), computes)
 
-    def meet(group: Any, group_name: str, device: torch.device, slots: int) -> tuple:
+    def meet(group: Any, group_name: str, device: torch.device, slots: int, copies: bool) -> tuple:
         return virtual_ranks(2, "cpu", 64, slots)[0], ""
 
     table = Table([Entry("*", 2, 64, 1 << 20, "one_shot")])

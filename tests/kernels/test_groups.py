@@ -25,7 +25,7 @@ def meetings(monkeypatch):
     """Ranks always agree on a workspace of the size asked for, unless told to refuse; the sizes asked for."""
     asked: list[int] = []
 
-    def meet(group, group_name, device, slot_bytes):
+    def meet(group, group_name, device, slot_bytes, copies):
         asked.append(slot_bytes)
         refusal = "No memory is left." if slot_bytes > 1 << 20 else ""
         return (None if refusal else virtual_ranks(2, "cpu", 4, slot_bytes)[0]), refusal

@@ -20,6 +20,7 @@ from tpfuse.kernels.bench.linked import LinkedRanks
 from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import workspace_of
 from tpfuse.kernels.symmetric.barrier import barrier
+from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import late_ranks
@@ -30,7 +31,7 @@ from tpfuse.kernels.words import MOST_RANKS
 pytestmark = pytest.mark.gpu
 WORLD = min(torch.cuda.device_count(), MOST_RANKS)
 BF16, F32 = torch.bfloat16, torch.float32
-KERNELS = ("one_shot", "one_shot/4", "two_shot", "barrier")
+KERNELS = ("one_shot", "one_shot/4", "two_shot", "barrier", *(["copied"] if WORLD == 2 else []))
 
 
 def _group(rank: int) -> dist.ProcessGroup:
@@ -52,6 +53,8 @@ def _operands(seed: int, rank: int, rows: int, hidden: int, norm: str, dtype: to
 
 
 def _launch(kernel: str, op: Call, ws) -> object:
+    if kernel == "copied":
+        return copied(op, ws)
     if kernel == "two_shot" and two_shot_fits(op, ws):
         return two_shot(op, ws)
     if kernel == "one_shot/4" and one_shot_fits(op, ws, 4):
@@ -115,7 +118,7 @@ def _graphs(rank: int) -> float:
     group = _group(rank)
     ws = workspace_of(group.group_name, torch.device("cuda", rank))
     captured = []
-    for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048), ("one_shot", 280, 4096)):
+    for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048), (KERNELS[-1], 280, 4096)):
         op, truth = _operands(rows, rank, rows, hidden, "rms_norm", BF16)
         launch = _launch(kernel, op, ws)
         launch.load()

@@ -1,0 +1,137 @@
+"""The boundary by copy engines: real processes, shared memory, delayed ranks, Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.errors import PeerTimeoutError
+from tpfuse.kernels.symmetric import copied as module
+from tpfuse.kernels.symmetric.copied import chunks_of, copied
+from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
+
+from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
+from .protocol import Seat, run
+
+CALLS = [
+    Call(rows=rows, hidden=hidden, dtype=dtype, seed=n, fill=fill, options={"norm": norm, **options})
+    for n, (rows, hidden, dtype, fill, norm, options) in enumerate([
+        (1, 64, BF16, "random", "rms_norm", {}),
+        (5, 64, BF16, "minus_zero", "layer_norm", {"stats": True}),
+        (0, 64, BF16, "random", "rms_norm", {}),
+        (9, 40, F16, "sentinel", "rms_norm", {"post": True, "alpha": 0.5}),
+        (3, 72, F32, "random", "none", {"want_sum": True}),
+        (4, 64, BF16, "random", "rms_norm", {"weight_offset": 1.0, "want_sum": True, "stats": True}),
+    ])
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 256)
+
+
+def multiplied(call: Call, seat: Seat) -> Any:
+    """The operands with an x that holds nothing before its rows are asked for."""
+    op = call.operands(seat.ws.rank)
+    x = torch.full_like(op.x, float("nan"))
+
+    def product(first: int, stop: int) -> None:
+        seat.dawdle()
+        x[first:stop] = op.x[first:stop]
+
+    return dataclasses.replace(op, x=x, product=product)
+
+
+def play(seat: Seat, calls: list[Call], products: tuple[bool, bool]) -> list[Any]:
+    answers = []
+    for call in calls:
+        seat.dawdle()
+        op = multiplied(call, seat) if products[seat.ws.rank] else call.operands(seat.ws.rank)
+        out, total = copied(op, seat.ws).run()
+        expected, expected_sum = call.expected(2)
+        close(out.y, expected.y)
+        near(out.y, expected.y)
+        near(out.residual_out, expected.residual_out)
+        assert (out.rstd is None) == (expected.rstd is None) and (out.mean is None) == (expected.mean is None)
+        if out.rstd is not None:
+            close(out.rstd, expected.rstd, call.dtype)
+        if total is not None:
+            close(total, expected_sum)
+        answers.append((bits(out.y), bits(out.residual_out)))
+    return answers
+
+
+@pytest.mark.parametrize("products", [(False, False), (True, True), (True, False)], ids=str)
+def test_every_norm_dtype_and_number_of_rows_is_right_and_equal_on_both_ranks(products: tuple[bool, bool]) -> None:
+    equal_on_all_ranks(run(2, play, CALLS, products))
+
+
+def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
+    calls = [Call(rows=1 + (5 * n) % 7, hidden=64, seed=n) for n in range(30)]
+    equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+
+
+def hasty(seat: Seat, calls: list[Call]) -> int:
+    """Without the wait for the peer's slot, and with a reader that is slow: how many results are wrong."""
+    finish = module.CopiedLaunch._finish
+
+    def late(self: Any, *chunk: int) -> None:
+        time.sleep(0.01)
+        finish(self, *chunk)
+
+    waiting = module.CopiedLaunch._waiting
+
+    def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
+        return (_Nothing(), (), {}) if flag == module.READY else waiting(self, flag, first, words)
+
+    module.CopiedLaunch._waiting = without_the_slot  # type: ignore[method-assign]
+    if seat.ws.rank == 1:
+        module.CopiedLaunch._finish = late  # type: ignore[method-assign]
+    wrong = 0
+    for call in calls:
+        out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+        expected, _ = call.expected(2)
+        wrong += not torch.allclose(out.y.double(), expected.y.double(), rtol=5e-2, atol=5e-2)
+    return wrong
+
+
+class _Nothing:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+def test_a_copy_that_does_not_wait_for_the_slot_is_found_out() -> None:
+    calls = [Call(rows=5, hidden=64, seed=n) for n in range(20)]
+    _, (wrong,) = run(2, hasty, calls)
+    assert wrong > 0
+
+
+def desert(seat: Seat) -> dict[str, Any]:
+    copied(Call(rows=5).operands(seat.ws.rank), seat.ws).run()
+    if seat.ws.rank == 1:
+        return {}
+    set_timeout(seat.ws.watch, 2e-3)
+    op = Call(rows=5, seed=1).operands(0)
+    out, _ = copied(op, seat.ws).run()
+    with pytest.raises(PeerTimeoutError, match="rank 1"):
+        raise_if_late(seat.ws, "tp")
+    again, _ = copied(Call(rows=5, seed=2).operands(0), seat.ws).run()
+    return {"nan": bool(out.y.isnan().all() and again.y.isnan().all()), "sent": bool(op.x.isnan().all())}
+
+
+def test_a_rank_that_waited_in_vain_has_nan_and_sends_nan() -> None:
+    (left,), _ = run(2, desert, rest=False)
+    assert left == {"nan": True, "sent": True}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 4096, 5000])
+@pytest.mark.parametrize("row_bytes", [16, 8192, 1 << 20])
+def test_chunks_are_all_rows_in_order_and_few(rows: int, row_bytes: int) -> None:
+    chunks = chunks_of(rows, row_bytes)
+    assert [row for first, stop in chunks for row in range(first, stop)] == list(range(rows))
+    assert len(chunks) <= module.READY
