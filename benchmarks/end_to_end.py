@@ -15,6 +15,7 @@ Models are in models.py; every rank holds its part, cut by `tpfuse.parallelize`.
                                                 small sums to symmetric memory, and fails when a second size follows in
                                                 the same process, so such a run has one model and one size
     tpfuse, quantised outputs                   of llama_fp8: with the rewrite that quantises in the boundary's kernel
+    tpfuse, overlapped                          with --overlap: with overlap_all_reduce_norm named
 
 Times are the slowest rank's, medians of alternating rounds. Outputs of the two are compared. One replay of each graph
 is profiled: time in boundary kernels (NCCL or fused, and kernels with a norm in them), in all others, and between them.
@@ -46,7 +47,7 @@ from records import OfModel, write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.passes.plan.sites import REWRITES
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP, REWRITES
 
 BOUNDARY = re.compile(r"nccl|_one_shot_kernel|_two_shot_kernel|_barrier_kernel|_add_norm_kernel|rsqrt|"
                       r"rms_norm|symm_mem|multimem", re.IGNORECASE)  # fmt: skip
@@ -78,7 +79,11 @@ def compiled_steps(step: Step, arguments: argparse.Namespace, quantised: bool) -
     if arguments.auto_select:
         ways["auto_select"] = {"backend": auto_select}
     if quantised:
-        ways["tpfuse, quantised outputs"] = {"backend": tpfuse_backend, "options": {"rewrites": REWRITES}}
+        rewrites = [name for name in REWRITES if name != OVERLAP]
+        ways["tpfuse, quantised outputs"] = {"backend": tpfuse_backend, "options": {"rewrites": rewrites}}
+    if arguments.overlap:
+        rewrites = [*DEFAULT_REWRITES, OVERLAP]
+        ways["tpfuse, overlapped"] = {"backend": tpfuse_backend, "options": {"rewrites": rewrites}}
     return {name: torch.compile(step.call, fullgraph=True, dynamic=False, **way) for name, way in ways.items()}
 
 
@@ -236,6 +241,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--reduce-overhead", action="store_true", help="also torch.compile's own CUDA graphs")
     parser.add_argument("--auto-select", action="store_true", help="also Inductor's own way to symmetric memory")
+    parser.add_argument("--overlap", action="store_true", help="also tpfuse with overlap_all_reduce_norm named")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on CPUs where there are no GPUs: a rehearsal")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))

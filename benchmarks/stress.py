@@ -1,7 +1,7 @@
 """Calls of the symmetric-memory kernels by the million, every result of every call checked on the device.
 
     torchrun --nproc-per-node 2 benchmarks/stress.py --calls 1000000             linked GPUs, one process each
-    torchrun --nproc-per-node 2 benchmarks/stress.py --calls 10000 --plant slot  a fault (slot, epoch, flag) to be found
+    torchrun --nproc-per-node 2 benchmarks/stress.py --calls 10000 --plant slot  a fault, to be found
     python benchmarks/stress.py --virtual 2 --calls 100000                       virtual ranks on one GPU
     python benchmarks/stress.py --interpret --calls 200                          Triton's interpreter, no GPU
 
@@ -34,7 +34,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--graphs", type=int, default=20)
     parser.add_argument("--calls-a-graph", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plant", choices=("slot", "epoch", "flag"), help="the last rank is given this fault")
+    parser.add_argument("--plant", choices=("slot", "epoch", "flag", "copy"), help="the last rank is given this fault")
     parser.add_argument("--timeout", type=float, help="seconds that a kernel waits for a peer (30; with --plant 0.5)")
     parser.add_argument("--out", type=Path, default=OUT, help="'-': nowhere")
     parser.add_argument("--virtual", type=int, metavar="RANKS", help="so many ranks on one GPU")

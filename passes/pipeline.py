@@ -30,7 +30,7 @@ from .facts.declared import as_declared, as_functional
 from .facts.group_names import with_group_names
 from .facts.groups import names_of_groups, own_rank
 from .facts.refusals import Code, Refusal
-from .plan.sites import DEFAULT_REWRITES, Decisions, plan
+from .plan.sites import DEFAULT_REWRITES, OVERLAP, Decisions, plan
 from .recognise.known import Known
 from .recognise.norms import find_norms
 from .recognise.sites import Recognition
@@ -310,10 +310,11 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     if context.rewritten:
         restore_order(graph)
         settle_strides(graph, at_once=bool(context.known.hazards.writes))
-        if context.options.batch_invariant:
-            for node in graph.nodes:
-                if any(calls(node, f"tpfuse::{name}") for name in FUSED_NORMS):
-                    node.update_kwarg("batch_invariant", True)
+        for node in graph.nodes:
+            if context.options.batch_invariant and any(calls(node, f"tpfuse::{name}") for name in FUSED_NORMS):
+                node.update_kwarg("batch_invariant", True)
+            if OVERLAP in context.options.rewrites and calls(node, "tpfuse::all_reduce_norm"):
+                node.update_kwarg("overlap", True)
         graph.lint()
         context.edited = True
     return {}

@@ -43,7 +43,8 @@ class Options:
 
     eps: where no tensor says it. hidden_dtype: None where the hidden states are not wanted. want_sum: also the sum
     itself, in the dtype of x. stats: also the norm's statistics. batch_invariant: a row's bits do not depend on how
-    many rows there are. quant: how y is quantised (`Quantisation.text`), or nothing.
+    many rows there are. quant: how y is quantised (`Quantisation.text`), or nothing. overlap:
+    whether a large call may send a part of its rows while others are multiplied.
     """
 
     norm: str
@@ -58,6 +59,7 @@ class Options:
     group_name: str = ""
     batch_invariant: bool = False
     quant: str = ""
+    overlap: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Options:
 _SCHEMA_TYPES: dict[Any, str] = {
     "str": "str", "float": "float", "bool": "bool", "torch.dtype": "ScalarType", "torch.dtype | None": "ScalarType?",
 }  # fmt: skip
-_ADDED_LATER = {"batch_invariant": "False", "quant": '""'}
+_ADDED_LATER = {"batch_invariant": "False", "quant": '""', "overlap": "False"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class BoundarySpec(Options):
         """The spec as a string, a short one; `read_spec` gives it back, every number bit for bit."""
         operands = ",".join(map(_word, self.operands))
         numbers = (self.eps, self.weight_offset, self.alpha)
-        flags = (self.post, self.want_sum, self.stats, self.batch_invariant)
+        flags = (self.post, self.want_sum, self.stats, self.batch_invariant, self.overlap)
         words = [self.norm, *map(repr, numbers), "".join(str(int(flag)) for flag in flags)]
         dtypes = (_word(self.out_dtype), _word(self.hidden_dtype))
         return "|".join([*words, *dtypes, operands, self.quant, self.group_name])
@@ -110,14 +112,15 @@ def read_spec(text: str) -> BoundarySpec:
     """The inverse of `BoundarySpec.text`. Raises OpError for anything that is no such text."""
     try:
         norm, eps, weight_offset, alpha, flags, out, hidden, operands, quant, group_name = text.split("|", 9)
-        post, want_sum, stats, batch_invariant = (flag == "1" for flag in flags)
+        post, want_sum, stats, batch_invariant, overlap = (flag == "1" for flag in flags)
         out_dtype = _dtype(out)
         if out_dtype is None:
             raise ValueError("no dtype for y")
         return BoundarySpec(
             norm=norm, eps=float(eps), weight_offset=float(weight_offset), alpha=float(alpha), post=post,
             out_dtype=out_dtype, hidden_dtype=_dtype(hidden), want_sum=want_sum, stats=stats, group_name=group_name,
-            batch_invariant=batch_invariant, quant=quant, operands=tuple(map(_dtype, operands.split(","))),
+            batch_invariant=batch_invariant, quant=quant, overlap=overlap,
+            operands=tuple(map(_dtype, operands.split(","))),
         )  # fmt: skip
     except (ValueError, AttributeError) as error:
         raise OpError(f"spec={text!r} is none of tpfuse's: {error}; only compiled graphs call this operator") from error

@@ -32,7 +32,7 @@ from .kernels.call import AddNormOut, Call
 from .kernels.replay import Site, addresses, quantised_addresses, with_records
 
 
-def _declared(names: tuple[str, ...]) -> str:
+def declared(names: tuple[str, ...]) -> str:
     """The arguments as a schema has them: x, y and the spec are always given."""
     letters = dict(zip(OUTPUTS, "abcdefg", strict=True))
     required = {"x": "Tensor x", "y": "Tensor(a!) y", "spec": "str spec"}
@@ -108,7 +108,7 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
 
     for form, names in FORMS.items():
         full_name = f"{name}.{form}"
-        library.define(f"{full_name}({_declared(names)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(f"{full_name}({declared(names)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(full_name, quantising if "q" in names else plain, "CompositeExplicitAutograd")
         # Compiled graphs hold no gradients any more; the usual look for them would cost a microsecond.
         for key in ("Autograd", "ADInplaceOrView"):

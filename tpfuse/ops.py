@@ -41,6 +41,7 @@ from .kernels.entry import all_reduce_add_norm
 from .lean import call_leanly
 from .lean import define as define_lean
 from .parallel.mesh import group_name_of, no_such_group
+from .product_ops import define as define_behind_product
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 #: Of each of the operators, and what it returns.
@@ -248,6 +249,7 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     all of it (None, on all ranks alike, where it cannot)."""
 
     def functional(call: Call) -> list[Tensor]:
+        call = call.multiplied()
         total = pay(call.x, call.group_name)
         out = add_norm(call if total is call.x else replace(call, x=total))
         return _outputs(out, total if call.want_sum else None)
@@ -280,6 +282,8 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     torch.library.register_fake(f"tpfuse::{name}", fake, lib=_LIBRARY)
     register_local_tensor_rule(f"tpfuse::{name}", rule)
     define_lean(_LIBRARY, name, lean)
+    if name == "all_reduce_norm":
+        define_behind_product(_LIBRARY, lean)
 
 
 def _in_one_kernel(call: Call, site: Any = None) -> tuple[AddNormOut, Tensor | None] | None:

@@ -13,6 +13,9 @@ from ..facts.graph import value
 from ..facts.refusals import Code, Refusal, refused
 from ..recognise.sites import Owed, Recognition, Site
 
+#: Lets large calls begin with their product. Every rank names it or none does, as with `batch_invariant`: it decides
+#: which kernel runs.
+OVERLAP = "overlap_all_reduce_norm"
 #: Every rewrite there is. `rewrites=` of `plan` switches them off one by one.
 REWRITES = (
     "all_reduce_norm",
@@ -25,9 +28,10 @@ REWRITES = (
     "norm_gather",
     "norm_backward",
     "quantised_outputs",
+    OVERLAP,
 )
 #: Those that are used only where they are asked for by name.
-OPT_IN = ("norm_backward", "quantised_outputs")
+OPT_IN = ("norm_backward", "quantised_outputs", OVERLAP)
 DEFAULT_REWRITES = tuple(name for name in REWRITES if name not in OPT_IN)
 READ_ALONE = (
     "the norm reads the sum of it and of another all-reduce, and its own sum, or what that was added up to before, is "

@@ -11,8 +11,9 @@ becomes
 for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs
 that nobody reads are not asked for.
 
-Where no kernel does an operation as one it is written out instead (`plain.py`). Only the calls are written
-differently: what is sent, and in which order, stays.
+Where no kernel does an operation as one it is written out instead (`plain.py`). An all-reduce of a large product may
+take the product with it (`overlap.py`). Only the calls are written differently: what is sent, and in which order,
+stays.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from tpfuse._torch_private import (
     operator_full_name,
 )
 from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
+from tpfuse.product_ops import NAME
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, value
 from ..verdict.runs import runs_in_a_kernel
 from .lower_backward import lower_backward
+from .overlap import Product, find_product
 from .plain import rows_divide, spec_of, write_out
 
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
@@ -78,13 +81,18 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     fakes = dict(zip(spec.outputs, node.meta["val"], strict=True))
     readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
     spec = _only(spec, readers)
-    sizes = {name: _sizes(fakes[name], operands) for name in spec.outputs}
+    product = find_product(operands["x"], spec.group_name) if spec.overlap else None
+    sizes = {name: _sizes(fakes[name], operands, product is None) for name in spec.outputs}
+    if product is not None and None in sizes.values():
+        product = None
+        sizes = {name: _sizes(fakes[name], operands) for name in spec.outputs}
     if None in sizes.values():
         return False
     with graph.inserting_before(node):
         outputs = {name: _empty(graph, sizes[name], fakes[name], node) for name in spec.outputs}
         given = {"spec": spec.text(), **operands, **outputs}
-        overload = _overload(node, given)
+        overload = _overload(node, given, product)
+        given |= product.factors if product is not None else {}
         names = argument_names(overload)
         call = graph.call_function(auto_functionalized(), (overload,), {name: given.get(name) for name in names})
         carry_meta(node, call)
@@ -97,6 +105,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
+    if product is not None:
+        product.erase(graph)
     return True
 
 
@@ -112,9 +122,9 @@ def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
     return name == "tpfuse::rows_norm" or rows_divide(given.shape, group_size(spec.group_name))
 
 
-def _overload(node: fx.Node, given: dict[str, Any]) -> Any:
+def _overload(node: fx.Node, given: dict[str, Any], product: Product | None) -> Any:
     """The smallest of the operator's forms that takes all that is given."""
-    packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2])
+    packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2] if product is None else NAME)
     return getattr(packet, form_for({name for name, value in given.items() if value is not None}))
 
 
@@ -129,10 +139,12 @@ def _only(spec: BoundarySpec, readers: dict[str, fx.Node]) -> BoundarySpec:
     )
 
 
-def _sizes(output: torch.Tensor, operands: dict[str, Any]) -> list[int | tuple[fx.Node, int]] | None:
-    """Each size of an output: a number, or the operand that has it in the same place; None where none has."""
+def _sizes(output: torch.Tensor, operands: dict[str, Any], of_x: bool = True) -> list[int | tuple[fx.Node, int]] | None:
+    """Each size of an output: a number, or the operand that has it in the same place; None where none has. `of_x`:
+    whether x may be asked."""
     sizes: list[int | tuple[fx.Node, int]] = []
-    known = [(node, fake.shape) for node in (operands["x"], operands["residual"]) if (fake := value(node)) is not None]
+    asked = (operands["x"], operands["residual"]) if of_x else (operands["residual"],)
+    known = [(node, fake.shape) for node in asked if (fake := value(node)) is not None]
     for dim, size in enumerate(output.shape):
         if isinstance(size, int):
             sizes.append(size)

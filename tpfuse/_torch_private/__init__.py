@@ -55,6 +55,7 @@ from .inductor import (
     inductor_mode_options,
     inductor_settings,
     joint_graph_clean_up,
+    products_are_tuned,
     trace_on_fakes,
     without_cse,
 )
@@ -182,6 +183,7 @@ __all__ = [
     "path_of_compiled",
     "post_accumulate_hooks",
     "process_group",
+    "products_are_tuned",
     "qualified_operator",
     "raised_through_dynamo",
     "ranks_of_ddp",

@@ -73,6 +73,16 @@ def inductor_mode_options(mode: str | None = None) -> dict[str, Any]:
     return list_mode_options(mode) if mode is not None else list_mode_options()
 
 
+def products_are_tuned() -> bool:
+    """Whether Inductor chooses among kernels for a matrix product by trying them.
+
+    If the settings go: True, which leaves every product to Inductor.
+    """
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
 def inductor_config() -> dict[str, Any]:
     """Inductor's current configuration, by option name.
 

@@ -1,0 +1,66 @@
+"""A matrix product and the all-reduce and norm behind it, as compiled graphs call them: one operator.
+
+    tpfuse::product_all_reduce_norm.lean(a, b, y, spec, residual, weight, hidden)     and the other forms of lean.py
+
+is tpfuse::all_reduce_norm of x = a @ b: a [rows, k], b [k, hidden], y of any shape with `rows` rows of `hidden`. From
+FROM_BYTES of x on the call hands its kernel the product, and the one that can send some rows while others are
+multiplied (kernels/symmetric/copied.py) does so; every other kernel, and every smaller call, begins when x is there.
+What a rank sends, and when a peer may count on it, is the same in any case: a peer need not have this operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .boundary_spec import FORMS, OUTPUTS, BoundarySpec, read_spec
+from .kernels.call import Call
+from .kernels.symmetric.copied import FROM_BYTES
+from .lean import Boundary, declared
+
+NAME = "product_all_reduce_norm"
+_spec = lru_cache(maxsize=4096)(read_spec)
+
+
+def define(library: torch.library.Library, run: Callable[[Call, Any], list[Tensor]]) -> None:
+    """Define the operator. `run`: as of tpfuse::all_reduce_norm's lean forms."""
+    for form, names in FORMS.items():
+        full_name = f"{NAME}.{form}"
+        arguments = declared(names).replace("Tensor x", "Tensor a, Tensor b")
+        library.define(f"{full_name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(full_name, partial(_call, run, form), "CompositeExplicitAutograd")
+        for key in ("Autograd", "ADInplaceOrView"):
+            library.impl(full_name, torch.library.fallthrough_kernel, key)
+        torch.library.register_fake(f"tpfuse::{full_name}", lambda *_, **__: None, lib=library)
+
+
+def _call(run: Callable, form: str, a: Tensor, b: Tensor, *rest: Any) -> None:
+    given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
+    y, spec = given["y"], _spec(given["spec"])
+    x = torch.empty(y.shape, dtype=a.dtype, device=a.device)
+    rows = x.view(-1, b.shape[1])
+
+    def multiply(first: int, stop: int) -> None:
+        torch.mm(a[first:stop], b, out=rows[first:stop])
+
+    if x.nbytes < FROM_BYTES:
+        multiply(0, rows.shape[0])
+        getattr(torch.ops.tpfuse.all_reduce_norm, form)(x, *rest)
+        return
+    operands = (x, *(given.get(name) for name in ("residual", "pre_bias", "weight", "bias", "eps_tensor")))
+    site = _Overlapped(run, spec, multiply)
+    site.first(operands, {name: given.get(name) for name in OUTPUTS})
+
+
+class _Overlapped(Boundary):
+    """One call, whose x is a product."""
+
+    __slots__ = ()
+
+    def __init__(self, run: Callable[[Call, Any], list[Tensor]], spec: BoundarySpec, product: Callable) -> None:
+        super().__init__(lambda call, _: run(call, None), spec)
+        self.options = {**self.options, "product": product}
