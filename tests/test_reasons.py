@@ -125,6 +125,45 @@ def test_a_graph_break_is_noted_with_its_place(after, said):
     assert all("a graph break ends the graph at test_reasons.py:" in boundary.reason for boundary in first.unfused)
 
 
+class Routed(Block):
+    """Loops over experts, whose rows only the data tell."""
+
+    def forward(self, x):
+        z = torch.zeros_like(x)
+        for expert in range(2):
+            (rows,) = torch.where(x[0, :, expert] > 0)
+            z = z.index_add(1, rows, self.down(x[:, rows]))
+        return self.norm(x + all_reduce(z))
+
+
+class Deprecated(Block):
+    def forward(self, x):
+        return super().forward(torch.distributed.nn.functional.all_reduce(x))
+
+
+TRACED = not hasattr(torch.distributed.nn.functional, "_not_supported_under_compile")
+
+
+@pytest.mark.parametrize(
+    "model, place, said",
+    [
+        (Routed, "for what stands at ", "capture_dynamic_output_shape_ops = True"),
+        pytest.param(
+            Deprecated,
+            "an exception: RuntimeError(",
+            "call torch.distributed._functional_collectives.all_reduce",
+            marks=pytest.mark.skipif(TRACED, reason="this torch traces it"),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_function_that_dynamo_gave_up_is_noted_with_the_reason(model, place, said):
+    """The parts of it that are compiled are graphs of their own."""
+    note = reports_of(model())[0].notes[0]
+    assert f"{model.__name__}.forward (test_reasons.py:" in note and "Dynamo could not compile it" in note
+    assert place in note and said in note
+
+
 def test_a_hook_that_is_not_traced_is_noted():
     model = Two()
     for block in model.blocks:

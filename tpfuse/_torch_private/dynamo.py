@@ -99,11 +99,12 @@ def _as_break(reason: Any) -> GraphBreak | None:
     return GraphBreak(str(getattr(reason, "reason", "")).strip(), place)
 
 
-def callers() -> tuple[list[str], list[str]]:
+def callers() -> tuple[list[str], list[str], GraphBreak | None]:
     """The program's own functions on the stack while Dynamo compiles, innermost first: those that were to be compiled
-    and run outside of any graph, and the forwards of modules that call what was compiled.
+    and run outside of any graph, and the forwards of modules that call what was compiled; and why Dynamo could not
+    compile the innermost of the former of which that is known.
 
-    If `compile_wrapper` goes: ([], []), and reports say less about what is around a graph.
+    If `compile_wrapper` goes: ([], [], None), and reports say less about what is around a graph.
     """
     frames: list[tuple[types.FrameType, bool]] = []
     outermost = 0
@@ -116,7 +117,32 @@ def callers() -> tuple[list[str], list[str]]:
             frames.append((frame, "forward" in frame.f_code.co_name))
         frame = frame.f_back
     inside = [_where(frame) for frame, _ in frames[:outermost]]
-    return inside, [_where(frame) for frame, is_forward in frames[outermost:] if is_forward]
+    codes = [(frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name) for frame, _ in frames]
+    reasons = dict(given_up()) if outermost else {}
+    why = next((reasons[code] for code in codes[:outermost] if code in reasons), None)
+    return inside, [_where(frame) for frame, is_forward in frames[outermost:] if is_forward], why
+
+
+def given_up() -> list[tuple[tuple[str, int, str], GraphBreak]]:
+    """The functions that Dynamo could not compile at all, oldest first, as (file, first line, name), and why: a break
+    in a loop, an exception in what it traced.
+
+    If `get_compilation_metrics` goes: none, and notes name what the usual reasons are.
+    """
+    try:
+        from torch._dynamo.utils import get_compilation_metrics
+    except ImportError:
+        return []
+    found: list[tuple[tuple[str, int, str], GraphBreak]] = []
+    for tried in get_compilation_metrics():
+        code: Any = tuple(getattr(tried, name, None) for name in ("co_filename", "co_firstlineno", "co_name"))
+        reason = str(getattr(tried, "fail_reason", None) or "").strip()
+        if reason and None not in code:
+            file = str(getattr(tried, "fail_user_frame_filename", None) or "")
+            line = getattr(tried, "fail_user_frame_lineno", None)
+            place = "" if not file or file.startswith(_NO_PROGRAM) else f"{file}:{line}"
+            found.append((code, GraphBreak(reason, place)))
+    return found
 
 
 def path_of_compiled() -> tuple[str, bool]:

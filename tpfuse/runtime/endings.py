@@ -31,6 +31,8 @@ _ADVICE = (
     ("warnings.warn", "torch._dynamo.config.reorderable_logging_functions.add(warnings.warn) keeps it out of the way"),
     ("Reorderable", "torch._dynamo.config.reorderable_logging_functions.add(...) with that function keeps it out of "
      "the way"),
+    ("torch.distributed.nn.functional", "call torch.distributed._functional_collectives.all_reduce(x, 'sum', group) or "
+     "its like, which has a gradient too"),
     ("pybind11_object", "make the object outside of compiled code; a collective that compiled code has no form of "
      "(a barrier, a reduction to one rank) belongs outside, too, or is to be its twin in "
      "torch.distributed._functional_collectives, where it has one"),
@@ -49,7 +51,8 @@ class Surroundings:
     """What is around a graph that Dynamo hands over.
 
     ending: the break that ends it, or None. before: other breaks since the last graph. outside: functions that were to
-    be compiled and call this graph from outside of any. callers: forwards of modules that call what was compiled.
+    be compiled and call this graph from outside of any; skipped: why Dynamo could not compile them, where that is
+    known. callers: forwards of modules that call what was compiled.
     regions: places of nested compile regions with collectives. path: where the module that is compiled stands in the
     one that was to be; sharded: whether FSDP2 wraps it.
     """
@@ -57,6 +60,7 @@ class Surroundings:
     ending: GraphBreak | None = None
     before: Sequence[GraphBreak] = field(default=())
     outside: Sequence[str] = field(default=())
+    skipped: GraphBreak | None = None
     callers: Sequence[str] = field(default=())
     regions: Sequence[str] = field(default=())
     path: str = ""
@@ -83,12 +87,13 @@ def surroundings(gm: fx.GraphModule) -> Surroundings:
     with state.LOCK:
         new, state.BREAKS.named = private.breaks_since(state.BREAKS.named)
     new = [found for found in new if _OF_DDP not in found.reason]
-    outside, callers = private.callers()
+    outside, callers, skipped = private.callers()
     if ending is not None:  # of two words on one place the longer one explains it
         ending = max([found for found in new if found.place == ending.place] or [ending], key=lambda b: len(b.reason))
     before = tuple(found for found in new if ending is None or found.place != ending.place)
     path, sharded = private.path_of_compiled()
-    return Surroundings(ending, before[-_NOTED:], tuple(outside), tuple(callers), _regions(gm), path, sharded)
+    before = before[-_NOTED:]
+    return Surroundings(ending, before, tuple(outside), skipped, tuple(callers), _regions(gm), path, sharded)
 
 
 def unnamed_breaks() -> list[GraphBreak]:
@@ -136,13 +141,19 @@ def _notes(around: Surroundings) -> Iterable[str]:
     if around.outside and around.ending is None and not around.before:
         yield (
             f"this graph is a part of what was to be compiled: {' ← '.join(around.outside[:4])} runs outside of any "
-            f"graph, because {_SHARDED if around.sharded else _SKIPPED}"
+            f"graph, because {_SHARDED if around.sharded else _why_skipped(around.skipped)}"
         )
     for region in around.regions:
         yield (
             f"{region} is a nested compile region: a graph of its own, compiled once for all its calls, so a sum "
             "inside it and a norm outside, or the reverse, are not fused; called without nested_compile_region they are"
         )
+
+
+def _why_skipped(found: GraphBreak | None) -> str:
+    if found is None:
+        return _SKIPPED
+    return f"Dynamo could not compile it{found.place and ', for what stands at '}{found.place}: {in_words(found)}"
 
 
 def in_words(found: GraphBreak) -> str:
@@ -152,6 +163,10 @@ def in_words(found: GraphBreak) -> str:
     if lines[:1] and lines[0].startswith("generic_jump"):
         lines[0] = f"a branch on the value of a tensor (Dynamo's {lines[0]})"
     said = [line for line in lines[:1] if line]
+    if lines[:1] == ["Observed exception"]:
+        raised = [line.partition("raised exception")[2].strip() for line in lines if "raised exception" in line]
+        lines = [f"an exception: {raised[0]}" if raised else lines[0], *(line for line in lines if "Hint:" in line)]
+        said = lines[:1]
     said += [line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explanation:")]
     hints = [line.removeprefix("Hint:").strip() for line in lines if line.startswith("Hint:")]
     hints = [hint for hint in hints if not any(word in hint for word in _FOR_TORCH)] or ["keep it out of compiled code"]

@@ -18,14 +18,15 @@ _IN_PLACE = (
 
 def why_no_reports() -> str:
     """One or two sentences, from the wrappers there are and the graph breaks that Dynamo met."""
-    found = [f"at {each.place}: {in_words(each)}" for each in unnamed_breaks()[:3]]
+    breaks = unnamed_breaks() or [why for _, why in private.given_up()]
+    found = [f"{each.place and f'at {each.place}: '}{in_words(each)}" for each in breaks[:3]]
     if found:
         return f"tpfuse compiled no graph; Dynamo met graph breaks, {'; '.join(found)}"
     wrapped = wrappers()
     if wrapped:
         return f"tpfuse compiled no graph: the compiled {', '.join(wrapped)} was never called. {_IN_PLACE}"
     return (
-        "tpfuse compiled no graph in this process: nothing that was compiled with backend=\"tpfuse\" was called yet, "
+        'tpfuse compiled no graph in this process: nothing that was compiled with backend="tpfuse" was called yet, '
         "or it had no operation that Dynamo could put into a graph"
     )
 
