@@ -1,6 +1,8 @@
 """Plans in Hugging Face's style names: for any model, and what is refused in them."""
 
 import copy
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.policy_harness import Model, build, loss_of, relative, run_threads
+from tests.policy_harness import HEADS, Model, build, loss_of, relative, run_threads
 from tests.test_parallelize_families import config_of, model_of
 from tpfuse.errors import PlanError
+from tpfuse.parallel.heads import Heads, heads_of
 from tpfuse.parallel.parallelize import parallelize
+from tpfuse.parallel.roles import Role
 from tpfuse.policy import SharingPolicy
 
 OPT_PLAN = {
@@ -150,6 +154,49 @@ def test_numbers_that_do_not_divide_are_named(mesh):
     model.config.num_attention_heads = 3
     with pytest.raises(PlanError, match="3 heads do not divide by the 2 ranks of the attention group"):
         parallelize(model, mesh, SharingPolicy(4, 2))
+
+
+class OfLayers:
+    """A configuration whose layers differ: it does not answer for all of them."""
+
+    is_heterogeneous = True
+    per_layer_config = tuple(SimpleNamespace(num_attention_heads=8, num_key_value_heads=count) for count in (4, 2))
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"{name} differs by layer")
+
+
+def test_a_configuration_whose_layers_differ_is_asked_for_the_modules_own():
+    module = nn.Module()
+    module.config, module.layer_idx = OfLayers(), 1
+    assert heads_of("attn", module, Role("attention")) == Heads(8, 2, None)
+    del module.layer_idx
+    assert heads_of("attn", module, Role("attention")) == Heads(None, None, None)
+
+
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(HEADS))
+
+
+def test_one_number_a_head_in_a_module_of_the_attention_is_seen(mesh):
+    model = build(Model)
+    model.layers[0].attn.temperature = Temperature()
+    with pytest.raises(PlanError, match=r"temperature.scale .Attention. may hold one number a head"):
+        parallelize(model, mesh, SharingPolicy(4, 2))
+
+
+class Flattened(Feed):
+    def forward(self, x):
+        return super().forward(x).flatten()
+
+
+def test_a_module_of_all_rows_that_returns_others_is_refused(mesh):
+    model = nn.Sequential(OrderedDict(mlp=Flattened()))
+    parallelize(model, mesh, SharingPolicy(4, 2, 4), plan={"mlp.up": "colwise", "mlp.down": "rowwise"})
+    with pytest.raises(PlanError, match=r"mlp returned a tensor of shape \[96\] for 6 rows.*one row for each"):
+        model(torch.ones(3, 16))
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_unless_asked_for(mesh):

@@ -15,7 +15,7 @@ from tpfuse.parallel.adapters import base_of, pairs_of, refuse_unknown
 from tpfuse.parallel.blocks import COLWISE_NAMES, ROWWISE_NAMES, parts_with_sums
 from tpfuse.parallel.calls import chunks_of, names_configured, reduces_features
 from tpfuse.parallel.cuts import Cut, Units, make_cut
-from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts
+from tpfuse.parallel.heads import Heads, check_reshapes, heads_of, local_counts, vectors_in
 from tpfuse.parallel.hf_plan import Planned, join
 from tpfuse.parallel.mesh import Groups
 from tpfuse.parallel.probe import miscut
@@ -121,7 +121,7 @@ def cut_module(
     if any(isinstance(target, nn.Parameter) for target in targets.values()):
         _cut_beside(out, name, module, role, groups)
     known = (*role.per_head, *role.colwise, *role.rowwise)
-    for leaf, parameter in module.named_parameters(recurse=False) if role.kind == "attention" else ():
+    for leaf, parameter in vectors_in(module) if role.kind == "attention" else ():
         if leaf not in known and tuple(parameter.shape) in ((heads.q,), (heads.kv,)):
             raise NotByRole(
                 f"{name}.{leaf} ({type(module).__name__}) may hold one number a head, and no role says how it is cut; "

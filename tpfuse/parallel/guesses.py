@@ -41,7 +41,7 @@ def guesses(module: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
     needed = [p.name for p in named[1:] if p.default is p.empty]
     more = [p.name for p in named[1:] if p.default is None and _known(p.name)[:1] not in ((), ("none",), ("one",))]
     values = _values(module, x)
-    for names in ([needed, needed + more] if more else [needed]):
+    for names in [needed, needed + more] if more else [needed]:
         choices = [dict.fromkeys((*_known(name), *_ANY)) for name in names]
         ranked = sorted(itertools.product(*(enumerate(c) for c in choices)), key=lambda combo: sum(i for i, _ in combo))
         for combo in ranked[:_TRIES]:

@@ -23,6 +23,7 @@ from tpfuse.errors import PlanError
 from tpfuse.parallel.calls import chunks_of, methods
 from tpfuse.parallel.cuts import Units
 from tpfuse.parallel.roles import Role
+from tpfuse.parallel.structure import configured
 
 _COUNT = re.compile(r"^(n|num|nb|nr|number|local|total)?_?(of_)?(\w+_)?heads?$|^nh$|^n_?kv$")
 _RATIO = re.compile(r"group|n_rep|repeat|per_kv|per_key")
@@ -64,8 +65,7 @@ def heads_of(name: str, module: nn.Module, role: Role) -> Heads:
         PlanError: when a named attribute is missing or no positive integer.
     """
     counts = []
-    config = getattr(module, "config", None)
-    for argument, configured in (("heads", "num_attention_heads"), ("kv_heads", "num_key_value_heads")):
+    for argument, said in (("heads", "num_attention_heads"), ("kv_heads", "num_key_value_heads")):
         attribute = getattr(role, argument)
         value = None if attribute is None else getattr(module, attribute, None)
         if attribute is not None and (type(value) is not int or value < 1):
@@ -73,11 +73,21 @@ def heads_of(name: str, module: nn.Module, role: Role) -> Heads:
                 f"{name} ({type(module).__name__}): {argument}={attribute!r} is {value!r}; "
                 "allowed: an attribute that holds a positive integer"
             )
-        if attribute is None and type(getattr(config, configured, None)) is int:
-            value = getattr(config, configured)
+        if attribute is None and type(count := configured(module, said)) is int:
+            value = count
         counts.append(value)
     dim = getattr(module, "head_dim", None)
     return Heads(counts[0], counts[1], dim if type(dim) is int and dim > 0 else None)
+
+
+def vectors_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that might hold one number a head: the module's own, and those of modules in it that hold nothing but
+    vectors and are no norms."""
+    yield from module.named_parameters(recurse=False)
+    for leaf, child in module.named_children():
+        held = list(child.named_parameters())
+        if all(p.ndim == 1 for _, p in held) and "norm" not in f"{leaf} {type(child).__name__}".lower():
+            yield from ((f"{leaf}.{name}", p) for name, p in held)
 
 
 def local_counts(name: str, module: nn.Module, role: Role, heads: Heads, size: int) -> dict[str, int]:

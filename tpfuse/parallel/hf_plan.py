@@ -16,7 +16,7 @@ import torch.nn as nn
 from tpfuse.errors import PlanError
 from tpfuse.parallel.calls import chunks_of
 from tpfuse.parallel.roles import Parts, Role
-from tpfuse.parallel.structure import HEADS, KV_HEADS, ancestors, first_int
+from tpfuse.parallel.structure import HEADS, KV_HEADS, ancestors, configured, first_int
 from tpfuse.policy import FrozenDict
 
 COLWISE = {"colwise": 1, "packed_colwise": 2}
@@ -164,6 +164,10 @@ def _around(model: nn.Module) -> str:
     return next((f"{name}." for name, module in model.named_modules() if name and module is inner), "")
 
 
+#: In a module's name or its class's; scattered and flattened MLPs have the letters as well.
+_ATTENTION = re.compile(r"(?i:attenti|attn|attend|mla\b)|(?:\b|_)att(?![a-z])|Att(?![a-z])")
+
+
 def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, nested: bool) -> Role:
     per_head = tuple(n for n in leaves if getattr(getattr(module, n, None), "ndim", 0) == 1)
     colwise = tuple(n for n, s in leaves.items() if (s in COLWISE or s == "gathered") and n not in per_head)
@@ -178,7 +182,7 @@ def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, ne
     packed: dict[str, Parts] = {n: 2 for n, s in leaves.items() if s == "packed_colwise"}
     packed |= {n: parts for n in colwise if leaves[n] == "gathered" and (parts := _parts(module, n)) != 1}
     role = Role("dense_mlp", colwise, rowwise, packed=FrozenDict(packed), per_head=per_head)
-    if nested or not re.search(r"att|mla\b", f"{_own_name(owner)} {type(module).__name__}", re.IGNORECASE):
+    if nested or not _ATTENTION.search(f"{_own_name(owner)} {type(module).__name__}"):
         return role
     return replace(role, kind="attention", heads=first_int(module, HEADS), kv_heads=first_int(module, KV_HEADS))
 
@@ -191,8 +195,8 @@ def _own_name(owner: str) -> str:
 def _parts(module: nn.Module, leaf: str) -> Parts:
     """The matrices in a weight whose output the class takes apart: equal ones, or queries, keys and values."""
     parts = chunks_of(type(module), leaf)
-    config, width = getattr(module, "config", None), getattr(module, leaf).weight.shape[0]
-    q, kv = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
+    width = getattr(module, leaf).weight.shape[0]
+    q, kv = (configured(module, n) for n in ("num_attention_heads", "num_key_value_heads"))
     dim = getattr(module, "head_dim", None)
     if parts > 1 and "qkv" in leaf and q and kv and dim and (q + 2 * kv) * dim == width:
         return (q * dim, kv * dim, kv * dim)

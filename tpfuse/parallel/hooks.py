@@ -155,6 +155,13 @@ class AllRows:
             y = self.owes(None, (), y)
         if self.share is not None:
             y = self.share(None, (), y)
+        every = dp.size * (flat.shape[0] if padded is None else padded)
+        if y.ndim < 2 or _rows(y) != every:
+            raise PlanError(
+                f"{self.name} returned a tensor of shape {list(y.shape)} for {every} rows; a module that works on the "
+                "rows of every dp replica returns one row for each. Give the role to the module around it that does, "
+                "leave it whole, or use dp_size=1"
+            )
         own = scatter_rows(_flat(y), dp.size, dp.index, dp.name, even=True)
         if padded is not None:
             own = trim_rows(own, _rows(x))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch.nn as nn
 
@@ -110,3 +111,14 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def configured(module: nn.Module, name: str) -> Any:
+    """What a module's Hugging Face configuration says; that of its own layer, where layers differ in it, as such a
+    configuration does not answer for the whole model. None where it says nothing."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if getattr(config, "is_heterogeneous", False):
+        if type(layer) is not int:
+            return None
+        config = config.per_layer_config[layer]  # type: ignore[union-attr]
+    return getattr(config, name, None)
