@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from tpfuse.kernels.symmetric import dispatch
+from tpfuse.kernels.add_norm import add_norm_reference
+from tpfuse.kernels.symmetric import copied, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
 
 from .graphs import fake_world
@@ -79,3 +81,34 @@ def test_a_training_step_has_the_gradients_of_eager_mode(kernel):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for right, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypatch):
+    """With its product, chunk by chunk, or, on a rank whose graph has none, without: the peer cannot tell."""
+    made = []
+
+    def run(launch):
+        chunks = copied.chunks_of(launch.call.rows, 4 * launch.call.row_words)
+        for first, stop in chunks if launch.call.product is not None else ():
+            launch.call.product(first, stop)
+        made.append((len(chunks), launch.call.product is not None))
+        right = add_norm_reference(dataclasses.replace(launch.call, product=None, out=None))
+        launch.out.y.copy_(right.y)
+        if launch.out.residual_out is not None:
+            launch.out.residual_out.copy_(right.residual_out)
+        return launch.out, launch.sum
+
+    monkeypatch.setattr(copied.CopiedLaunch, "run", run)
+    monkeypatch.setattr(copied, "CHUNK_BYTES", 2 * HIDDEN * 4)
+    monkeypatch.setattr("tpfuse.kernels.entry.FROM_BYTES", SMALL)
+    model, x = Stack(1, layers=1).eval(), torch.randn(6, HIDDEN)
+    for expected in (True, False):
+        if not expected:  # a graph in which no product was found
+            monkeypatch.setattr("tpfuse.passes.rewrite.lower.find_product", lambda *_: None)
+        torch._dynamo.reset()
+        with fresh_cache():
+            fn, _ = compiled_code(model, x)
+            made.clear()
+            with torch.no_grad():
+                torch.testing.assert_close(fn(x), model(x), rtol=1e-5, atol=1e-5)
+        assert made == [(4, expected)] * 2

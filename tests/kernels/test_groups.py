@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -68,6 +69,28 @@ def test_growth_that_fails_leaves_the_workspace_in_use(four_ranks, meetings):
     small = workspace_of("0", CPU)
     assert workspace_of("0", CPU, 1 << 21) is small
     assert why_not("0", "cuda") == "" and workspace_of("0", CPU) is small
+
+
+def test_a_copy_slot_is_made_when_it_is_asked_for_and_stays(four_ranks, meetings, monkeypatch):
+    given = []
+    meet = groups._meet
+    monkeypatch.setattr(groups, "_meet", lambda *a: given.append(a[-1]) or meet(*a))
+    small = workspace_of("0", CPU)
+    WORKSPACE_REGISTRY["0"].workspace = dataclasses.replace(small, copy_words=0)
+    with_copies = workspace_of("0", CPU, copies=True)
+    assert with_copies.copy_words and given == [False, True]
+    assert workspace_of("0", CPU, copies=True) is with_copies and workspace_of("0", CPU) is with_copies
+    workspace_of("0", CPU, 1 << 16)
+    assert given == [False, True, True]  # a larger one has it too
+
+
+def test_a_copy_slot_that_there_is_no_memory_for_is_asked_for_once(four_ranks, meetings, monkeypatch):
+    small = dataclasses.replace(workspace_of("0", CPU), copy_words=0)
+    WORKSPACE_REGISTRY["0"].workspace = small
+    monkeypatch.setattr(groups, "_meet", lambda *a: meetings.append(0) or (None, "No memory is left."))
+    before = len(meetings)
+    assert workspace_of("0", CPU, copies=True) is small and workspace_of("0", CPU, copies=True) is small
+    assert len(meetings) == before + 1
 
 
 def test_nothing_is_allocated_inside_capture(four_ranks, meetings, monkeypatch):
