@@ -113,9 +113,8 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
     except Exception as error:
         changed, report = graph, report_of_failure(plain, resolve, error)
         if options.strict:
-            raise FusionError(
-                f"strict=True, and an internal error of tpfuse keeps a graph as it was:\n{report}"
-            ) from error
+            said = "strict=True, and an internal error of tpfuse keeps a graph as it was"
+            raise FusionError(f"{said}:\n{report}") from error
         warnings.warn(
             f"tpfuse left a graph as it was because of an internal error:\n{traceback.format_exc()}", stacklevel=2
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tpfuse._torch_private import group_size, products_are_tuned
-from tpfuse.kernels.symmetric.copied import FROM_BYTES
+from tpfuse.product_ops import FROM_BYTES
 
 from ..facts import aten_ops as ops
 from ..facts.graph import value
