@@ -123,6 +123,23 @@ def generate(file: str) -> str:
     return table(["GPUs", "generate, batch 1", "tokens/s", "spread of the rounds", "boundaries fused"], lines)
 
 
+def batching(file: str) -> str:
+    """Tokens a second of Hugging Face's continuous batching."""
+    records = records_of(file)
+    rates = {(r["sequences"], r["provider"]): r["tokens_per_s"] for r in records}
+    lines = []
+    for r in records:
+        plain, theirs = (rates[r["sequences"], name] for name in ("plain", "inductor, whole attention"))
+        lines.append([
+            f"{r['sequences']}", r["provider"].replace("inductor", "Inductor"), f"**{r['tokens_per_s']:,.0f}**",
+            f"{r['spread']:,.0f}", f"{r['tokens_per_s'] / plain:.2f}", f"{r['tokens_per_s'] / theirs:.2f}",
+            f"{r['call_tokens_per_s']:,.0f}", f"{r['same_tokens']:.0%}", f"{r['fused']}",
+        ])  # fmt: skip
+    head = ["sequences", "", "tokens/s", "quartiles apart", "/ plain", "/ Inductor", "tokens/s of the whole call",
+            "tokens that are plain's", "boundaries fused"]  # fmt: skip
+    return table(head, lines)
+
+
 def training_steps(file: str) -> str:
     """One training step; each way beside Inductor."""
     records = records_of(file)

@@ -381,6 +381,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "before_after": lambda _: model_tables.before_after("graphs_before_after_h200_x2.json"),
     "quantised_steps": lambda _: model_tables.quantised_steps("end_to_end_fp8_h200_x2.json"),
     "generate": lambda _: model_tables.generate("generate_h200.json"),
+    "batching": lambda _: model_tables.batching("continuous_batching_h200_x2.json"),
     "loss_curves": lambda _: loss_curves.markdown(),
     "policy_families": lambda _: policy_families.markdown(),
 }  # fmt: skip
