@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loss_curves
 import model_tables
+import overlap_tables
 import policy_families
 from md import RESULTS, records_of, table
 from records import documents
@@ -384,7 +385,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "batching": lambda _: model_tables.batching("continuous_batching_h200_x2.json"),
     "loss_curves": lambda _: loss_curves.markdown(),
     "policy_families": lambda _: policy_families.markdown(),
-}  # fmt: skip
+} | overlap_tables.TABLES  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

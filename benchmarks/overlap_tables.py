@@ -1,0 +1,68 @@
+"""Tables of products and the boundaries behind them, overlapped; benchmarks/tables.py prints them with its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from md import records_of, table
+
+#: Of one layer: the product and each kernel of the boundary by itself.
+BOUNDARIES = ("one_shot", "copied", "boundary")
+#: What the ways are made of, and no way by itself.
+PARTS = ("product", "boundary", "copy", "local part")
+
+
+def _sizes(file: str) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """(product, rows, provider -> us)"""
+    records = records_of(file)
+    for product, rows in dict.fromkeys((r["product"], r["rows"]) for r in records):
+        yield product, rows, {r["provider"]: r["us"] for r in records if (r["product"], r["rows"]) == (product, rows)}
+
+
+def limit(us: dict[str, float]) -> float:
+    """What no overlap can go below: the product, or the fastest boundary by itself."""
+    return max(us["product"], min(us[name] for name in BOUNDARIES if name in us))
+
+
+def overlap() -> str:
+    """A product and its boundary by the shipped kernel, one after the other and overlapped."""
+    lines = []
+    for product, rows, us in _sizes("overlap_h200_x2.json"):
+        after, mine = us["product, then one_shot"], us["overlapped"]
+        parts = [f"{us[name]:.1f}" for name in ("product", "one_shot", "copied")]
+        lines.append([
+            product, f"{rows}", *parts, f"{limit(us):.1f}", f"{after:.1f}", f"**{mine:.1f}**",
+            f"{mine / limit(us):.2f}", f"{mine / after:.3f}", f"{us['NCCL + Inductor']:.1f}", f"{us['async TP']:.1f}",
+        ])  # fmt: skip
+    head = ["product", "rows", "by itself", "one-shot", "copied", "limit", "product, then one-shot", "overlapped",
+            "overlapped / limit", "overlapped / one after the other", "NCCL + Inductor", "async TP"]  # fmt: skip
+    return table(head, lines)
+
+
+def overlap_ways() -> str:
+    """The ways that were tried, of a size the share of the limit in brackets."""
+    sizes = list(_sizes("overlap_ways_h200_x2.json"))
+    lines = []
+    for way in sizes[0][2]:
+        cells = [f"{us[way]:.1f}" + ("" if way in PARTS else f" ({us[way] / limit(us):.2f})") for _, _, us in sizes]
+        lines.append([way, *cells])
+    return table(["", *(f"{product}, {rows} rows" for product, rows, _ in sizes)], lines)
+
+
+def overlap_prefill() -> str:
+    """A prefill step with its products overlapped, beside Inductor's."""
+    records = records_of("end_to_end_overlap_h200_x2.json")
+    by = {r["provider"]: r for r in records}
+    lines = []
+    for name in (name for name in by if "CUDA graph" not in name):
+        cells = []
+        for way in ("", " + CUDA graph"):
+            theirs, this = by[f"inductor{way}"], by[name + way]
+            cells += [f"{this['ms']:.2f} ({this['spread']:.2f})", f"{theirs['ms'] / this['ms']:.3f}"]
+        lines.append([name.replace("inductor", "Inductor"), *cells])
+    head = [f"{records[0]['phase']} {records[0]['size']}", "from Python (quartiles apart)", "Inductor / this",
+            "CUDA graph (quartiles apart)", "Inductor / this"]  # fmt: skip
+    return table(head, lines)
+
+
+TABLES = {f.__name__: lambda _, f=f: f() for f in (overlap, overlap_ways, overlap_prefill)}
