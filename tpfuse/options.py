@@ -30,7 +30,8 @@ class Options:
     inner: who compiles the rewritten graph, "inductor" or "aot_eager".
     mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
     inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.
-    rewrites: the rewrites that may be used; all but "norm_backward" and "quantised_outputs" unless it is given.
+    rewrites: the rewrites that may be used; all but "norm_backward", "quantised_outputs" and "overlap_all_reduce_norm"
+        unless it is given. The last is named on every rank or on none: it decides which kernel runs.
     batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
         order of summation at every size, which costs speed where another kernel would be faster. It holds on GPUs whose
         memory the ranks share (`Boundary.runs` says so); elsewhere the process group's all-reduce decides.
