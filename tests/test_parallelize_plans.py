@@ -16,6 +16,7 @@ from tests.policy_harness import HEADS, Model, build, loss_of, relative, run_thr
 from tests.test_parallelize_families import config_of, model_of
 from tpfuse.errors import PlanError
 from tpfuse.parallel.heads import Heads, heads_of
+from tpfuse.parallel.hf_plan import read_plan
 from tpfuse.parallel.parallelize import parallelize
 from tpfuse.parallel.roles import Role
 from tpfuse.policy import SharingPolicy
@@ -197,6 +198,28 @@ def test_a_module_of_all_rows_that_returns_others_is_refused(mesh):
     parallelize(model, mesh, SharingPolicy(4, 2, 4), plan={"mlp.up": "colwise", "mlp.down": "rowwise"})
     with pytest.raises(PlanError, match=r"mlp returned a tensor of shape \[96\] for 6 rows.*one row for each"):
         model(torch.ones(3, 16))
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.mlp, self.experts, self.router = Feed(), Feed(), nn.Module(), nn.Linear(16, 2)
+        self.experts.up, self.experts.down = (nn.Parameter(torch.ones(2, 16, 16)) for _ in range(2))
+
+
+def test_experts_that_stand_in_a_layer_beside_its_attention_stay_whole():
+    """As Gemma 4 has them: the layer around them is no routed block, so its other parts keep roles of their own."""
+    model = nn.Sequential(OrderedDict(layer=Layer()))
+    plan = {f"layer.{part}.{leaf}": style for part in ("self_attn", "mlp", "experts")
+            for leaf, style in (("up", "colwise"), ("down", "rowwise"))}  # fmt: skip
+    plan["layer.experts"] = "moe_tp_experts"
+    roles = read_plan(model, plan, "its plan", trusted=True).roles
+    assert {name: role.kind for name, role in roles.items()} == {
+        "layer.self_attn": "attention",
+        "layer.mlp": "dense_mlp",
+    }
+    with pytest.raises(PlanError, match=r"layer .Layer. holds its experts beside its attention"):
+        read_plan(model, plan, "parallelize(plan=...)", trusted=False)
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_unless_asked_for(mesh):

@@ -89,6 +89,14 @@ def read_plan(model: nn.Module, plan: Mapping[str, str], source: str, trusted: b
     for name in styles:
         if (block := _block_of(name)) is not None:
             blocks.setdefault(block, "experts")
+    layers = {n for n in blocks if any(s.startswith(f"{n}.") and _is_attention(s) for s in styles)}
+    if layers and not trusted:
+        raise PlanError(
+            f"{source}: {min(layers)} ({type(modules[min(layers)]).__name__}) holds its experts beside its attention, "
+            "and a routed block is cut as one; put experts and router into a module of their own, or leave them out"
+        )
+    alone = {join(n, blocks.pop(n)) for n in layers}  # they stay whole: no module around them is theirs alone
+    styles = {n: s for n, s in styles.items() if alone.isdisjoint((n, *ancestors(n)))}
     owned: dict[str, dict[str, str]] = defaultdict(dict)
     edges: dict[str, str] = {}
     for name, style in styles.items():
@@ -185,6 +193,11 @@ def _role(owner: str, module: nn.Module, leaves: dict[str, str], source: str, ne
     if nested or not _ATTENTION.search(f"{_own_name(owner)} {type(module).__name__}"):
         return role
     return replace(role, kind="attention", heads=first_int(module, HEADS), kv_heads=first_int(module, KV_HEADS))
+
+
+def _is_attention(projection: str) -> bool:
+    """Whether a projection belongs to attention, by the name of what holds it."""
+    return bool(_ATTENTION.search(_own_name(projection.rpartition(".")[0])))
 
 
 def _own_name(owner: str) -> str:
