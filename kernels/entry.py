@@ -40,7 +40,7 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
         return None
     if call.rows == 0:
         return call.outputs()
-    copies = call.overlap and x.nbytes >= FROM_BYTES
+    copies = call.overlap and not call.batch_invariant and x.nbytes >= FROM_BYTES
     ws = workspace_of(group_name, x.device, copies=copies)
     if ws is None:
         return None

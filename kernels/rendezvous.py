@@ -116,9 +116,7 @@ def _static_refusal(group: Any) -> str:
     return f"The group communicates through {backend}; the symmetric-memory kernels need nccl."
 
 
-def workspace_of(
-    group_name: str, device: torch.device, slot_bytes: int = 0, copies: bool = False
-) -> Workspace | None:
+def workspace_of(group_name: str, device: torch.device, slot_bytes: int = 0, copies: bool = False) -> Workspace | None:
     """The group's workspace, made at the first call (collective); None where `why_not` has a reason. With `slot_bytes`
     the workspace has at least such slots, and with `copies` that of 2 ranks has a copy slot: one that has not is
     replaced, by all ranks together.
@@ -134,8 +132,11 @@ def workspace_of(
         if _static_refusal(group):
             return None
         if torch.cuda.is_current_stream_capturing():
-            log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
-            return known.workspace if known is not None else None
+            if known is None:
+                log.warning("first use of group %s inside CUDA-graph capture: taking the functional path", group_name)
+                return None
+            log.warning("group %s: its memory does not grow inside CUDA-graph capture: going without", group_name)
+            return known.workspace
         with _LOCKS.setdefault(group, threading.Lock()):
             known = _known(group_name, group)
             if known is None or not known.serves(slot_bytes, copies):
@@ -305,7 +306,7 @@ def _map(
     workspace = from_buffers(
         handle.rank, handle.buffer_ptrs, buffer, state, slot_words, blocks, (whole, handle), peers, remote=other,
         copies=copies,
-    )
+    )  # fmt: skip
     made["workspace"] = replace(workspace, device_name=facts[0]["device"])  # to ask the driver takes long
     torch.cuda.synchronize(device)
     return {}

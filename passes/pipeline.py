@@ -47,7 +47,6 @@ from .rewrite.quantise_first import quantise_first
 from .rewrite.relayout import Choice, relayout
 from .rewrite.strides import settle_strides
 from .verdict import accounting
-from .verdict.accounting import origin
 from .verdict.failed import report_of_failure
 from .verdict.reasons import IN_BACKWARD
 from .verdict.runs import LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, how_it_runs
@@ -127,7 +126,7 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 
 
 #: The operators that hold a boundary's norm.
-FUSED_NORMS = ("all_reduce_norm", "reduce_scatter_norm")
+FUSED_NORMS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
 #: New verdicts, by the name of the collective's node in the graph as it came.
 Verdicts = dict[str, Boundary]
 
@@ -239,12 +238,12 @@ def _relayout(graph: fx.Graph, context: Context) -> Verdicts:
 def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
     """Put a fused operation in the place of every boundary that has a plan."""
     decisions = context.decisions
-    refusals = {origin(owed.collective.node): refusal for owed, refusal in decisions.refusals}
+    refusals = {accounting.origin(owed.collective.node): refusal for owed, refusal in decisions.refusals}
     found: Verdicts = {}
     for chosen in decisions.plans:
         runs = how_it_runs(chosen)
         for owed in chosen.paid:
-            name = origin(owed.collective.node)
+            name = accounting.origin(owed.collective.node)
             boundary = _left(context.boundaries[name], None)
             rewrite = boundary.rewrite or chosen.rewrite
             found[name] = replace(boundary, rewrite=rewrite, fused=True, runs=runs.sentence, kernel=runs.kernel)
@@ -310,9 +309,9 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
         restore_order(graph)
         settle_strides(graph, at_once=bool(context.known.hazards.writes))
         for node in graph.nodes:
-            if context.options.batch_invariant and any(calls(node, f"tpfuse::{name}") for name in FUSED_NORMS):
+            if context.options.batch_invariant and any(calls(node, name) for name in FUSED_NORMS):
                 node.update_kwarg("batch_invariant", True)
-            if OVERLAP in context.options.rewrites and calls(node, "tpfuse::all_reduce_norm"):
+            if OVERLAP in context.options.rewrites and calls(node, FUSED_NORMS[0]):
                 node.update_kwarg("overlap", True)
         graph.lint()
         context.edited = True
@@ -328,7 +327,7 @@ def _quantise(graph: fx.Graph, context: Context) -> Verdicts:
     context.edited = bool(done)
     if done:
         graph.lint()
-    words = {origin(node): how for node, how in done.items()}
+    words = {accounting.origin(node): how for node, how in done.items()}
     return {name: replace(b, quantised=words[name]) for name, b in context.boundaries.items() if name in words}
 
 

@@ -7,9 +7,12 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from tpfuse.kernels import entry
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.symmetric import copied, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
@@ -61,6 +64,39 @@ def test_products_of_few_rows_stay_where_they_were(kernel):
     model = Stack(1, layers=1).eval()
     _, code = compiled_code(model, torch.randn(3, HIDDEN))
     assert calls_of(code) == ["all_reduce_norm"] * 2
+
+
+class OwnResidual(nn.Module):
+    """The residual is the product itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.RMSNorm(HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        part = self.proj(x)
+        hidden = part + funcol.all_reduce(part, "sum", dist.group.WORLD)
+        return self.norm(hidden), hidden
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("shape", [(6, HIDDEN), (2, 3, HIDDEN)], ids=str)
+def test_a_product_that_is_the_residual_too_stays_where_it_was(kernel, dynamic, shape):
+    model, x = OwnResidual().eval(), torch.randn(shape)
+    fn, code = compiled_code(model, x, dynamic=dynamic)
+    assert calls_of(code) == ["all_reduce_norm"]
+    with torch.no_grad():
+        for got, right in zip(fn(x), model(x), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_invariant_calls_take_no_product_and_no_copy_slot(kernel, monkeypatch):
+    asked = []
+    workspace_of = entry.workspace_of
+    monkeypatch.setattr(entry, "workspace_of", lambda *a, **k: asked.append(k["copies"]) or workspace_of(*a, **k))
+    monkeypatch.setattr(entry, "FROM_BYTES", SMALL)
+    _, code = compiled_code(Stack(1, layers=1).eval(), torch.randn(6, HIDDEN), {**NAMED, "batch_invariant": True})
+    assert calls_of(code) == ["all_reduce_norm"] * 2 and asked == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from ..device import finish_row, load_eps, load_row
 from ..patience import POLLS, out_of_patience, report
 from ..words import COPIES, COPY_FLAGS, POISON, peer
 from .kernel import Kernel
-from .operands import Launch, prepare
+from .operands import Launch, lies_ready, prepare
 from .workspace import Workspace
 
 READY = COPY_FLAGS - 1  # the last of the flags
@@ -142,6 +142,12 @@ _STREAMS: weakref.WeakKeyDictionary[Workspace, torch.cuda.Stream] = weakref.Weak
 class _InTurn:
     """Without a GPU: everything in the order in which it is asked for."""
 
+    def __enter__(self) -> _InTurn:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
+        return None
+
     def follow(self) -> None:
         return None
 
@@ -153,7 +159,7 @@ class _InTurn:
         return None
 
 
-class _Beside:
+class _Beside(_InTurn):
     """The stream of copies, beside the caller's."""
 
     def __init__(self, ws: Workspace, device: torch.device) -> None:
@@ -161,6 +167,12 @@ class _Beside:
         found = _STREAMS.get(ws)
         self.copies = found if found is not None else _STREAMS.setdefault(ws, torch.cuda.Stream(device))
         self.sent: dict[int, torch.cuda.Event] = {}
+
+    def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
+        """A call that raises leaves copies under way: until they are made its x must not be used for something else,
+        nor may the count go on, which they send behind them."""
+        if failed is not None:
+            self.main.wait_stream(self.copies)
 
     def follow(self) -> None:
         self.copies.wait_stream(self.main)
@@ -191,8 +203,7 @@ class CopiedLaunch(Launch):
             return self.out, self.sum
         chunks = chunks_of(call.rows, 4 * call.row_words)
         words = x.view(-1).view(torch.int32)
-        with on_device_of(x):
-            beside = _Beside(ws, x.device) if x.is_cuda else _InTurn()
+        with on_device_of(x), _Beside(ws, x.device) if x.is_cuda else _InTurn() as beside:
 
             def finish(i: int) -> None:
                 beside.behind(i)
@@ -269,6 +280,7 @@ def copied(call: Call, ws: Workspace, split: int = 1, warps: int = 0, registers:
     """
     if said := refusal(call, ws, split):
         raise OpError(f"copied: {said}")
+    call = call if lies_ready(call.x) else call.multiplied()  # else rows would be sent of a copy that was made before
     ready = prepare(call, multiply=False)
     return CopiedLaunch(
         None, 0, (), quant_program(call), ready.out, ready.sum, call, ws, ready.inputs, ready.scalars

@@ -94,10 +94,15 @@ class Prepared:
         return self.out.y, self.out.residual_out, self.sum, self.out.mean, self.out.rstd
 
 
+def lies_ready(t: Tensor) -> bool:
+    """Whether kernels load a tensor from where it lies, and no copy of it."""
+    return t.is_contiguous() and t.data_ptr() % 16 == 0
+
+
 def _ready(t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
-    t = t if t.is_contiguous() else t.contiguous()
+    if t is None or lies_ready(t):
+        return t
+    t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 

@@ -118,7 +118,7 @@ def from_buffers(
     return Workspace(
         rank, world, slot_words, stage, min(max_blocks, CHANNELS), buffer, peers, state, watch, owner, remote=remote,
         copy_words=copies,
-    )
+    )  # fmt: skip
 
 
 def virtual_ranks(

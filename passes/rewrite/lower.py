@@ -81,7 +81,7 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     fakes = dict(zip(spec.outputs, node.meta["val"], strict=True))
     readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
     spec = _only(spec, readers)
-    product = find_product(operands["x"], spec.group_name) if spec.overlap else None
+    product = find_product(operands, spec.group_name) if spec.overlap and not spec.batch_invariant else None
     sizes = {name: _sizes(fakes[name], operands, product is None) for name in spec.outputs}
     if product is not None and None in sizes.values():
         product = None

@@ -9,6 +9,7 @@ it, but on the name and the size: another rank's graph may differ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,7 +18,7 @@ from tpfuse._torch_private import group_size, products_are_tuned
 from tpfuse.product_ops import FROM_BYTES
 
 from ..facts import aten_ops as ops
-from ..facts.graph import value
+from ..facts.graph import same_size, value
 
 #: How many ranks the kernel takes that waits for a part of its rows.
 RANKS = 2
@@ -43,20 +44,21 @@ class Product:
             graph.erase_node(node)
 
 
-def find_product(x: fx.Node, group_name: str) -> Product | None:
-    """The product whose rows the boundary of x may take one part after the other; None where x is none, somebody else
-    reads it, it is surely too small, another kernel runs, or the compiler chooses among products by trying them."""
-    if group_size(group_name) != RANKS:
+def find_product(operands: Mapping[str, fx.Node | None], group_name: str) -> Product | None:
+    """The product whose rows a boundary with these operands may take one part after the other; None where x is none,
+    anything else reads it (the boundary itself as its residual, too), it is surely too small, another kernel runs, or
+    the compiler chooses among products by trying them."""
+    x = operands["x"]
+    if x is None or group_size(group_name) != RANKS or any(t is x for name, t in operands.items() if name != "x"):
         return None
-    views: list[fx.Node] = []
-    node = x
+    node, views = x, list[fx.Node]()
     while node.target in _RESHAPES and len(node.users) == 1 and isinstance(node.args[0], fx.Node):
         views.append(node)
         node = node.args[0]
     fake, rows = value(x), value(node)
     if node.target is not ops.aten.mm.default or len(node.users) != 1 or fake is None or rows is None:
         return None
-    if fake.shape[-1] != rows.shape[-1] or products_are_tuned():
+    if not same_size(fake.shape[-1], rows.shape[-1]) or products_are_tuned():
         return None
     size = fake.numel() * fake.element_size()
     if isinstance(size, int) and size < FROM_BYTES:

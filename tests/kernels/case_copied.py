@@ -47,6 +47,19 @@ def multiplied(call: Call, seat: Seat) -> Any:
     return dataclasses.replace(op, x=x, product=product)
 
 
+def strided(seat: Seat, call: Call) -> Any:
+    """With an x that kernels do not load from where it lies."""
+    op = call.operands(seat.ws.rank)
+    x = torch.full((op.hidden, op.rows), float("nan"), dtype=op.x.dtype).t()
+
+    def product(first: int, stop: int) -> None:
+        x[first:stop] = op.x[first:stop]
+
+    out, _ = copied(dataclasses.replace(op, x=x, product=product), seat.ws).run()
+    close(out.y, call.expected(2)[0].y)
+    return bits(out.y)
+
+
 def play(seat: Seat, calls: list[Call], products: tuple[bool, bool]) -> list[Any]:
     answers = []
     for call in calls:
@@ -74,6 +87,28 @@ def test_every_norm_dtype_and_number_of_rows_is_right_and_equal_on_both_ranks(pr
 def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
     calls = [Call(rows=1 + (5 * n) % 7, hidden=64, seed=n) for n in range(30)]
     equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+
+
+def test_an_x_that_is_copied_first_is_multiplied_before() -> None:
+    equal_on_all_ranks(run(2, strided, Call(rows=5, seed=1)))
+
+
+class _Stream:
+    waited: Any = None
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited = other
+
+
+def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
+    beside = object.__new__(module._Beside)
+    beside.main, beside.copies = _Stream(), _Stream()
+    with beside:
+        pass
+    assert beside.main.waited is None  # each chunk was waited for
+    with pytest.raises(ZeroDivisionError), beside:
+        raise ZeroDivisionError
+    assert beside.main.waited is beside.copies
 
 
 def hasty(seat: Seat, calls: list[Call]) -> int:

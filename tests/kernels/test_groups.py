@@ -93,13 +93,15 @@ def test_a_copy_slot_that_there_is_no_memory_for_is_asked_for_once(four_ranks, m
     assert len(meetings) == before + 1
 
 
-def test_nothing_is_allocated_inside_capture(four_ranks, meetings, monkeypatch):
+def test_nothing_is_allocated_inside_capture(four_ranks, meetings, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert workspace_of("0", CPU) is None and not meetings
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     small = workspace_of("0", CPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    caplog.clear()
     assert workspace_of("0", CPU, 1 << 16) is small  # it does not grow there either
+    assert "does not grow" in caplog.text and "functional" not in caplog.text
 
 
 def test_a_workspace_goes_with_its_group_and_a_new_group_of_that_name_gets_its_own(meetings):
