@@ -9,7 +9,7 @@ from torch import fx
 
 from ..facts import aten_ops as ops
 from ..facts.checkpoint import is_astride, is_checkpointed
-from ..facts.collectives import Collective
+from ..facts.collectives import Collective, communicates_between
 from ..facts.graph import (
     depends_on,
     input_node,
@@ -144,14 +144,7 @@ def recognise(
             for owed in site.owed:  # paid once
                 eligible.pop(owed.collective.result, None)
             known.fixed.add(site.hidden)
-    return Recognition(tuple(collectives), tuple(norms), tuple(_one_adds(sites)), backward)
-
-
-def _one_adds(sites: list[Site]) -> list[Site]:
-    """Where two norms' values are added up, the site that sends last takes the addition: its residual is there then."""
-    may = (site for site in sites if not site.problem and not site.astride)
-    last = {s.add_after: s for s in sorted(may, key=lambda site: max(owed.collective.node for owed in site.owed))}
-    return [s if last.get(s.add_after) is s else replace(s, add_after=None, residual_after=None) for s in sites]
+    return Recognition(tuple(collectives), tuple(norms), tuple(sites), backward)
 
 
 # -- one site ---------------------------------------------------------------------------------------------------------
@@ -197,7 +190,8 @@ def _site_over(hidden: fx.Node, norm: Norm, known: _Known) -> Site | None:
         if not stuck or len(stuck) == len(site.owed):
             break
         left += stuck
-    add_after, residual_after = _add_after(norm, total)
+    sent = max(owed[term.leaf].node for term in total.owed)
+    add_after, residual_after = _add_after(norm, total, sent)
     site = replace(site, add_after=add_after, residual_after=residual_after, left=tuple(left))
     problem = (
         refused(Code.NORM, norm.problem)
@@ -256,8 +250,9 @@ def _between(leaf: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
-    """The residual addition behind the norm, if the normed value goes there and nowhere else."""
+def _add_after(norm: Norm, total: Sum, sent: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The residual addition behind the norm, if the normed value goes there and nowhere else, and the residual is there
+    before anything is sent after `sent`, the last of the sums: of two norms that are added up the later one adds."""
     if total.replicated or len(norm.output.users) != 1:
         return None, None
     (user,) = norm.output.users
@@ -271,7 +266,7 @@ def _add_after(norm: Norm, total: Sum) -> tuple[fx.Node | None, fx.Node | None]:
         return None, None
     if not is_float(residual) or not is_float(user):
         return None, None
-    if depends_on(residual, {term.leaf for term in total.owed}):
+    if depends_on(residual, {term.leaf for term in total.owed}) or communicates_between(sent, residual):
         return None, None
     return user, residual
 

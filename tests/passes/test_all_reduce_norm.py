@@ -234,6 +234,19 @@ def test_of_two_norms_whose_values_are_added_up_one_takes_the_addition(four_rank
     assert (first.rewrite, second.rewrite) == ("all_reduce_norm", "all_reduce_post_norm")
 
 
+def test_an_addition_behind_the_norm_does_not_make_a_sum_wait_for_another(four_ranks):
+    """What is added waits for a sum that is sent later; taken in, it would have this one sent after that."""
+
+    def run(x, r, weight, bias):
+        y = spellings.rms_llama(all_reduce(x), weight, bias)
+        z = spellings.rms_llama(all_reduce(torch.tanh(x)), weight, bias) * 2
+        return spellings.rms_llama(r + (y + z), weight, bias)
+
+    partials, *rest = inputs(0, torch.float32)
+    _, report = fused(trace(run, partials[0], *rest), alike=False)
+    assert [b.rewrite for b in report.boundaries] == ["all_reduce_norm"] * 2, report
+
+
 def test_zero_rows(four_ranks):
     partials = [torch.zeros(0, HIDDEN) for _ in range(4)]
     rest = torch.zeros(0, HIDDEN), torch.ones(HIDDEN), torch.ones(HIDDEN)
