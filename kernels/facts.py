@@ -53,14 +53,14 @@ def judge(facts: list[dict[str, Any]]) -> str:
     """The refusal that follows from all ranks' facts, or nothing. Pure, so every rank comes to the same end."""
 
     def differing(key: str) -> list[Any]:
-        return sorted({str(fact[key]) for fact in facts})
+        return sorted({str(fact.get(key)) for fact in facts})
 
     for rank, fact in enumerate(facts):
         if "error" in fact:
             return f"Rank {rank} of the group could not say what it has ({fact['error']})."
     if len(differing("host")) > 1 or len(differing("boot")) > 1:
         return f"The group spans several hosts ({', '.join(differing('host'))}); the kernels need peer access."
-    for key in ("device", "torch", "table", "slot_bytes"):
+    for key in ("device", "torch", "table", "slot_bytes", "overlap_all_reduce_norm"):
         if len(differing(key)) > 1:
             return f"The group's ranks differ in {key} ({', '.join(differing(key))})."
     if tuple(facts[0]["capability"]) < (8, 0):

@@ -251,7 +251,8 @@ def _meet(
     exchange = Exchange(group, group_name, device)
     known = _known(group_name, group)
     late = known is not None and any(gave_up(ws.watch) for ws in known.workspaces)
-    facts = exchange(tried(facts_of, device, slot_bytes, late))
+    copies = copies and dist.get_world_size(group) == 2
+    facts = exchange({**tried(facts_of, device, slot_bytes, late), "overlap_all_reduce_norm": copies})
     refusal = judge(facts)
     if gone := [rank for rank, fact in enumerate(facts) if fact.get("late")]:
         check_peers(group_name)
@@ -264,13 +265,17 @@ def _meet(
     if refusal:
         return None, refusal
     copied = copy_words_of(slot_bytes // 16 * 4, len(facts)) if copies else 0
-    made: dict[str, Any] = {}
-    for step in (_allocate, _map):
-        words = exchange(tried(step, made, facts, group_name, device, slot_bytes, copied))
-        problems = [f"rank {rank}: {word['error']}" for rank, word in enumerate(words) if "error" in word]
-        if problems:
-            return None, f"Symmetric memory could not be set up ({problems[0]})."
-    return made["workspace"], ""
+    # Of a group that has nothing yet all but the copy slot may find room.
+    for words_of_it in (copied, 0) if copied and known is None else (copied,):
+        made: dict[str, Any] = {}
+        for step in (_allocate, _map):
+            words = exchange(tried(step, made, facts, group_name, device, slot_bytes, words_of_it))
+            problems = [f"rank {rank}: {word['error']}" for rank, word in enumerate(words) if "error" in word]
+            if problems:
+                break
+        else:
+            return made["workspace"], ""
+    return None, f"Symmetric memory could not be set up ({problems[0]})."
 
 
 def _allocate(

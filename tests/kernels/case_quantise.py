@@ -85,7 +85,7 @@ def _quantised(seat: Seat, name: str, text: str) -> list[torch.Tensor]:
     return [out.y, out.q.view(torch.int8), out.scale]
 
 
-@pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier"])
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot", "barrier", "copied"])
 @pytest.mark.parametrize("name", ["float8_per_row", "int8_per_row"])
 def test_each_kernel_quantises_the_y_it_gives(kernel: str, name: str) -> None:
     how = recognised(SPELLINGS[name])

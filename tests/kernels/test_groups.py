@@ -93,6 +93,29 @@ def test_a_copy_slot_that_there_is_no_memory_for_is_asked_for_once(four_ranks, m
     assert len(meetings) == before + 1
 
 
+def test_a_first_call_without_memory_for_a_copy_slot_has_all_but_that(four_ranks, monkeypatch):
+    pair, tried = dist.new_group([0, 1]), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(groups, "facts_of", lambda *_: FACTS)
+    monkeypatch.setattr(groups, "_static_refusal", lambda group: "")
+    monkeypatch.setattr(groups, "DEFAULT_SLOT_BYTES", 1 << 12)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(groups, "Exchange", lambda *_: lambda own: [own, {**own, "uuid": "1"}])
+
+    def allocate(made, facts, group_name, device, slot_bytes, copies):
+        tried.append(copies > 0)
+        if copies:
+            raise torch.OutOfMemoryError
+        made["workspace"] = dataclasses.replace(virtual_ranks(2, "cpu", 4, 1 << 12)[0], copy_words=0)
+        return {}
+
+    monkeypatch.setattr(groups, "_allocate", allocate)
+    monkeypatch.setattr(groups, "_map", lambda *_: {})
+    made = workspace_of(pair.group_name, CPU, copies=True)
+    assert made is not None and tried == [True, False]
+    assert workspace_of(pair.group_name, CPU, copies=True) is made and len(tried) == 2
+
+
 def test_nothing_is_allocated_inside_capture(four_ranks, meetings, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert workspace_of("0", CPU) is None and not meetings
@@ -122,6 +145,7 @@ def test_ranks_conclude_from_facts_alone():
     assert "spans several hosts (a, b)" in verdict(host="b")
     assert "differ in table" in verdict(table="u")
     assert "differ in slot_bytes" in verdict(slot_bytes=2048)
+    assert "differ in overlap_all_reduce_norm" in verdict(overlap_all_reduce_norm=True)
     assert "share one GPU" in verdict(uuid="0")
     assert "older" in judge([{**FACTS, "capability": (7, 5)}])
 
