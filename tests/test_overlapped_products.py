@@ -12,6 +12,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+import tpfuse
 from tpfuse.kernels import entry
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.symmetric import copied, dispatch
@@ -148,3 +149,13 @@ def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypat
             with torch.no_grad():
                 torch.testing.assert_close(fn(x), model(x), rtol=1e-5, atol=1e-5)
         assert made == [(4, expected)] * 2
+
+
+def test_the_ranks_compare_what_decides_the_kernel(kernel, monkeypatch):
+    monkeypatch.setattr("tpfuse.passes.verdict.steps.runs_in_a_kernel", lambda *_: True)
+    told = []
+    for options in ({}, NAMED, {**NAMED, "batch_invariant": True}):
+        compiled_code(Stack(1, layers=1).eval(), torch.randn(6, HIDDEN), options)
+        told.append({step.told for step in tpfuse.reports()[-1].steps})
+        torch._dynamo.reset()
+    assert told == [{""}, {"overlap"}, {"batch_invariant overlap"}]

@@ -54,6 +54,15 @@ def test_a_plan_that_sends_the_programs_tensors_in_their_order_is_as_written():
     assert not records(one)[PAIR].as_written, "a peer's plain all-reduce cannot take part in a kernel"
 
 
+def test_ranks_that_name_what_decides_the_kernel_differently_have_different_plans():
+    step = replace(a_report("#0", count=1).steps[0], kernel=True)
+    plans = [
+        records(replace(a_report("#0", count=1), steps=[replace(step, told=told)]))[PAIR] for told in ("", "overlap")
+    ]
+    assert plans[0].sent != plans[1].sent
+    assert "all_reduce_norm (overlap)" in describe(PAIR, dict(enumerate(plans)))
+
+
 def test_a_plan_that_sends_over_another_group_first_is_not_as_written():
     """A peer that keeps the program's order would wait for the one sum, and this rank for the other."""
     mine, theirs = a_report("#0 #2"), a_report("#1 #3", group=(0, 2))

@@ -101,6 +101,7 @@ class Step(StrictJson):
     relies: which inputs of the compiled graph are taken for equal on all ranks: something made of them was moved
         in front of the sum; -1 is one that cannot be told. The ranks compare their values before the first run.
     shapes: a digest of the sizes that what is sent was viewed in on the way, compared with them.
+    told: where it may run as one kernel, the options that decide which: "batch_invariant", "overlap".
     """
 
     op: str
@@ -112,6 +113,7 @@ class Step(StrictJson):
     kernel: bool = False
     relies: tuple[int, ...] = ()
     shapes: str = ""
+    told: str = ""
 
 
 @dataclass(frozen=True)

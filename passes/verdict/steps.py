@@ -19,6 +19,9 @@ from .names import module_name
 from .runs import runs_in_a_kernel
 from .sent import Sent, communicating
 
+#: What a fused operation is told that decides which kernel runs: a peer that was told otherwise would wait for ever.
+_DECIDING = ("batch_invariant", "overlap")
+
 
 def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None = None) -> list[Step]:
     """One step for every collective of `graph`, in graph order: by itself or in a fused operation, of which one that
@@ -35,9 +38,10 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         op = fused.removesuffix("_gather") if fused else operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
         kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
+        told = " ".join(name for name in _DECIDING if argument(node, name)) if kernel else ""
         if performs(node) is not None:
-            relies, shapes = sent.relied_on(node), sent.shapes(node)
-            steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), sent.by(node), kernel, relies, shapes))
+            more = sent.by(node), kernel, sent.relied_on(node), sent.shapes(node), told
+            steps.append(Step(op, ranks or (), dtype, hidden, module_name(node), *more))
         if GATHERS in node.meta:
             gather, rows = "all_gather_into_tensor", sent.gathered_by(node)
             steps.append(Step(gather, ranks or (), *_of(node.meta["val"][-1]), module_name(node), rows))
@@ -49,7 +53,7 @@ def with_late_steps(steps: list[Step], late: list[Step]) -> list[Step]:
     the first step of each group says so, with a digest of all of it."""
     if all(step.sends == f"#{i}" for i, step in enumerate(late)) and not any(step.kernel for step in late):
         return steps
-    how = digest([f"{step.op} {step.sends} {step.kernel}" for step in late])
+    how = digest([f"{step.op} {step.sends} {step.kernel} {step.told}" for step in late])
     kernel = any(step.kernel for step in late)
     firsts = {step.group: i for i, step in reversed(list(enumerate(steps)))}
     return [

@@ -59,7 +59,7 @@ class Record(StrictJson):
         """The same without the values: equal for two compilations of one rank that send alike."""
         if self.as_written:
             return f"{self.graph} as written"
-        steps = [(_on_the_wire(step), step.sends, step.kernel) for step in self.steps]
+        steps = [(_on_the_wire(step), step.sends, step.kernel, step.told) for step in self.steps]
         return _digest([self.graph, self.changed, self.order, steps])
 
 
@@ -177,13 +177,14 @@ def _verdict(b: Boundary | None) -> str:
 
 
 def _performed(step: Step | None) -> tuple | None:
-    return None if step is None else (step.op, step.dtype, step.hidden, step.module, step.sends)
+    return None if step is None else (step.op, step.dtype, step.hidden, step.module, step.sends, step.told)
 
 
 def _step(step: Step | None) -> str:
     if step is None:
         return "no such step"
-    what = f"{step.op} of {step.dtype or '?'} x {step.hidden or '?'}" + (f" at {step.module}" if step.module else "")
+    op = f"{step.op} ({step.told})" if step.told else step.op
+    what = f"{op} of {step.dtype or '?'} x {step.hidden or '?'}" + (f" at {step.module}" if step.module else "")
     return f"{what}, which sends {step.sends}" if step.sends else what
 
 
