@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tpfuse
+from tpfuse import _torch_private as private
 from tpfuse.cli import doctor, explain
 from tpfuse.cli.recommend import ModelSizes, recommend
 from tpfuse.page import page
@@ -92,3 +93,15 @@ def test_empty_reports_explain_themselves(monkeypatch):
     with pytest.raises(IndexError, match=r"NeverCalled.* was never called.*model\.compile\(backend=\"tpfuse\"\)"):
         tpfuse.reports()[-1]
     assert wrapper is not None and tpfuse.reports() == [] and "model.compile" in repr(tpfuse.reports())
+
+
+
+def test_what_dynamo_gave_up_elsewhere_says_nothing_of_a_model_that_was_never_called(monkeypatch):
+    monkeypatch.setattr("tpfuse._state.REPORTS", [])
+    forward = nn.Linear.forward.__code__
+    own = (forward.co_filename, forward.co_firstlineno, forward.co_name)
+    wrapper = torch.compile(type("NeverCalled", (nn.Linear,), {})(2, 2), backend="tpfuse")
+    for code, said in ((("elsewhere.py", 1, "forward"), "was never called"), (own, "a loop")):
+        monkeypatch.setattr(private, "given_up", lambda code=code: [(code, private.GraphBreak("a loop", ""))])
+        assert said in repr(tpfuse.reports())
+    assert wrapper is not None

@@ -32,6 +32,7 @@ ELSEWHERE = {
     ("kernels.rendezvous", "WORKSPACE_REGISTRY"): "the memory that ranks share, beside the code that maps it",
     ("kernels.rendezvous", "CAPTURED"): "as above",
     ("kernels.rendezvous", "_LOCKS"): "as above",
+    ("kernels.symmetric.copied", "_STREAMS"): "a stream for each workspace, which goes with it",
     ("kernels.symmetric.operands", "COMPILED_REGISTRY"): "compiled kernels, beside the code that launches them",
 }
 

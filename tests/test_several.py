@@ -252,7 +252,7 @@ def test_calls_leave_nothing_behind(unlogged):
 
 def test_workspaces_live_as_long_as_their_group(monkeypatch):
     """Here all ranks agree on a workspace at once; on a GPU they ask each other."""
-    monkeypatch.setattr(groups, "_meet", lambda group, name, device, size: (virtual_ranks(2, "cpu", 4, 4096)[0], ""))
+    monkeypatch.setattr(groups, "_meet", lambda *_: (virtual_ranks(2, "cpu", 4, 4096)[0], ""))
     monkeypatch.setattr(groups, "_static_refusal", lambda group: "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     device, before = torch.device("cpu"), census()["Workspace"]

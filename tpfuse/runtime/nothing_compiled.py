@@ -18,23 +18,31 @@ _IN_PLACE = (
 
 def why_no_reports() -> str:
     """One or two sentences, from the wrappers there are and the graph breaks that Dynamo met."""
-    breaks = unnamed_breaks() or [why for _, why in private.given_up()]
+    models = wrapped_models()
+    breaks = unnamed_breaks() or _given_up(models)
     found = [f"{each.place and f'at {each.place}: '}{in_words(each)}" for each in breaks[:3]]
     if found:
         return f"tpfuse compiled no graph; Dynamo met graph breaks, {'; '.join(found)}"
-    wrapped = wrappers()
-    if wrapped:
-        return f"tpfuse compiled no graph: the compiled {', '.join(wrapped)} was never called. {_IN_PLACE}"
+    if models:
+        names = ", ".join(dict.fromkeys(type(m).__name__ for m in models))
+        return f"tpfuse compiled no graph: the compiled {names} was never called. {_IN_PLACE}"
     return (
         'tpfuse compiled no graph in this process: nothing that was compiled with backend="tpfuse" was called yet, '
         "or it had no operation that Dynamo could put into a graph"
     )
 
 
-def wrappers() -> list[str]:
-    """Classes of the models that `torch.compile(model, backend="tpfuse")` wraps in this process. Walks over all
-    objects: for messages only."""
+def wrapped_models() -> list[nn.Module]:
+    """The models that `torch.compile(model, backend="tpfuse")` wraps in this process. Walks over all objects: for
+    messages only."""
     kind = private.compiled_wrapper()
     found: list[Any] = [w for w in gc.get_objects() if kind is not None and type(w) is kind]
     models = [private.own_modules(w).get("_orig_mod") for w in found if private.backend_of(w) == "tpfuse"]
-    return list(dict.fromkeys(type(m).__name__ for m in models if isinstance(m, nn.Module)))
+    return [m for m in models if isinstance(m, nn.Module)]
+
+
+def _given_up(models: list[nn.Module]) -> list[private.GraphBreak]:
+    """Why Dynamo gave up functions; where models are wrapped, forwards of theirs: others say nothing of them."""
+    codes = [getattr(type(part).forward, "__code__", None) for model in models for part in model.modules()]
+    own = {(code.co_filename, code.co_firstlineno, code.co_name) for code in codes if code is not None}
+    return [why for code, why in private.given_up() if not models or code in own]
