@@ -241,7 +241,7 @@ def _fuse(graph: fx.Graph, context: Context) -> Verdicts:
     refusals = {accounting.origin(owed.collective.node): refusal for owed, refusal in decisions.refusals}
     found: Verdicts = {}
     for chosen in decisions.plans:
-        runs = how_it_runs(chosen)
+        runs = how_it_runs(chosen, OVERLAP in context.options.rewrites)
         for owed in chosen.paid:
             name = accounting.origin(owed.collective.node)
             boundary = _left(context.boundaries[name], None)

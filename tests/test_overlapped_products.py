@@ -159,3 +159,21 @@ def test_the_ranks_compare_what_decides_the_kernel(kernel, monkeypatch):
         told.append({step.told for step in tpfuse.reports()[-1].steps})
         torch._dynamo.reset()
     assert told == [{""}, {"overlap"}, {"batch_invariant overlap"}]
+
+
+@pytest.mark.parametrize(("ranks", "rows", "said"), [
+    (2, 6, "symmetric memory, by copy engines: rows travel while later ones are multiplied"),
+    (2, 1, "overlap_all_reduce_norm begins at 64 MB of a rank's rows, and here are 0.000244"),
+    (4, 6, "symmetric memory; overlap_all_reduce_norm takes groups of 2 ranks"),
+], ids=["large", "small", "four ranks"])  # fmt: skip
+def test_the_report_says_what_the_name_does_for_a_boundary(monkeypatch, ranks, rows, said):
+    monkeypatch.setattr("tpfuse.passes.verdict.runs.why_not", lambda *_, **__: "")
+    if rows == 6:
+        monkeypatch.setattr("tpfuse.passes.verdict.runs.FROM_BYTES", SMALL)
+    with fake_world(ranks):
+        model = Stack(1, layers=1).eval()
+        with torch.no_grad():
+            named = tpfuse.explain(model, (torch.randn(rows, HIDDEN),), options=NAMED).boundaries
+            plain = tpfuse.explain(model, (torch.randn(rows, HIDDEN),)).boundaries
+    assert {said in boundary.runs and boundary.kernel for boundary in named} == {True}
+    assert {boundary.runs for boundary in plain} == {"symmetric memory"}

@@ -23,6 +23,8 @@ from .kernels.symmetric.copied import FROM_BYTES
 from .lean import Boundary, declared
 
 NAME = "product_all_reduce_norm"
+#: How many ranks the kernel takes that can send a part of the rows.
+RANKS = 2
 _spec = lru_cache(maxsize=4096)(read_spec)
 
 

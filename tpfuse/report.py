@@ -44,7 +44,8 @@ class Boundary(StrictJson):
         hidden units looks like one, and so does an operator that is called a norm.
     demanded: whether it stays unfused because the policy, as it is declared, asks for that: no fusion is missed.
     runs: how the fused operation will run, for all that is known without asking other ranks: "symmetric memory" (one
-        kernel, at sizes for which the dispatch table has one) or "functional: <why>"; empty when not fused.
+        kernel, at sizes for which the dispatch table has one; with overlap_all_reduce_norm named, also what that does
+        here) or "functional: <why>"; empty when not fused.
     kernel: whether that is one kernel: `runs` for programs.
     layout_in, layout_out: how the rows lie before and after the boundary as it is performed now: "SCATTERED" (each rank
         holds its share of its replica's rows), "TP_ATTN_FULL" (the rows of its replica) or "FULL" (of every replica);

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from tpfuse._torch_private import group_size, products_are_tuned
-from tpfuse.product_ops import FROM_BYTES
+from tpfuse.product_ops import FROM_BYTES, RANKS
 
 from ..facts import aten_ops as ops
 from ..facts.graph import same_size, value
 
-#: How many ranks the kernel takes that waits for a part of its rows.
-RANKS = 2
 _RESHAPES = (ops.aten.view.default, ops.aten.reshape.default, ops.aten._unsafe_view.default)
 
 

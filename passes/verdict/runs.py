@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpfuse.kernels.entry import why_not
+import torch
 
+from tpfuse.kernels.entry import why_not
+from tpfuse.product_ops import FROM_BYTES, RANKS
+
+from ..facts.collectives import Collective
 from ..facts.graph import val, value
 from ..plan.sites import Plan
 
@@ -29,16 +33,30 @@ NO_KERNEL = Runs(
 )
 
 
-def how_it_runs(plan: Plan) -> Runs:
-    """To be called before the graph is rewritten. What a group found
-    out in this process does not count, since the answer is kept with the compiled graph."""
+def how_it_runs(plan: Plan, overlap: bool = False) -> Runs:
+    """To be called before the graph is rewritten. What a group found out in this process does not count, since the
+    answer is kept with the compiled graph. `overlap`: whether overlap_all_reduce_norm is named."""
     collective = plan.paid[-1].collective
     if collective.kind != "all_reduce":
         return LOCAL_KERNEL
     total = val(collective.result)
     hidden = total.shape[-1] if isinstance(total.shape[-1], int) else None
     refusal = why_not(collective.group_name, total.device, hidden, total.dtype, found_out=False)
-    return Runs(False, f"functional: {refusal}") if refusal else IN_ONE_KERNEL
+    if refusal:
+        return Runs(False, f"functional: {refusal}")
+    return Runs(True, f"{IN_ONE_KERNEL.sentence}{_overlapped(collective, total)}") if overlap else IN_ONE_KERNEL
+
+
+def _overlapped(collective: Collective, total: torch.Tensor) -> str:
+    """What the name of the rewrite does for this boundary."""
+    if len(collective.ranks or ()) != RANKS:
+        return f"; overlap_all_reduce_norm takes groups of {RANKS} ranks"
+    size, least = total.numel() * total.element_size(), f"{FROM_BYTES >> 20} MB of a rank's rows"
+    if not isinstance(size, int):
+        return f"; from {least} on by copy engines, while later rows are multiplied"
+    if size < FROM_BYTES:
+        return f"; overlap_all_reduce_norm begins at {least}, and here are {size / (1 << 20):.3g}"
+    return ", by copy engines: rows travel while later ones are multiplied"
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:
