@@ -51,7 +51,8 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     chosen = choose(device, ws.world, call.hidden, x.element_size(), call.rows)
     if copies and ws.copy_words:
         chosen = replace(chosen, kernel="copied")
-    ran = None if site is None else lambda launch: site.leave(launch, call, ws, table)
+    # No record of a call that may be made by copies once there is a slot for them: its peer may find one sooner.
+    ran = None if site is None or copies else lambda launch: site.leave(launch, call, ws, table)
     return run(chosen, call, ws, ran)
 
 

@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tpfuse
 from tpfuse._torch_private import inductor_decompositions
+from tpfuse.passes.rewrite.take_apart import take_apart
 
 
 @contextmanager
@@ -119,3 +120,13 @@ def sent_bytes(fn: Callable[[], Any]) -> tuple[int, Counter]:
         elif event.name() in _PRODUCTS:
             products[event.name()] += 1
     return sent, products
+
+
+def taken_apart_with_the_same_bits(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Take the one fused operation of `gm` apart, in place; on two ranks it gives the bits that it gave."""
+    whole = on_ranks(gm, 2, *inputs)
+    assert take_apart(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    for old, new in zip(whole, on_ranks(gm, 2, *inputs), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import tpfuse
-from tpfuse.kernels import entry
+from tpfuse.kernels import entry, rendezvous
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.symmetric import copied, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
@@ -177,3 +177,16 @@ def test_the_report_says_what_the_name_does_for_a_boundary(monkeypatch, ranks, r
             plain = tpfuse.explain(model, (torch.randn(rows, HIDDEN),)).boundaries
     assert {said in boundary.runs and boundary.kernel for boundary in named} == {True}
     assert {boundary.runs for boundary in plain} == {"symmetric memory"}
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_call_that_may_be_made_by_copies_later_leaves_no_record(kernel, monkeypatch, large):
+    """Its group has no copy slot yet (a first call under capture): replayed, it would not meet a peer that has one."""
+    meet = rendezvous._meet
+    without = {"copy_words": 0, "remote": None}
+    monkeypatch.setattr(rendezvous, "_meet", lambda *a: (dataclasses.replace(meet(*a)[0], **without), ""))
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.find_product", lambda *_: None)
+    monkeypatch.setattr("tpfuse.kernels.entry.FROM_BYTES", SMALL if large else 1 << 40)
+    compiled_code(Stack(1, layers=1).eval(), torch.randn(6, HIDDEN))
+    [member] = rendezvous.WORKSPACE_REGISTRY.values()
+    assert member.no_copies == large and bool(member.records.known) != large and kernel.launches

@@ -32,6 +32,7 @@ ELSEWHERE = {
     ("kernels.rendezvous", "WORKSPACE_REGISTRY"): "the memory that ranks share, beside the code that maps it",
     ("kernels.rendezvous", "CAPTURED"): "as above",
     ("kernels.rendezvous", "_LOCKS"): "as above",
+    ("tpfuse.product_ops", "_spec"): "a cache of a pure function",
     ("kernels.symmetric.copied", "_STREAMS"): "a stream for each workspace, which goes with it",
     ("kernels.symmetric.operands", "COMPILED_REGISTRY"): "compiled kernels, beside the code that launches them",
 }
@@ -65,7 +66,7 @@ def remembered(tree: ast.Module) -> set[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             value = getattr(node, "value", None)
             for name in (t.id for t in targets if isinstance(t, ast.Name)):
-                made = isinstance(value, ast.Call) and called(value) in CHANGED | own
+                made = isinstance(value, ast.Call) and called(value) in CHANGED | CACHES | own
                 if not name.startswith("__") and (is_empty(value) or made or (place is tree and name in changed)):
                     found.add(name)
     for node in ast.walk(tree):

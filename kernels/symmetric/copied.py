@@ -289,8 +289,10 @@ def copied(call: Call, ws: Workspace, split: int = 1, warps: int = 0, registers:
 
 def refusal(call: Call, ws: Workspace, split: int) -> str:
     """Why the workspace does not hold the call; empty where it does."""
-    if ws.world != 2 or ws.remote is None:
-        return f"{ws.world} ranks; allowed: 2, whose memory this process can copy to"
+    if ws.world != 2:
+        return f"{ws.world} ranks; allowed: 2"
+    if ws.remote is None:
+        return "the workspace has no copy slot, or none of the peer that this process can copy to"
     if (need := call.rows * call.row_words) > ws.copy_words:
         return f"{call.rows} rows take {4 * need:,} bytes of a copy slot; it has {4 * ws.copy_words:,}"
     return ""

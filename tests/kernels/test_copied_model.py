@@ -7,7 +7,15 @@ that was begun must end before anything else runs: so a device might run a captu
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
+
+from tpfuse.kernels.call import Call
+from tpfuse.kernels.symmetric import copied
+from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 RULES = {
     "slot": "a copy stands behind the peer's beginning of this call",
@@ -115,3 +123,54 @@ def test_each_rule_is_needed(rule: str) -> None:
     with pytest.raises(Violation):
         explore(3 if rule != "own send first" else 2, 1 if rule != "own send first" else 2, set(RULES) - {rule},
                 in_turn=rule == "own send first")  # fmt: skip
+
+
+class _Peer:
+    """The peer's buffer: which words are copied to it."""
+
+    def __init__(self, steps: list[tuple[str, int]], rows_end: int, chunks: dict[int, int]) -> None:
+        self.steps, self.rows_end, self.chunks = steps, rows_end, chunks
+
+    def __getitem__(self, words: slice) -> _Peer:
+        at = words.start
+        step = ("flag", at - self.rows_end) if at >= self.rows_end else ("rows", self.chunks[at])
+        self.steps.append(step)
+        return self
+
+    def copy_(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("late", [0, 1, 2, 7])
+def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    monkeypatch.setattr(copied, "CHUNK_BYTES", 2 * 64 * 2)
+    monkeypatch.setattr(copied, "LATE", late)
+    ws = virtual_ranks(2, "cpu", 4, 1 << 14)[0]
+    rows, row_words = 8, 32
+    chunks = copied.chunks_of(rows, 4 * row_words)
+    firsts = {first: i for i, (first, _) in enumerate(chunks)}
+    steps: list[tuple[str, int]] = []
+    places = {ws.copies_offset + first * row_words: i for first, i in firsts.items()}
+    ws = replace(ws, remote=_Peer(steps, ws.copies_offset + ws.copy_words, places))
+    x = torch.zeros(rows, 2 * row_words, dtype=torch.bfloat16)
+    product = lambda first, stop: steps.append(("multiply", firsts[first]))  # noqa: E731
+    call = Call(x, x, norm="rms_norm", eps=1e-5, out_dtype=x.dtype, hidden_dtype=x.dtype, product=product)
+    flags = ws.buffer[ws.copies_offset + ws.copy_words :].data_ptr()
+
+    def launch(self: Any, step: tuple, programs: int) -> None:
+        kernel, args, _ = step
+        if kernel is copied._begin_kernel:
+            steps.append(("begin", 0))
+        elif kernel is copied._finish_kernel:
+            steps.append(("finish", firsts[args[-1]]))
+        else:
+            flag = (args[1].data_ptr() - flags) // 4
+            steps.append(("slot", places[ws.copies_offset + args[4]]) if flag == copied.READY else ("await", flag))
+
+    monkeypatch.setattr(copied.CopiedLaunch, "_launch", launch)
+    copied.copied(call, ws).run()
+    assert len(chunks) == 5 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
+    order = {step: i for i, step in enumerate(steps)}
+    for chunk in range(len(chunks)):
+        of_one = [order[name, chunk] for name in ("multiply", "slot", "rows", "flag", "await", "finish")]
+        assert of_one == sorted(of_one), steps
