@@ -124,7 +124,7 @@ def linked(args: argparse.Namespace) -> tuple[int, list[Answer], Answer] | None:
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank), timeout=datetime.timedelta(seconds=120))
-    ranks = LinkedRanks()
+    ranks = LinkedRanks(copies=True)
     ws = ranks.workspaces[0]
     set_timeout(ws.watch, args.timeout)
     ledger = Ledger.on(ws.buffer.device)

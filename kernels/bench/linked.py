@@ -21,19 +21,21 @@ Bind = Callable[[Any], Any]
 class LinkedRanks:
     """This process's rank of `group`, whose processes run the same calls in the same order. Collective.
 
+    `copies`: of 2 ranks, with a copy slot (kernels/symmetric/copied.py).
+
     Raises OpError where the group's ranks cannot address each other's memory.
     """
 
     setting = "linked GPUs, one process each"
 
-    def __init__(self, group: Any = None, slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
+    def __init__(self, group: Any = None, slot_bytes: int = DEFAULT_SLOT_BYTES, copies: bool = False) -> None:
         self.group = group if group is not None else dist.group.WORLD
         assert self.group is not None  # a process group has been set up
         self.group_name = self.group.group_name
         self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.local = (self.rank,)
         device = torch.device("cuda", torch.cuda.current_device())
-        workspace = workspace_of(self.group_name, device, slot_bytes)
+        workspace = workspace_of(self.group_name, device, slot_bytes, copies)
         if workspace is None:
             raise OpError(f"group {self.group_name}: {why_not(self.group_name, device)}")
         self.workspaces = [workspace]

@@ -1,7 +1,8 @@
 """By copy engines: the part of the peer is copied in chunks of rows, and programs take no part in sending. 2 ranks.
 
     chunk by chunk:  x of these rows there [, if the call has a `product`: multiplied first]
-                     -> send, in a stream of its own: `_wait` for the peer's slot, the rows into it, a flag behind them
+                     -> `_wait` for the peer's slot
+                     -> send, in a stream of copies alone: the rows into the slot, a flag behind them
                      -> finish: behind the own send, `_wait` for the peer's flag; then s = x + the peer's x, and rows
                         are finished as `add_norm` does
 
@@ -15,6 +16,9 @@ that it read of its slot before is read, because that stood earlier in the same 
 until the peer told this very call. Behind each chunk the count itself is copied to the chunk's flag, in the same
 stream; a chunk is finished once its flag is not behind the own count. Counts only grow, so nothing is cleared, and a
 captured graph may be replayed.
+
+Waits stand in the caller's stream: a copy engine that a kernel stands in front of each time takes turns with it, and
+stands still for longer than the copies of small chunks take.
 
 **Why nobody waits for ever.** Few programs wait, so there is room for the kernels that a peer waits for: a grid of
 programs that wait would keep the own sends from the device. And whatever order the steps of both streams are run in, a
@@ -49,9 +53,9 @@ from .workspace import Workspace
 
 READY = COPY_FLAGS - 1  # the last of the flags
 #: Of x, from which on a call that may take this kernel does: there it is ahead behind every product measured.
-FROM_BYTES = 64 << 20
-CHUNK_BYTES = 16 << 20
-LATE = 2  # products after which a chunk is finished: the peer's rows are most likely there
+FROM_BYTES = 32 << 20
+CHUNK_BYTES, LEAST_CHUNKS = 24 << 20, 3
+LATE = 3  # products after which a chunk is finished: the peer's rows are most likely there
 _POLLS, _NAN, _COPIES = tl.constexpr(POLLS), tl.constexpr(POISON), tl.constexpr(COPIES)
 _WAITING, _BLOCK = 8, 1024  # programs that wait in front of a send, and make words NaN where it comes to that
 
@@ -125,14 +129,11 @@ def _finish_kernel(
 
 
 def chunks_of(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """[first, stop) of each chunk. Both ranks cut alike, since they call with one shape. The last chunk is in two
-    halves: nothing is left to do while the very last one travels."""
-    count = min(max(rows * row_bytes // CHUNK_BYTES, 1), COPY_FLAGS - 2)
-    stops = [rows * (i + 1) // count for i in range(count)]
-    firsts = [0, *stops[:-1]]
-    half = (firsts[-1] + stops[-1]) // 2
-    firsts, stops = [*firsts, half], [*stops[:-1], half, stops[-1]]
-    return [(first, stop) for first, stop in zip(firsts, stops, strict=True) if first < stop]
+    """[first, stop) of each chunk. Both ranks cut alike, since they call with one shape. The last chunk is two thirds
+    of another: while it travels little is left to do."""
+    count = min(max(-(-rows * row_bytes // CHUNK_BYTES), LEAST_CHUNKS), COPY_FLAGS - 1)
+    stops = [*(rows * 3 * i // (3 * count - 1) for i in range(1, count)), rows]
+    return [(first, stop) for first, stop in zip([0, *stops], stops, strict=False) if first < stop]
 
 
 #: The stream of each workspace's copies. One each: in a shared one, copies of a group would wait behind another's.
@@ -210,14 +211,15 @@ class CopiedLaunch(Launch):
                 self._finish(i, *chunks[i])
 
             self._launch(self._beginning(), 1)
-            beside.follow()
             late = LATE if call.product is not None else len(chunks)
             for i, (first, stop) in enumerate(chunks):
                 if call.product is not None:
                     call.product(first, stop)
-                    beside.follow()
+                begin, end = first * call.row_words, stop * call.row_words
+                self._launch(self._waiting(READY, begin, end - begin), _WAITING if x.is_cuda else 1)
+                beside.follow()
                 with beside.sending(i):
-                    self._send(words, i, first * call.row_words, stop * call.row_words)
+                    self._send(words, i, begin, end)
                 if i >= late:
                     finish(i - late)
             for i in range(max(len(chunks) - late, 0), len(chunks)):
@@ -251,7 +253,6 @@ class CopiedLaunch(Launch):
         return _wait_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
 
     def _send(self, x: Tensor, chunk: int, first: int, stop: int) -> None:
-        self._launch(self._waiting(READY, first, stop - first), _WAITING if x.is_cuda else 1)
         there, at, flag = self.ws.remote, self.ws.copies_offset, self._flags + chunk
         assert there is not None, "refused without one"
         there[at + first : at + stop].copy_(x[first:stop], non_blocking=True)

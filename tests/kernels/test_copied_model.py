@@ -32,7 +32,7 @@ def steps_of(calls: int, chunks: int, rules: set[str]) -> dict[Step, list[Step]]
     for call in range(1, calls + 1):
         main: list[Step] = [("begin", call, 0)]
         for chunk in range(chunks):
-            main.append(("multiply", call, chunk))
+            main += [("multiply", call, chunk), ("slot", call, chunk)]
             if chunk >= 1:
                 main += [("await", call, chunk - 1), ("finish", call, chunk - 1)]
         main += [("await", call, chunks - 1), ("finish", call, chunks - 1)]
@@ -42,11 +42,9 @@ def steps_of(calls: int, chunks: int, rules: set[str]) -> dict[Step, list[Step]]
             before = [step]
         sent: list[Step] = [("flag", call - 1, chunks - 1)] if call > 1 else []
         for chunk in range(chunks):
-            order = ["slot", "half", "rows", "flag"]
-            if "flag behind rows" not in rules:
-                order = ["slot", "flag", "half", "rows"]
+            order = ["half", "rows", "flag"] if "flag behind rows" in rules else ["flag", "half", "rows"]
             for name in order:
-                behind[name, call, chunk] = [*sent, ("multiply", call, chunk)]
+                behind[name, call, chunk] = [*sent, ("slot", call, chunk)]
                 sent = [(name, call, chunk)]
             if "own send first" in rules:
                 behind["await", call, chunk].append((order[-1], call, chunk))
@@ -169,7 +167,7 @@ def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest
 
     monkeypatch.setattr(copied.CopiedLaunch, "_launch", launch)
     copied.copied(call, ws).run()
-    assert len(chunks) == 5 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
+    assert len(chunks) == 4 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
     order = {step: i for i, step in enumerate(steps)}
     for chunk in range(len(chunks)):
         of_one = [order[name, chunk] for name in ("multiply", "slot", "rows", "flag", "await", "finish")]

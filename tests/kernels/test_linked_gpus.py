@@ -77,7 +77,7 @@ def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]
     """Random kernels, shapes, numbers of programs (with up to 32 rows each), dtypes and delays: the calls that were
     wrong, a fingerprint of each result, and the peers that a kernel gave up."""
     group = _group(rank)
-    ws = workspace_of(group.group_name, torch.device("cuda", rank))
+    ws = workspace_of(group.group_name, torch.device("cuda", rank), copies=WORLD == 2)
     assert ws is not None
     spaces = [ws, replace(ws, max_blocks=9)]
     same, mine = random.Random(0), random.Random(rank + 1)
@@ -116,7 +116,7 @@ def test_random_kernels_shapes_and_delays() -> None:
 def _graphs(rank: int) -> float:
     """Two graphs of different shapes replayed in turn, with calls outside between them; the worst error."""
     group = _group(rank)
-    ws = workspace_of(group.group_name, torch.device("cuda", rank))
+    ws = workspace_of(group.group_name, torch.device("cuda", rank), copies=WORLD == 2)
     captured = []
     for kernel, rows, hidden in (("one_shot", 3, 4096), ("two_shot", 40, 2048), (KERNELS[-1], 280, 4096)):
         op, truth = _operands(rows, rank, rows, hidden, "rms_norm", BF16)
@@ -151,7 +151,7 @@ def _late(rank: int) -> dict[str, list[float]]:
     """By how many milliseconds 100 calls in a graph take longer than the lateness of one rank, for each rank in turn:
     late by less than a look at the watch takes to come, and by several looks."""
     group = _group(rank)
-    ranks = LinkedRanks(group)
+    ranks = LinkedRanks(group, copies=True)
     torch.cuda._sleep(1000)  # loads its kernel
     more: dict[str, list[float]] = {}
     for kernel in KERNELS:
