@@ -125,7 +125,7 @@ def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypat
     made = []
 
     def run(launch):
-        chunks = copied.chunks_of(launch.call.rows, 4 * launch.call.row_words)
+        chunks = copied.chunks_of(launch.call.rows)
         for first, stop in chunks if launch.call.product is not None else ():
             launch.call.product(first, stop)
         made.append((len(chunks), launch.call.product is not None))
@@ -136,7 +136,6 @@ def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypat
         return launch.out, launch.sum
 
     monkeypatch.setattr(copied.CopiedLaunch, "run", run)
-    monkeypatch.setattr(copied, "CHUNK_BYTES", 2 * HIDDEN * 4)
     monkeypatch.setattr("tpfuse.kernels.entry.FROM_BYTES", SMALL)
     model, x = Stack(1, layers=1).eval(), torch.randn(6, HIDDEN)
     for expected in (True, False):

@@ -1,10 +1,10 @@
 """By copy engines: the part of the peer is copied in chunks of rows, and programs take no part in sending. 2 ranks.
 
-    chunk by chunk:  x of these rows there [, if the call has a `product`: multiplied first]
-                     -> `_wait` for the peer's slot
-                     -> send, in a stream of copies alone: the rows into the slot, a flag behind them
-                     -> finish: behind the own send, `_wait` for the peer's flag; then s = x + the peer's x, and rows
-                        are finished as `add_norm` does
+    chunk by chunk:       x of these rows there [, if the call has a `product`: multiplied first]
+                          -> `_wait` for the peer's slot
+                          -> send, in a stream of copies alone: the rows into the slot, a flag behind them
+    then chunk by chunk:  behind the own send, `_wait` for the peer's flag
+                          -> s = x + the peer's x, and rows are finished as `add_norm` does
 
 For calls so large that links decide, and told that they may (`overlap`). A copy engine drives a link as fast as all
 multiprocessors together would, so these are free to multiply later rows meanwhile, where the x of this call is a
@@ -54,8 +54,6 @@ from .workspace import Workspace
 READY = COPY_FLAGS - 1  # the last of the flags
 #: Of x, from which on a call that may take this kernel does: there it is ahead behind every product measured.
 FROM_BYTES = 32 << 20
-CHUNK_BYTES, LEAST_CHUNKS = 24 << 20, 3
-LATE = 3  # products after which a chunk is finished: the peer's rows are most likely there
 _POLLS, _NAN, _COPIES = tl.constexpr(POLLS), tl.constexpr(POISON), tl.constexpr(COPIES)
 _WAITING, _BLOCK = 8, 1024  # programs that wait in front of a send, and make words NaN where it comes to that
 
@@ -128,12 +126,13 @@ def _finish_kernel(
     )  # fmt: skip
 
 
-def chunks_of(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """[first, stop) of each chunk. Both ranks cut alike, since they call with one shape. The last chunk is two thirds
-    of another: while it travels little is left to do."""
-    count = min(max(-(-rows * row_bytes // CHUNK_BYTES), LEAST_CHUNKS), COPY_FLAGS - 1)
-    stops = [*(rows * 3 * i // (3 * count - 1) for i in range(1, count)), rows]
-    return [(first, stop) for first, stop in zip([0, *stops], stops, strict=False) if first < stop]
+def chunks_of(rows: int) -> list[tuple[int, int]]:
+    """[first, stop) of each chunk: a quarter, a half, a quarter. Both ranks cut alike, since they call with one shape.
+
+    The link stands still until the first chunk is multiplied, and little is left to do while the last one travels; of
+    each further chunk the kernels and waits take longer than it gains."""
+    stops = (rows // 4, rows - rows // 4, rows)
+    return [(first, stop) for first, stop in zip((0, *stops), stops, strict=False) if first < stop]
 
 
 #: The stream of each workspace's copies. One each: in a shared one, copies of a group would wait behind another's.
@@ -202,16 +201,10 @@ class CopiedLaunch(Launch):
         call, ws, x = self.call, self.ws, self.inputs[0]
         if not call.rows:
             return self.out, self.sum
-        chunks = chunks_of(call.rows, 4 * call.row_words)
+        chunks = chunks_of(call.rows)
         words = x.view(-1).view(torch.int32)
         with on_device_of(x), _Beside(ws, x.device) if x.is_cuda else _InTurn() as beside:
-
-            def finish(i: int) -> None:
-                beside.behind(i)
-                self._finish(i, *chunks[i])
-
             self._launch(self._beginning(), 1)
-            late = LATE if call.product is not None else len(chunks)
             for i, (first, stop) in enumerate(chunks):
                 if call.product is not None:
                     call.product(first, stop)
@@ -220,10 +213,9 @@ class CopiedLaunch(Launch):
                 beside.follow()
                 with beside.sending(i):
                     self._send(words, i, begin, end)
-                if i >= late:
-                    finish(i - late)
-            for i in range(max(len(chunks) - late, 0), len(chunks)):
-                finish(i)
+            for i, (first, stop) in enumerate(chunks):
+                beside.behind(i)
+                self._finish(i, first, stop)
         return self.out, self.sum
 
     def load(self) -> Any:

@@ -31,11 +31,8 @@ def steps_of(calls: int, chunks: int, rules: set[str]) -> dict[Step, list[Step]]
     behind: dict[Step, list[Step]] = {}
     for call in range(1, calls + 1):
         main: list[Step] = [("begin", call, 0)]
-        for chunk in range(chunks):
-            main += [("multiply", call, chunk), ("slot", call, chunk)]
-            if chunk >= 1:
-                main += [("await", call, chunk - 1), ("finish", call, chunk - 1)]
-        main += [("await", call, chunks - 1), ("finish", call, chunks - 1)]
+        main += [(name, call, chunk) for chunk in range(chunks) for name in ("multiply", "slot")]
+        main += [(name, call, chunk) for chunk in range(chunks) for name in ("await", "finish")]
         before = [("finish", call - 1, chunks - 1)] if call > 1 else []
         for step in main:
             behind[step] = list(before)
@@ -139,13 +136,10 @@ class _Peer:
         return None
 
 
-@pytest.mark.parametrize("late", [0, 1, 2, 7])
-def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
-    monkeypatch.setattr(copied, "CHUNK_BYTES", 2 * 64 * 2)
-    monkeypatch.setattr(copied, "LATE", late)
+def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ws = virtual_ranks(2, "cpu", 4, 1 << 14)[0]
     rows, row_words = 8, 32
-    chunks = copied.chunks_of(rows, 4 * row_words)
+    chunks = copied.chunks_of(rows)
     firsts = {first: i for i, (first, _) in enumerate(chunks)}
     steps: list[tuple[str, int]] = []
     places = {ws.copies_offset + first * row_words: i for first, i in firsts.items()}
@@ -167,7 +161,7 @@ def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest
 
     monkeypatch.setattr(copied.CopiedLaunch, "_launch", launch)
     copied.copied(call, ws).run()
-    assert len(chunks) == 4 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
+    assert len(chunks) == 3 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
     order = {step: i for i, step in enumerate(steps)}
     for chunk in range(len(chunks)):
         of_one = [order[name, chunk] for name in ("multiply", "slot", "rows", "flag", "await", "finish")]
