@@ -13,8 +13,14 @@ residual and normalises. Every way gives all rows of y and h to both ranks.
     overlapped                 by the copied kernel, which is handed the product: rows travel while later rows are
                                multiplied
     NCCL + Inductor            the product, NCCL's all-reduce, Inductor's add + norm
-    async TP                   torch's own product + reduce-scatter, add + norm of own rows, a gather of y: the form
-                               of sequence parallelism, in which h stays scattered
+
+and the form of sequence parallelism, in which each rank adds and normalises half of the rows, y is gathered, and h stays
+scattered:
+
+    scattered                  by the exchanged kernel, behind no product
+    scattered, overlapped      by the exchanged kernel, which is handed the product
+    scattered, NCCL + Inductor the product, NCCL's reduce-scatter, Inductor's add + norm of own rows, NCCL's gather
+    async TP                   torch's own product + reduce-scatter, add + norm of own rows, a gather of y
 
 Each way is captured in a CUDA graph of several calls; times are the slower rank's, medians of alternating rounds, in
 microseconds a call. y of 512 rows is compared with float64's, and all of y and h bit for bit between the ranks.
@@ -45,6 +51,7 @@ from tpfuse.kernels.call import Call
 from tpfuse.kernels.rendezvous import workspace_of
 from tpfuse.kernels.symmetric import pieces
 from tpfuse.kernels.symmetric.entries import Entry
+from tpfuse.kernels.symmetric.exchanged import exchanged
 
 EPS = 1e-6  # of `inductor_add_norm`
 BF16 = torch.bfloat16
@@ -52,7 +59,9 @@ CHECKED = 512
 #: Of a model: hidden, and k of each product before it is cut.
 MODELS = {"8b": (4096, {"o_proj": 4096, "down_proj": 14336}), "70b": (8192, {"o_proj": 8192, "down_proj": 28672})}
 #: Ways that are no whole.
-PARTS = ("product", "boundary", "one_shot", "copied", "copy", "local part")
+PARTS = ("product", "boundary", "one_shot", "copied", "copy", "local part", "scattered")
+#: Ways whose h is of own rows, or whose sum NCCL makes.
+Y_ALONE = ("NCCL + Inductor", "async TP", "scattered, overlapped", "scattered, NCCL + Inductor")
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,18 @@ class Layer:
     def overlapped(self) -> None:
         self.by("copied", dataclasses.replace(self.call, product=self.multiply))
 
+    def scattered(self, product: bool) -> None:
+        """y of all rows, h of the own ones."""
+        half = slice(dist.get_rank() * self.rows // 2, (dist.get_rank() + 1) * self.rows // 2)
+        given = self.multiply if product else None
+        self._keep(exchanged(dataclasses.replace(self.call, residual=self.residual[half], product=given), self.ws).run())
+
+    def scattered_nccl(self) -> None:
+        self.product()
+        part = self.x.new_empty(self.rows // 2, self.hidden)
+        dist.reduce_scatter_tensor(part, self.x)
+        self._gather(part)
+
     def nccl(self) -> None:
         self.product()
         dist.all_reduce(self.x)
@@ -112,6 +133,9 @@ class Layer:
 
     def async_tp(self) -> None:
         part = torch.ops.symm_mem.fused_matmul_reduce_scatter(self.a, self.w.t(), "sum", 0, self.group.group_name)
+        self._gather(part)
+
+    def _gather(self, part: Tensor) -> None:
         first = dist.get_rank() * len(part)
         y, _ = inductor_add_norm()(part, self.residual[first : first + len(part)], self.weight)
         dist.all_gather_into_tensor(whole := torch.empty_like(self.x), y)
@@ -138,6 +162,9 @@ def ways_of(layer: Layer) -> dict[str, Callable[[], Any]]:
         "product, then copied": after("copied"),
         "overlapped": layer.overlapped,
         "NCCL + Inductor": layer.nccl,
+        "scattered": lambda: layer.scattered(False),
+        "scattered, overlapped": lambda: layer.scattered(True),
+        "scattered, NCCL + Inductor": layer.scattered_nccl,
         "async TP": layer.async_tp,
     }
 
@@ -204,7 +231,7 @@ def measure(
         record = replace(about, provider=name)
         if name not in PARTS:
             error = ((layer.out[0][:CHECKED].double() - right).norm() / right.norm()).item()
-            whole = layer.out if name not in ("NCCL + Inductor", "async TP") else layer.out[:1]
+            whole = layer.out if name not in Y_ALONE else layer.out[:1]
             record = replace(record, error=round(error, 6), same=same_everywhere(*whole))
         found[name] = record
     for name, (us, spread) in in_turn(graphs, rounds, calls).items():

@@ -18,7 +18,7 @@ from ..parallel.mesh import group_name_of
 from .call import KERNEL_DTYPES, AddNormOut, Call
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
-from .symmetric.copied import FROM_BYTES
+from .symmetric.copies import FROM_BYTES
 from .symmetric.dispatch import choose, default_table
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch

@@ -15,7 +15,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import tpfuse
 from tpfuse.kernels import entry, rendezvous
 from tpfuse.kernels.add_norm import add_norm_reference
-from tpfuse.kernels.symmetric import copied, dispatch
+from tpfuse.kernels.symmetric import copied, copies, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
 
 from .graphs import fake_world
@@ -125,7 +125,7 @@ def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypat
     made = []
 
     def run(launch):
-        chunks = copied.chunks_of(launch.call.rows)
+        chunks = copies.chunks_of(launch.call.rows)
         for first, stop in chunks if launch.call.product is not None else ():
             launch.call.product(first, stop)
         made.append((len(chunks), launch.call.product is not None))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .boundary_spec import FORMS, OUTPUTS, BoundarySpec, read_spec
 from .kernels.call import Call
-from .kernels.symmetric.copied import FROM_BYTES
+from .kernels.symmetric.copies import FROM_BYTES
 from .lean import Boundary, declared
 
 NAME = "product_all_reduce_norm"

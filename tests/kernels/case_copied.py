@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tpfuse.errors import PeerTimeoutError
-from tpfuse.kernels.symmetric import copied as module
-from tpfuse.kernels.symmetric.copied import chunks_of, copied
+from tpfuse.kernels.symmetric import copies
+from tpfuse.kernels.symmetric.copied import copied
+from tpfuse.kernels.symmetric.copies import chunks_of
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
@@ -96,7 +97,7 @@ class _Stream:
 
 
 def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
-    beside = object.__new__(module._Beside)
+    beside = object.__new__(copies._Beside)
     beside.main, beside.copies = _Stream(), _Stream()
     with beside:
         pass
@@ -108,20 +109,18 @@ def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
 
 def hasty(seat: Seat, calls: list[Call]) -> int:
     """Without the wait for the peer's slot, and with a reader that is slow: how many results are wrong."""
-    finish = module.CopiedLaunch._finish
+    receive, waiting = copies.Copies.receive, copies.Copies.waiting
 
-    def late(self: Any, *chunk: int) -> None:
+    def late(self: Any, chunk: int) -> None:
+        receive(self, chunk)
         time.sleep(0.01)
-        finish(self, *chunk)
-
-    waiting = module.CopiedLaunch._waiting
 
     def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
-        return (_Nothing(), (), {}) if flag == module.READY else waiting(self, flag, first, words)
+        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
 
-    module.CopiedLaunch._waiting = without_the_slot  # type: ignore[method-assign]
+    copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
     if seat.ws.rank == 1:
-        module.CopiedLaunch._finish = late  # type: ignore[method-assign]
+        copies.Copies.receive = late  # type: ignore[method-assign]
     wrong = 0
     for call in calls:
         out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()

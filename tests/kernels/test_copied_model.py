@@ -1,6 +1,6 @@
 """The protocol of copies, model-checked: every order in which two ranks' streams and copies can take turns.
 
-A rank's steps and what each stands behind are those of kernels/symmetric/copied.py. In one model the two streams of a
+A rank's steps and what each stands behind are those of kernels/symmetric/copies.py. In one model the two streams of a
 rank run beside each other; in the other a rank does one step at a time, in any order that its streams allow, and a wait
 that was begun must end before anything else runs: so a device might run a captured graph.
 """
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tpfuse.kernels.call import Call
-from tpfuse.kernels.symmetric import copied
+from tpfuse.kernels.symmetric import copied, copies
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
 
 RULES = {
@@ -139,7 +139,7 @@ class _Peer:
 def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ws = virtual_ranks(2, "cpu", 4, 1 << 14)[0]
     rows, row_words = 8, 32
-    chunks = copied.chunks_of(rows)
+    chunks = copies.chunks_of(rows)
     firsts = {first: i for i, (first, _) in enumerate(chunks)}
     steps: list[tuple[str, int]] = []
     places = {ws.copies_offset + first * row_words: i for first, i in firsts.items()}
@@ -149,17 +149,18 @@ def test_a_call_asks_for_its_steps_in_the_order_of_the_model(monkeypatch: pytest
     call = Call(x, x, norm="rms_norm", eps=1e-5, out_dtype=x.dtype, hidden_dtype=x.dtype, product=product)
     flags = ws.buffer[ws.copies_offset + ws.copy_words :].data_ptr()
 
-    def launch(self: Any, step: tuple, programs: int) -> None:
+    def launch(step: tuple, programs: int) -> None:
         kernel, args, _ = step
-        if kernel is copied._begin_kernel:
+        if kernel is copies._begin_kernel:
             steps.append(("begin", 0))
         elif kernel is copied._finish_kernel:
             steps.append(("finish", firsts[args[-1]]))
         else:
             flag = (args[1].data_ptr() - flags) // 4
-            steps.append(("slot", places[ws.copies_offset + args[4]]) if flag == copied.READY else ("await", flag))
+            steps.append(("slot", places[ws.copies_offset + args[4]]) if flag == copies.READY else ("await", flag))
 
-    monkeypatch.setattr(copied.CopiedLaunch, "_launch", launch)
+    for module in (copied, copies):
+        monkeypatch.setattr(module, "launch", launch)
     copied.copied(call, ws).run()
     assert len(chunks) == 3 and steps[0] == ("begin", 0) and len(set(steps)) == len(steps) == 1 + 6 * len(chunks)
     order = {step: i for i, step in enumerate(steps)}

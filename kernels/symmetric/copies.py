@@ -1,0 +1,223 @@
+"""Rows sent by copy engines, beside a stream of kernels: the steps that calls of 2 ranks are made of.
+
+    begin      tell the peer that this call began
+    ready      wait until the peer's call began; a dead rank's rows become NaN
+    send       in a stream of copies alone: rows into the peer's slot, and behind them the count of calls into a flag
+    receive    behind the own send of a chunk: wait for the peer's flag
+
+**The contract.** One copy slot a rank, written by the peer's copies, read by the owner's kernels. A rank counts its
+calls (`state[COPIES]`) and tells the peer when a call begins (the word READY of the peer's flags): everything that it
+read of its slot before is read, because that stood earlier in the same stream. Every copy stands behind a wait until
+the peer told this very call. Behind each chunk the count itself is copied to the chunk's flag, in the same stream; what
+was received is read once its flag is not behind the own count. Counts only grow, so nothing is cleared, and a captured
+graph may be replayed.
+
+**Why nobody waits for ever.** Few programs wait, so there is room for the kernels that a peer waits for: a grid of
+programs that wait would keep the own sends from the device. And whatever order the steps of both streams are run in, a
+wait for chunk i stands behind the own send of chunk i, which waits for nothing but the peer's beginning of this call
+and what the peer sent before its own chunk i.
+
+Waits stand in the caller's stream: a copy engine that a kernel stands in front of each time takes turns with it, and
+stands still for longer than the copies of small chunks take.
+
+A wait that is given up makes the rank dead (`timeout.py`). From then on what it sends is NaN, and so are its results: a
+slot that is written too early or too late then holds the right numbers or NaN. docs/kernels.md has the proof.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..compat import tl, triton
+from ..patience import POLLS, out_of_patience, report
+from ..words import COPIES, COPY_FLAGS, POISON, peer
+from .workspace import Workspace
+
+READY = COPY_FLAGS - 1  # the last of the flags
+#: Of x, from which on a call that may be made by copies is: there they are ahead behind every product measured.
+FROM_BYTES = 32 << 20
+#: How many ranks such a call has.
+RANKS = 2
+_POLLS, _NAN, _COPIES = tl.constexpr(POLLS), tl.constexpr(POISON), tl.constexpr(COPIES)
+_WAITING, _BLOCK = 8, 1024  # programs that wait in front of a send, and make words NaN where it comes to that
+
+
+@triton.jit
+def _waited(flag, least, mark, source, watch_ptr):
+    """Wait until the word `flag` is not behind `least` (in wrapping arithmetic); whether the wait was given up, or the
+    rank is dead (`mark`) and does not wait."""
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    zero = tl.zeros([1], tl.int32)
+    began = zero
+    polls = 0
+    ends = mark != 0
+    while (seen - least < 0) & (not ends):
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        polls += 1
+        if polls % _POLLS == 0:
+            ends, began = out_of_patience(zero, polls, began, watch_ptr)
+    if ends & (mark == 0):
+        report(zero + (seen - least) < 0, zero + source, least << 2, watch_ptr)
+    return ends
+
+
+@triton.jit(do_not_specialize=["ready", "other"])
+def _begin_kernel(state_ptr, peers_ptr, ready, other):
+    count = tl.load(state_ptr + _COPIES) + 1
+    tl.store(state_ptr + _COPIES, count)
+    tl.atomic_xchg(peer(peers_ptr, other) + ready, count, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["first", "words", "other"])
+def _wait_kernel(x_ptr, flag_ptr, state_ptr, watch_ptr, first, words, other, BLOCK: tl.constexpr):
+    """Wait until the flag is not behind this call. A dead rank's `words` words of x from `first` on become NaN."""
+    mark = tl.load(state_ptr + 1)
+    gone = _waited(flag_ptr, tl.load(state_ptr + _COPIES), mark, other, watch_ptr)
+    if gone:
+        block = tl.program_id(0) * BLOCK
+        while block < words:
+            at = block + tl.arange(0, BLOCK)
+            tl.store(x_ptr + first + at, tl.full([BLOCK], _NAN, tl.int32), mask=at < words)
+            block += tl.num_programs(0) * BLOCK
+
+
+#: A kernel, its arguments and its options.
+Step = tuple[Any, tuple, dict[str, Any]]
+
+
+def launch(step: Step, programs: int) -> None:
+    kernel, args, options = step
+    kernel[(programs,)](*args, **options)
+
+
+#: The stream of each workspace's copies. One each: in a shared one, copies of a group would wait behind another's.
+_STREAMS: weakref.WeakKeyDictionary[Workspace, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+
+
+class _InTurn:
+    """Without a GPU: everything in the order in which it is asked for."""
+
+    def __enter__(self) -> _InTurn:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
+        return None
+
+    def follow(self) -> None:
+        return None
+
+    @contextmanager
+    def sending(self, chunk: int) -> Iterator[None]:
+        yield
+
+    def behind(self, chunk: int) -> None:
+        return None
+
+
+class _Beside(_InTurn):
+    """The stream of copies, beside the caller's."""
+
+    def __init__(self, ws: Workspace, device: torch.device) -> None:
+        self.main = torch.cuda.current_stream(device)
+        found = _STREAMS.get(ws)
+        self.copies = found if found is not None else _STREAMS.setdefault(ws, torch.cuda.Stream(device))
+        self.sent: dict[int, torch.cuda.Event] = {}
+
+    def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
+        """A call that raises leaves copies under way: until they are made its x must not be used for something else,
+        nor may the count go on, which they send behind them."""
+        if failed is not None:
+            self.main.wait_stream(self.copies)
+
+    def follow(self) -> None:
+        self.copies.wait_stream(self.main)
+
+    @contextmanager
+    def sending(self, chunk: int) -> Iterator[None]:
+        with torch.cuda.stream(self.copies):
+            yield
+            self.sent[chunk] = self.copies.record_event()
+
+    def behind(self, chunk: int) -> None:
+        """The caller's stream goes on once the chunk is sent."""
+        self.main.wait_event(self.sent[chunk])
+
+
+class Copies:
+    """The steps of one call, whose x is `words` (int32, flat)."""
+
+    def __init__(self, ws: Workspace, words: Tensor) -> None:
+        self.ws, self.words = ws, words
+        self._flags = ws.copies_offset + ws.copy_words
+        self._beside: _InTurn = _InTurn()
+
+    def __enter__(self) -> Copies:
+        if self.words.is_cuda:
+            self._beside = _Beside(self.ws, self.words.device)
+        self._beside.__enter__()
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self._beside.__exit__(*failed)
+
+    def begin(self) -> None:
+        launch(self.beginning(), 1)
+
+    def ready(self, first: int, stop: int) -> None:
+        """Before these words of x are sent."""
+        launch(self.waiting(READY, first, stop - first), _WAITING if self.words.is_cuda else 1)
+
+    def send(self, chunk: int, words: Tensor, at: int) -> None:
+        """`words`, which the caller's stream has finished, into the peer's slot from word `at` on."""
+        there, flag = self.ws.remote, self._flags + chunk
+        assert there is not None, "refused without one"
+        at += self.ws.copies_offset
+        self._beside.follow()
+        with self._beside.sending(chunk):
+            there[at : at + words.numel()].copy_(words, non_blocking=True)
+            there[flag : flag + 1].copy_(self.ws.state[COPIES : COPIES + 1], non_blocking=True)
+
+    def receive(self, chunk: int) -> None:
+        self._beside.behind(chunk)
+        launch(self.waiting(chunk, 0, 0), 1)
+
+    def beginning(self) -> Step:
+        args = self.ws.state, self.ws.peers, self._flags + READY, 1 - self.ws.rank
+        return _begin_kernel, args, {"num_warps": 1}
+
+    def waiting(self, flag: int, first: int, words: int) -> Step:
+        awaited = self.ws.buffer[self._flags + flag :]
+        args = self.words, awaited, self.ws.state, self.ws.watch, first, words, 1 - self.ws.rank
+        return _wait_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+
+
+def slot(ws: Workspace, first: int, dtype: torch.dtype) -> Tensor:
+    """The own copy slot from word `first` on."""
+    return ws.buffer[ws.copies_offset + first : ws.copies_offset + ws.copy_words].view(dtype)
+
+
+def chunks_of(rows: int) -> list[tuple[int, int]]:
+    """[first, stop) of each chunk: a quarter, a half, a quarter. Both ranks cut alike, since they call with one shape.
+
+    The link stands still until the first chunk is multiplied, and little is left to do while the last one travels; of
+    each further chunk the kernels and waits take longer than it gains."""
+    stops = (rows // 4, rows - rows // 4, rows)
+    return [(first, stop) for first, stop in zip((0, *stops), stops, strict=False) if first < stop]
+
+
+def refusal(call: Call, ws: Workspace) -> str:
+    """Why the workspace does not hold the rows of the call's x; empty where it does."""
+    if ws.world != RANKS:
+        return f"{ws.world} ranks; allowed: {RANKS}"
+    if ws.remote is None:
+        return "the workspace has no copy slot, or none of the peer that this process can copy to"
+    if (need := call.rows * call.row_words) > ws.copy_words:
+        return f"{call.rows} rows take {4 * need:,} bytes of a copy slot; it has {4 * ws.copy_words:,}"
+    return ""

@@ -1,0 +1,142 @@
+"""By copy engines, of rows that are scattered: each rank finishes its half of them, and sends what comes out. 2 ranks.
+
+    the peer's half, chunk by chunk:  x of these rows [multiplied first, if the call has a `product`] -> sent
+    the own half, chunk by chunk:     x of these rows [multiplied] -> the peer's part of them received
+                                      -> s = x + the peer's x, finished as `add_norm` does -> y sent
+    the peer's half again:            y received -> copied into the rows of all
+
+    s = the own half of the rows of x + the peer's part of them
+    h = s + residual;  y = norm(h);  gathered = the y of both ranks, in their order
+
+A reduce-scatter, a norm and an all-gather in one call: what sequence parallelism has in the place of an all-reduce. As
+many bytes travel, and a rank adds and normalises half of the rows. The peer's half is multiplied first, so while the
+own one is, the peer's part of it has arrived, and y of its first rows travels. The protocol is that of `copies.py`,
+with one flag for each chunk of x and one for each of y. The slot's first half holds x of the peer, the second one y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import OpError
+from ..add_norm import on_device_of
+from ..call import AddNormOut, Call
+from ..compat import tl, triton
+from ..words import POISON
+from .copied import finishing
+from .copies import READY, Copies, Step, chunks_of, launch, slot
+from .copies import refusal as _refusal
+from .operands import Launch, lies_ready, prepare
+from .workspace import Workspace
+
+_NAN = tl.constexpr(POISON)
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["words"])
+def _take_kernel(from_ptr, to_ptr, state_ptr, words, BLOCK: tl.constexpr):
+    """`words` words from the slot into a result; NaN on a dead rank."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < words
+    taken = tl.load(from_ptr + at, mask=mask)
+    if tl.load(state_ptr + 1) != 0:
+        taken = tl.full([BLOCK], _NAN, tl.int32)
+    tl.store(to_ptr + at, taken, mask=mask)
+
+
+@dataclass(frozen=True)
+class ExchangedLaunch(Launch):
+    """As `CopiedLaunch`. `out.y` is the own half of `gathered`; `inputs` begin with the own half of x."""
+
+    call: Call
+    ws: Workspace
+    inputs: tuple
+    scalars: tuple
+    gathered: Tensor
+
+    def run(self) -> tuple[AddNormOut, Tensor | None]:
+        call, ws = self.call, self.ws
+        results = replace(self.out, y=self.gathered), self.sum
+        share = call.rows // 2
+        if not share:
+            return results
+        own, theirs, row, chunks = ws.rank * share, (1 - ws.rank) * share, call.row_words, chunks_of(share)
+        x, y = (t.view(-1).view(torch.int32) for t in (call.x, self.gathered))
+        with on_device_of(call.x), Copies(ws, x) as copies:
+            copies.begin()
+            for i, (first, stop) in enumerate(chunks):
+                self._multiply(theirs + first, theirs + stop)
+                begin, end = (theirs + first) * row, (theirs + stop) * row
+                copies.ready(begin, end)
+                copies.send(i, x[begin:end], first * row)
+            for i, (first, stop) in enumerate(chunks):
+                self._multiply(own + first, own + stop)
+                copies.receive(i)
+                launch(self._finishing(first), stop - first)
+                copies.send(len(chunks) + i, y[(own + first) * row : (own + stop) * row], (share + first) * row)
+            for i, (first, stop) in enumerate(chunks):
+                copies.receive(len(chunks) + i)
+                words = (stop - first) * row
+                launch(self._taking(y, (share + first) * row, (theirs + first) * row, words), -(-words // _BLOCK))
+        return results
+
+    def load(self) -> Any:
+        """Compile and load the kernels; the last of them."""
+        loaded = None
+        x, y = (t.view(-1).view(torch.int32) for t in (self.call.x, self.gathered))
+        copies = Copies(self.ws, x)
+        steps = copies.beginning(), copies.waiting(READY, 0, 4), self._finishing(0), self._taking(y, 0, 0, 4)
+        with on_device_of(x):
+            for kernel, args, options in steps:
+                loaded = kernel.warmup(*args, grid=(1,), **options)
+                loaded._init_handles()
+        return loaded
+
+    def _multiply(self, first: int, stop: int) -> None:
+        if self.call.product is not None:
+            self.call.product(first, stop)
+
+    def _finishing(self, first: int) -> Step:
+        return finishing(self.call, self.inputs, self.out, self.sum, self.scalars, self.ws, first, {})
+
+    def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
+        args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words
+        return _take_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+
+
+def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
+    """The call bound to this rank's operands. x: [rows, H], this rank's part of all rows; residual: [rows / 2, H], of
+    the own ones, as all results are but `out.y`: [rows, H], what is gathered. Both ranks must make the same call;
+    whether its x is a product is a rank's own affair.
+
+    Raises OpError where the workspace does not hold the call (`refusal`).
+    """
+    if said := refusal(call, ws):
+        raise OpError(f"exchanged: {said}")
+    call = call if lies_ready(call.x) else call.multiplied()
+    x = call.x if lies_ready(call.x) else call.x.contiguous().clone()
+    x, share = x.view(call.rows, call.hidden), call.rows // 2
+    own = slice(ws.rank * share, (ws.rank + 1) * share)
+    gathered = call.out.y if call.out is not None else x.new_empty(x.shape, dtype=call.out_dtype)
+    given = None if call.out is None else replace(call.out, y=gathered[own])
+    ready = prepare(replace(call, x=x[own], out=given, product=None))
+    out = ready.out
+    if given is None:
+        out = replace(out, y=gathered[own])
+    return ExchangedLaunch(
+        None, 0, (), {}, out, ready.sum, replace(call, x=x), ws, ready.inputs, ready.scalars, gathered
+    )  # fmt: skip
+
+
+def refusal(call: Call, ws: Workspace) -> str:
+    """Why there is no such call, or the workspace does not hold it; empty where it does."""
+    if call.rows % 2 or call.quant or call.batch_invariant:
+        allowed = "an even number of rows, and neither of the others"
+        return f"{call.rows} rows, quant={call.quant!r}, batch_invariant={call.batch_invariant}; allowed: {allowed}"
+    if call.out_dtype.itemsize != call.x.dtype.itemsize:
+        return f"y of {call.out_dtype} for x of {call.x.dtype}; allowed: dtypes of one size"
+    return _refusal(call, ws)

@@ -1,0 +1,177 @@
+"""Scattered rows by copy engines: real processes, shared memory, delayed ranks, Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.errors import OpError, PeerTimeoutError
+from tpfuse.kernels.call import AddNormOut
+from tpfuse.kernels.call import Call as Operation
+from tpfuse.kernels.symmetric import copies
+from tpfuse.kernels.symmetric.copied import copied
+from tpfuse.kernels.symmetric.exchanged import exchanged
+from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
+
+from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
+from .protocol import Seat, run
+
+CALLS = [
+    Call(rows=rows, hidden=hidden, dtype=dtype, seed=n, fill=fill, options={"norm": norm, **options})
+    for n, (rows, hidden, dtype, fill, norm, options) in enumerate([
+        (2, 64, BF16, "random", "rms_norm", {}),
+        (10, 64, BF16, "minus_zero", "layer_norm", {"stats": True}),
+        (0, 64, BF16, "random", "rms_norm", {}),
+        (18, 40, F16, "sentinel", "rms_norm", {"post": True, "alpha": 0.5}),
+        (6, 72, F32, "random", "none", {"want_sum": True}),
+        (8, 64, BF16, "random", "rms_norm", {"weight_offset": 1.0, "want_sum": True, "stats": True}),
+    ])
+]  # fmt: skip
+
+
+def own(call: Call, rank: int) -> slice:
+    return slice(rank * call.rows // 2, (rank + 1) * call.rows // 2)
+
+
+def operands(call: Call, seat: Seat, product: bool = False, given: bool = False) -> Operation:
+    """The operands of this rank: the residual of own rows; x as it is, or one that holds nothing before its rows are
+    asked for; results new, or given."""
+    op = call.operands(seat.ws.rank)
+    op = dataclasses.replace(op, residual=op.residual[own(call, seat.ws.rank)].clone())
+    if given and not op.stats:
+        out = AddNormOut(torch.empty_like(op.x), torch.empty_like(op.residual), None, None)
+        total = torch.empty_like(op.residual) if op.want_sum else None
+        op = dataclasses.replace(op, out=out, sum_out=total)
+    if not product:
+        return op
+    x = torch.full_like(op.x, float("nan"))
+
+    def multiply(first: int, stop: int) -> None:
+        seat.dawdle()
+        x[first:stop] = op.x[first:stop]
+
+    return dataclasses.replace(op, x=x, product=multiply)
+
+
+def play(seat: Seat, calls: list[Call], products: tuple[bool, bool], given: bool = False) -> list[Any]:
+    answers = []
+    for call in calls:
+        seat.dawdle()
+        op = operands(call, seat, products[seat.ws.rank], given)
+        out, total = exchanged(op, seat.ws).run()
+        expected, expected_sum = call.expected(2)
+        mine = own(call, seat.ws.rank)
+        assert not given or op.out is None or out.y is op.out.y
+        close(out.y, expected.y)
+        near(out.y, expected.y)
+        near(out.residual_out, expected.residual_out[mine])
+        assert (out.rstd is None) == (expected.rstd is None) and (out.mean is None) == (expected.mean is None)
+        if out.rstd is not None:
+            close(out.rstd, expected.rstd[mine], call.dtype)
+        if total is not None:
+            close(total, expected_sum[mine])
+        answers.append((bits(out.y),))
+    return answers
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new results", "given results"])
+@pytest.mark.parametrize("products", [(False, False), (True, True), (True, False)], ids=str)
+def test_every_norm_dtype_and_number_of_rows_is_right_and_gathered_alike(
+    products: tuple[bool, bool], given: bool
+) -> None:
+    equal_on_all_ranks(run(2, play, CALLS, products, given))
+
+
+def both(seat: Seat, calls: list[Call]) -> list[Any]:
+    return [each for call in calls for each in (*play(seat, [call], (True, True)), *whole(seat, call))]
+
+
+def whole(seat: Seat, call: Call) -> list[Any]:
+    out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+    close(out.y, call.expected(2)[0].y)
+    return [(bits(out.y),)]
+
+
+def test_calls_of_both_kinds_share_a_slot() -> None:
+    equal_on_all_ranks(run(2, both, [Call(rows=2 + 2 * ((5 * n) % 7), seed=n) for n in range(12)]))
+
+
+def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
+    calls = [Call(rows=2 + 2 * ((5 * n) % 7), hidden=64, seed=n) for n in range(30)]
+    equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+
+
+def refused(seat: Seat) -> list[str]:
+    said = []
+    for call, more in (
+        (Call(rows=5), {}),
+        (Call(rows=4), {"batch_invariant": True}),
+        (Call(rows=4), {"out_dtype": F32}),
+        (Call(rows=1 << 16), {}),
+    ):
+        with pytest.raises(OpError) as raised:
+            exchanged(dataclasses.replace(call.operands(seat.ws.rank), **more), seat.ws)
+        said.append(str(raised.value))
+    return said
+
+
+def test_what_cannot_be_exchanged_is_refused_with_the_reason() -> None:
+    (said,), _ = run(2, refused)
+    for sentence, words in zip(said, ("5 rows", "batch_invariant=True", "torch.float32", "copy slot"), strict=True):
+        assert words in sentence
+
+
+def hasty(seat: Seat, calls: list[Call]) -> int:
+    """Between calls that leave all rows to every rank, without the wait for the peer's slot, and with a reader that is
+    slow: how many of those results are wrong. (Of exchanges alone each waits for what the peer finished last.)"""
+    receive, waiting = copies.Copies.receive, copies.Copies.waiting
+
+    def late(self: Any, chunk: int) -> None:
+        receive(self, chunk)
+        time.sleep(0.01)
+
+    def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
+        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
+
+    copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
+    if seat.ws.rank == 1:
+        copies.Copies.receive = late  # type: ignore[method-assign]
+    wrong = 0
+    for call in calls:
+        out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+        exchanged(operands(call, seat), seat.ws).run()
+        expected, _ = call.expected(2)
+        wrong += not torch.allclose(out.y.double(), expected.y.double(), rtol=5e-2, atol=5e-2)
+    return wrong
+
+
+class _Nothing:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+def test_a_copy_that_does_not_wait_for_the_slot_is_found_out() -> None:
+    _, (wrong,) = run(2, hasty, [Call(rows=10, hidden=64, seed=n) for n in range(20)])
+    assert wrong > 0
+
+
+def desert(seat: Seat) -> dict[str, Any]:
+    exchanged(operands(Call(rows=6), seat), seat.ws).run()
+    if seat.ws.rank == 1:
+        return {}
+    set_timeout(seat.ws.watch, 2e-3)
+    op = operands(Call(rows=6, seed=1), seat)
+    out, _ = exchanged(op, seat.ws).run()
+    with pytest.raises(PeerTimeoutError, match="rank 1"):
+        raise_if_late(seat.ws, "tp")
+    again, _ = exchanged(operands(Call(rows=6, seed=2), seat), seat.ws).run()
+    return {"nan": bool(out.y.isnan().all() and again.y.isnan().all()), "sent": bool(op.x[3:].isnan().all())}
+
+
+def test_a_rank_that_waited_in_vain_has_nan_and_sends_nan() -> None:
+    (left,), _ = run(2, desert, rest=False)
+    assert left == {"nan": True, "sent": True}
