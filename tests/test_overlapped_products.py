@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,10 +20,13 @@ from tpfuse.kernels import entry, rendezvous
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.symmetric import copied, copies, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
+from tpfuse.product_ops import PRODUCTS
 
 from .graphs import fake_world
 from .kernels.stub_kernel import in_place_of_gpus
 from .models import HIDDEN, Stack, loss
+from .products import KINDS, Behind, of_float8, scales_of_rows, whole_numbers
+from .ranks import run_processes
 
 SMALL = 4 * HIDDEN * 4  # bytes of four rows in float32
 NAMED = {"rewrites": [*DEFAULT_REWRITES, OVERLAP]}
@@ -65,6 +71,27 @@ def test_products_of_few_rows_stay_where_they_were(kernel):
     model = Stack(1, layers=1).eval()
     _, code = compiled_code(model, torch.randn(3, HIDDEN))
     assert calls_of(code) == ["all_reduce_norm"] * 2
+
+
+def in_chunks(monkeypatch) -> list[tuple[int, bool]]:
+    """Large calls go to a stand-in for `copied`, which asks for chunks as that does; of each, how many they were, and
+    whether of a product."""
+    made = []
+
+    def run(launch):
+        chunks = copies.chunks_of(launch.call.rows)
+        for first, stop in chunks if launch.call.product is not None else ():
+            launch.call.product(first, stop)
+        made.append((len(chunks), launch.call.product is not None))
+        right = add_norm_reference(dataclasses.replace(launch.call, product=None, out=None))
+        launch.out.y.copy_(right.y)
+        if launch.out.residual_out is not None:
+            launch.out.residual_out.copy_(right.residual_out)
+        return launch.out, launch.sum
+
+    monkeypatch.setattr(copied.CopiedLaunch, "run", run)
+    monkeypatch.setattr("tpfuse.kernels.entry.FROM_BYTES", SMALL)
+    return made
 
 
 class OwnResidual(nn.Module):
@@ -120,23 +147,106 @@ def test_a_training_step_has_the_gradients_of_eager_mode(kernel):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
 
 
+def words_of(code: str) -> list[str]:
+    return re.findall(r"product_all_reduce_norm\.\w+\(\[[^']*\], '([^']*)'", code)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_product_gives_the_bits_it_gave(kernel, monkeypatch, kind, dynamic):
+    if kind.startswith("scales") and not scales_of_rows():
+        pytest.skip("the CPU's product takes one scale")
+    model = Behind(kind).eval()
+    made = in_chunks(monkeypatch)
+    outputs = []
+    batches = [whole_numbers(rows, HIDDEN) for rows in ((6, 3, 9) if dynamic else (6, 6))]
+    for options, words in (({}, []), (NAMED, [KINDS[kind][1]])):
+        torch._dynamo.reset()
+        with fresh_cache(), torch.no_grad():
+            fn, code = compiled_code(model, batches[0], options, dynamic)
+            assert words_of(code) == words
+            made.clear()
+            outputs.append([t for x in batches for t in fn(x)])
+    assert len(made) == 2 and all(chunks > 1 and product for chunks, product in made)  # 3 rows: too few
+    assert all(map(torch.equal, *outputs))
+
+
+@pytest.mark.parametrize(("word", "factors"), [
+    ("mm", [whole_numbers(7, 32), whole_numbers(32, 16)]),
+    ("addmm", [whole_numbers(16), whole_numbers(7, 32), whole_numbers(32, 16)]),
+    ("addmm", [whole_numbers(1, 16), whole_numbers(7, 32), whole_numbers(32, 16)]),
+    ("scaled_mm", of_float8((), ())),
+    ("scaled_mm", of_float8((1, 1), (1,))),
+    ("scaled_mm, fast", [*of_float8((), ()), whole_numbers(16)]),
+    ("scaled_mm", of_float8((7, 1), (1, 16))),
+    ("scaled_mm, fast", [*of_float8((7, 1), (1, 16)), whole_numbers(16)]),
+])  # fmt: skip
+def test_rows_of_a_product_are_those_of_the_whole(word, factors):
+    if word.startswith("scaled") and factors[2].numel() > 1 and not scales_of_rows():
+        pytest.skip("the CPU's product takes one scale")
+    names = {"mm": torch.mm, "addmm": torch.addmm}
+    scaled = partial(torch._scaled_mm, out_dtype=torch.float32, use_fast_accum=word.endswith("fast"))
+    whole, out = names.get(word, scaled)(*factors), torch.full((7, 16), float("nan"))
+    for first, stop in ((0, 1), (1, 4), (4, 7)):
+        PRODUCTS[word](slice(first, stop), out[first:stop], *factors)
+    assert torch.equal(out, whole)
+
+
+def test_a_scale_of_each_row_goes_with_its_rows(monkeypatch):
+    """Whatever the CPU's product takes: with one in its place that says what it was given."""
+    given = []
+    monkeypatch.setattr("tpfuse.product_ops.SCALED_MM", lambda *a, **k: given.append(a))
+    factors = of_float8((7, 1), (1, 16))
+    for first, stop in ((0, 3), (3, 7)):
+        PRODUCTS["scaled_mm"](slice(first, stop), torch.empty(stop - first, 16), *factors)
+    assert [(a.shape[0], scale_a.flatten().tolist()) for a, _, scale_a, *_ in given] == [
+        (3, factors[2][:3].flatten().tolist()), (4, factors[2][3:].flatten().tolist())
+    ]  # fmt: skip
+    assert all(scale_a.data_ptr() % 16 == 0 and scale_b is factors[3] for _, _, scale_a, scale_b, *_ in given)
+
+
+@pytest.mark.parametrize("kinds", [("bias", "bias"), ("bias", "none"), ("one scale", "one scale, bias")], ids=str)
+def test_two_ranks_have_the_numbers_they_had_whatever_the_others_product_is(kinds):
+    results = run_processes(2, with_and_without_the_name, kinds)
+    for rank, (plain, named, words) in enumerate(results):
+        assert words == [KINDS[kinds[rank]][1]] and all(map(np.array_equal, plain, named))
+    assert all(map(np.array_equal, results[0][1], results[1][1]))
+
+
+def with_and_without_the_name(rank: int, kinds: tuple[str, str]) -> tuple[list, list, list[str]]:
+    """What a rank gives without and with it, and the words of its products."""
+    for module in ("tpfuse.product_ops", "tpfuse.passes.rewrite.overlap"):
+        importlib.import_module(module).FROM_BYTES = SMALL
+    torch.manual_seed(rank)
+    model = Behind(kinds[rank]).eval()
+    torch.manual_seed(2)
+    x, outputs = whole_numbers(6, HIDDEN), []
+    for options in ({}, NAMED):
+        torch._dynamo.reset()
+        fn, code = compiled_code(model, x, options)
+        with torch.no_grad():
+            outputs.append([t.numpy() for t in fn(x)])
+    return *outputs, words_of(code)
+
+
+@pytest.mark.parametrize("kind", ["bias", "bias behind the product", "one scale, bias"])
+def test_gradients_behind_other_products_are_those_without_the_name(kernel, kind):
+    model, x = Behind(kind), whole_numbers(6, HIDDEN)
+    gradients = []
+    for options, words in (({}, []), (NAMED, [KINDS[kind][1]])):
+        torch._dynamo.reset()
+        model.zero_grad()
+        with fresh_cache():
+            fn = torch.compile(model, backend="tpfuse", dynamic=False, options=options)
+            _, codes = run_and_get_code(lambda fn=fn: sum(t.square().sum() for t in fn(x)).backward())
+        assert words_of("".join(codes)) == words
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypatch):
     """With its product, chunk by chunk, or, on a rank whose graph has none, without: the peer cannot tell."""
-    made = []
-
-    def run(launch):
-        chunks = copies.chunks_of(launch.call.rows)
-        for first, stop in chunks if launch.call.product is not None else ():
-            launch.call.product(first, stop)
-        made.append((len(chunks), launch.call.product is not None))
-        right = add_norm_reference(dataclasses.replace(launch.call, product=None, out=None))
-        launch.out.y.copy_(right.y)
-        if launch.out.residual_out is not None:
-            launch.out.residual_out.copy_(right.residual_out)
-        return launch.out, launch.sum
-
-    monkeypatch.setattr(copied.CopiedLaunch, "run", run)
-    monkeypatch.setattr("tpfuse.kernels.entry.FROM_BYTES", SMALL)
+    made = in_chunks(monkeypatch)
     model, x = Stack(1, layers=1).eval(), torch.randn(6, HIDDEN)
     for expected in (True, False):
         if not expected:  # a graph in which no product was found

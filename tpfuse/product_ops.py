@@ -1,11 +1,12 @@
 """A matrix product and the all-reduce and norm behind it, as compiled graphs call them: one operator.
 
-    tpfuse::product_all_reduce_norm.lean(a, b, y, spec, residual, weight, hidden)     and the other forms of lean.py
+    tpfuse::product_all_reduce_norm.lean([a, b], "mm", y, spec, residual, weight, hidden)     and lean.py's other forms
 
-is tpfuse::all_reduce_norm of x = a @ b: a [rows, k], b [k, hidden], y of any shape with `rows` rows of `hidden`. From
-FROM_BYTES of x on the call hands its kernel the product, and the one that can send some rows while others are
-multiplied (kernels/symmetric/copied.py) does so; every other kernel, and every smaller call, begins when x is there.
-What a rank sends, and when a peer may count on it, is the same in any case: a peer need not have this operator.
+is tpfuse::all_reduce_norm of x = a @ b, or of another of PRODUCTS: a [rows, k], b [k, hidden], y of any shape with
+`rows` rows of `hidden`, x of the dtype in `spec`. From FROM_BYTES of x on the call hands its kernel the product, and
+the one that can send some rows while others are multiplied (kernels/symmetric/copied.py) does so; every other kernel,
+and every smaller call, begins when x is there. What a rank sends, and when a peer may count on it, is the same in any
+case: a peer may have another product, or none and not this operator.
 """
 
 from __future__ import annotations
@@ -25,14 +26,44 @@ from .lean import Boundary, declared
 NAME = "product_all_reduce_norm"
 #: How many ranks the kernel takes that can send a part of the rows.
 RANKS = 2
+SCALED_MM = torch.ops.aten._scaled_mm.out
 _spec = lru_cache(maxsize=4096)(read_spec)
+
+
+def _mm(rows: slice, out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a[rows], b, out=out)
+
+
+def _addmm(rows: slice, out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(bias, a[rows], b, out=out)
+
+
+def _scaled_mm(
+    rows: slice, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
+    *, fast: bool,
+) -> None:  # fmt: skip
+    if scale_a.numel() > 1:  # one of each row
+        scale_a = scale_a[rows]
+        # As the scales of a whole product lie: nothing is known of kernels that are given others.
+        scale_a = scale_a if scale_a.data_ptr() % 16 == 0 else scale_a.clone()
+    SCALED_MM(a[rows], b, scale_a, scale_b, bias, out_dtype=out.dtype, use_fast_accum=fast, out=out)
+
+
+#: By the word that a graph has for a product: how `rows` of it are computed into `out`, of factors in the order in
+#: which the aten operator takes them. Which products are taken: passes/rewrite/overlap.py.
+PRODUCTS: dict[str, Callable[..., None]] = {
+    "mm": _mm,
+    "addmm": _addmm,
+    "scaled_mm": partial(_scaled_mm, fast=False),
+    "scaled_mm, fast": partial(_scaled_mm, fast=True),
+}
 
 
 def define(library: torch.library.Library, run: Callable[[Call, Any], list[Tensor]]) -> None:
     """Define the operator. `run`: as of tpfuse::all_reduce_norm's lean forms."""
     for form, names in FORMS.items():
         full_name = f"{NAME}.{form}"
-        arguments = declared(names).replace("Tensor x", "Tensor a, Tensor b")
+        arguments = declared(names).replace("Tensor x", "Tensor[] factors, str product")
         library.define(f"{full_name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(full_name, partial(_call, run, form), "CompositeExplicitAutograd")
         for key in ("Autograd", "ADInplaceOrView"):
@@ -40,14 +71,14 @@ def define(library: torch.library.Library, run: Callable[[Call, Any], list[Tenso
         torch.library.register_fake(f"tpfuse::{full_name}", lambda *_, **__: None, lib=library)
 
 
-def _call(run: Callable, form: str, a: Tensor, b: Tensor, *rest: Any) -> None:
+def _call(run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
     given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
-    y, spec = given["y"], _spec(given["spec"])
-    x = torch.empty(y.shape, dtype=a.dtype, device=a.device)
-    rows = x.view(-1, b.shape[1])
+    y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
+    x = torch.empty(y.shape, dtype=spec.operands[0], device=y.device)
+    rows = x.view(-1, y.shape[-1])
 
     def multiply(first: int, stop: int) -> None:
-        torch.mm(a[first:stop], b, out=rows[first:stop])
+        fill(slice(first, stop), rows[first:stop], *factors)
 
     if x.nbytes < FROM_BYTES:
         multiply(0, rows.shape[0])

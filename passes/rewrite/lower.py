@@ -92,7 +92,7 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
         outputs = {name: _empty(graph, sizes[name], fakes[name], node) for name in spec.outputs}
         given = {"spec": spec.text(), **operands, **outputs}
         overload = _overload(node, given, product)
-        given |= product.factors if product is not None else {}
+        given |= product.arguments if product is not None else {}
         names = argument_names(overload)
         call = graph.call_function(auto_functionalized(), (overload,), {name: given.get(name) for name in names})
         carry_meta(node, call)
