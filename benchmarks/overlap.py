@@ -14,8 +14,8 @@ residual and normalises. Every way gives all rows of y and h to both ranks.
                                multiplied
     NCCL + Inductor            the product, NCCL's all-reduce, Inductor's add + norm
 
-and the form of sequence parallelism, in which each rank adds and normalises half of the rows, y is gathered, and h stays
-scattered:
+and the form of sequence parallelism, in which each rank adds and normalises half of the rows, y is gathered, and h
+stays scattered:
 
     scattered                  by the exchanged kernel, behind no product
     scattered, overlapped      by the exchanged kernel, which is handed the product
@@ -117,8 +117,8 @@ class Layer:
     def scattered(self, product: bool) -> None:
         """y of all rows, h of the own ones."""
         half = slice(dist.get_rank() * self.rows // 2, (dist.get_rank() + 1) * self.rows // 2)
-        given = self.multiply if product else None
-        self._keep(exchanged(dataclasses.replace(self.call, residual=self.residual[half], product=given), self.ws).run())
+        given = {"residual": self.residual[half], "product": self.multiply if product else None}
+        self._keep(exchanged(dataclasses.replace(self.call, **given), self.ws).run())
 
     def scattered_nccl(self) -> None:
         self.product()

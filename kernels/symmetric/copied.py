@@ -135,7 +135,7 @@ def copied(call: Call, ws: Workspace, split: int = 1, warps: int = 0, registers:
 
 
 def refusal(call: Call, ws: Workspace, split: int) -> str:
-    return _refusal(call, ws)
+    return _refusal(call.rows * call.row_words, ws)
 
 
 def most_rows(call: Call, ws: Workspace) -> int:

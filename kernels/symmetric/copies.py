@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
 from ..compat import tl, triton
 from ..patience import POLLS, out_of_patience, report
 from ..words import COPIES, COPY_FLAGS, POISON, peer
@@ -212,12 +211,12 @@ def chunks_of(rows: int) -> list[tuple[int, int]]:
     return [(first, stop) for first, stop in zip((0, *stops), stops, strict=False) if first < stop]
 
 
-def refusal(call: Call, ws: Workspace) -> str:
-    """Why the workspace does not hold the rows of the call's x; empty where it does."""
+def refusal(words: int, ws: Workspace) -> str:
+    """Why the workspace takes no calls of so many words; empty where it does."""
     if ws.world != RANKS:
         return f"{ws.world} ranks; allowed: {RANKS}"
     if ws.remote is None:
         return "the workspace has no copy slot, or none of the peer that this process can copy to"
-    if (need := call.rows * call.row_words) > ws.copy_words:
-        return f"{call.rows} rows take {4 * need:,} bytes of a copy slot; it has {4 * ws.copy_words:,}"
+    if words > ws.copy_words:
+        return f"rows of {4 * words:,} bytes; its copy slot has {4 * ws.copy_words:,}"
     return ""

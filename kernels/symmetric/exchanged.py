@@ -16,6 +16,7 @@ with one flag for each chunk of x and one for each of y. The slot's first half h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..compat import tl, triton
 from ..words import POISON
 from .copied import finishing
 from .copies import READY, Copies, Step, chunks_of, launch, slot
-from .copies import refusal as _refusal
+from .copies import refusal as copies_refusal
 from .operands import Launch, lies_ready, prepare
 from .workspace import Workspace
 
@@ -59,37 +60,43 @@ class ExchangedLaunch(Launch):
     gathered: Tensor
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
-        call, ws = self.call, self.ws
-        results = replace(self.out, y=self.gathered), self.sum
-        share = call.rows // 2
-        if not share:
-            return results
-        own, theirs, row, chunks = ws.rank * share, (1 - ws.rank) * share, call.row_words, chunks_of(share)
-        x, y = (t.view(-1).view(torch.int32) for t in (call.x, self.gathered))
-        with on_device_of(call.x), Copies(ws, x) as copies:
+        """In one call of the protocol, or in several where the slot does not hold all rows."""
+        share, most = self.call.rows // 2, self.ws.copy_words // (2 * self.call.row_words)
+        calls = -(-share // most)
+        with on_device_of(self.call.x):
+            for i in range(calls):
+                self._run(share * i // calls, share * (i + 1) // calls)
+        return replace(self.out, y=self.gathered), self.sum
+
+    def _run(self, start: int, stop: int) -> None:
+        """These rows of both halves."""
+        rank, row, half = self.ws.rank, self.call.row_words, self.call.rows // 2
+        own, theirs, rows = rank * half + start, (1 - rank) * half + start, stop - start
+        x, y = (t.view(-1).view(torch.int32) for t in (self.call.x, self.gathered))
+        finishing, chunks = self._finishing(start, stop), chunks_of(rows)
+        with Copies(self.ws, x) as copies:
             copies.begin()
-            for i, (first, stop) in enumerate(chunks):
-                self._multiply(theirs + first, theirs + stop)
-                begin, end = (theirs + first) * row, (theirs + stop) * row
+            for i, (first, last) in enumerate(chunks):
+                self._multiply(theirs + first, theirs + last)
+                begin, end = (theirs + first) * row, (theirs + last) * row
                 copies.ready(begin, end)
                 copies.send(i, x[begin:end], first * row)
-            for i, (first, stop) in enumerate(chunks):
-                self._multiply(own + first, own + stop)
+            for i, (first, last) in enumerate(chunks):
+                self._multiply(own + first, own + last)
                 copies.receive(i)
-                launch(self._finishing(first), stop - first)
-                copies.send(len(chunks) + i, y[(own + first) * row : (own + stop) * row], (share + first) * row)
-            for i, (first, stop) in enumerate(chunks):
+                launch(finishing(first), last - first)
+                copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row)
+            for i, (first, last) in enumerate(chunks):
                 copies.receive(len(chunks) + i)
-                words = (stop - first) * row
-                launch(self._taking(y, (share + first) * row, (theirs + first) * row, words), -(-words // _BLOCK))
-        return results
+                words = (last - first) * row
+                launch(self._taking(y, (rows + first) * row, (theirs + first) * row, words), -(-words // _BLOCK))
 
     def load(self) -> Any:
         """Compile and load the kernels; the last of them."""
         loaded = None
         x, y = (t.view(-1).view(torch.int32) for t in (self.call.x, self.gathered))
-        copies = Copies(self.ws, x)
-        steps = copies.beginning(), copies.waiting(READY, 0, 4), self._finishing(0), self._taking(y, 0, 0, 4)
+        copies, finishing = Copies(self.ws, x), self._finishing(0, self.call.rows // 2)
+        steps = copies.beginning(), copies.waiting(READY, 0, 4), finishing(0), self._taking(y, 0, 0, 4)
         with on_device_of(x):
             for kernel, args, options in steps:
                 loaded = kernel.warmup(*args, grid=(1,), **options)
@@ -100,8 +107,16 @@ class ExchangedLaunch(Launch):
         if self.call.product is not None:
             self.call.product(first, stop)
 
-    def _finishing(self, first: int) -> Step:
-        return finishing(self.call, self.inputs, self.out, self.sum, self.scalars, self.ws, first, {})
+    def _finishing(self, start: int, stop: int) -> Callable[[int], Step]:
+        """The step that finishes own rows from `first` of these on."""
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.view(self.call.rows // 2, -1)[start:stop]
+
+        x, residual, *vectors = self.inputs
+        out, total = AddNormOut(*map(rows, (self.out.y, self.out.residual_out, self.out.mean, self.out.rstd))), self.sum
+        inputs = rows(x), rows(residual), *vectors
+        return lambda first: finishing(self.call, inputs, out, rows(total), self.scalars, self.ws, first, {})
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
         args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words
@@ -113,7 +128,7 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
     the own ones, as all results are but `out.y`: [rows, H], what is gathered. Both ranks must make the same call;
     whether its x is a product is a rank's own affair.
 
-    Raises OpError where the workspace does not hold the call (`refusal`).
+    Raises OpError where there is no such call (`refusal`).
     """
     if said := refusal(call, ws):
         raise OpError(f"exchanged: {said}")
@@ -124,19 +139,22 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
     gathered = call.out.y if call.out is not None else x.new_empty(x.shape, dtype=call.out_dtype)
     given = None if call.out is None else replace(call.out, y=gathered[own])
     ready = prepare(replace(call, x=x[own], out=given, product=None))
-    out = ready.out
-    if given is None:
-        out = replace(out, y=gathered[own])
     return ExchangedLaunch(
-        None, 0, (), {}, out, ready.sum, replace(call, x=x), ws, ready.inputs, ready.scalars, gathered
+        None, 0, (), {}, replace(ready.out, y=gathered[own]), ready.sum, replace(call, x=x), ws, ready.inputs,
+        ready.scalars, gathered,
     )  # fmt: skip
 
 
-def refusal(call: Call, ws: Workspace) -> str:
-    """Why there is no such call, or the workspace does not hold it; empty where it does."""
+def unfit(call: Call) -> str:
+    """Why no such call is made in this way; empty where it may be. Equal on all ranks."""
     if call.rows % 2 or call.quant or call.batch_invariant:
         allowed = "an even number of rows, and neither of the others"
         return f"{call.rows} rows, quant={call.quant!r}, batch_invariant={call.batch_invariant}; allowed: {allowed}"
     if call.out_dtype.itemsize != call.x.dtype.itemsize:
         return f"y of {call.out_dtype} for x of {call.x.dtype}; allowed: dtypes of one size"
-    return _refusal(call, ws)
+    return ""
+
+
+def refusal(call: Call, ws: Workspace) -> str:
+    """The same, or why the workspace does not take it."""
+    return unfit(call) or copies_refusal(2 * call.row_words, ws)
