@@ -4,6 +4,8 @@
     ... --layouts plain sequence --tokens 8192 --rounds 10                              what is run
     ... --providers inductor tpfuse norm_backward micro_pipeline                        tpfuse with norm_backward named;
                                                                                         PyTorch's async TP
+    ... --providers inductor tpfuse overlap all_named                                   overlap_all_reduce_norm named; that
+                                                                                        and norm_backward
     ... --providers inductor tpfuse no_reuse                                            tpfuse, and Inductor reuses no
                                                                                         buffers (peak_memory.py)
     torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU
@@ -48,7 +50,7 @@ from records import OfModel, write_run
 
 import tpfuse
 from tpfuse.backend import tpfuse as tpfuse_backend
-from tpfuse.passes.plan.sites import DEFAULT_REWRITES
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "tpfuse": {"backend": tpfuse_backend},
     "norm_backward": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward"]}},
+    "overlap": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, OVERLAP]}},
+    "all_named": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward", OVERLAP]}},
     "no_reuse": {"backend": tpfuse_backend, "options": {"inductor": {"allow_buffer_reuse": False}}},
     "micro_pipeline": {"backend": "inductor", "options": {"_micro_pipeline_tp": True}},
 }

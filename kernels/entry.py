@@ -1,7 +1,8 @@
 """The fused boundary at run time: pick the kernel for this call, or say that there is none.
 
-`all_reduce_add_norm` is what the op layer calls first on each boundary. None means that the caller takes the functional
-path (a plain all-reduce, then `add_norm`); `why_not` has the sentence for the report.
+`all_reduce_add_norm` is what the op layer calls first on each boundary, `exchange_add_norm` on one whose rows are
+scattered and gathered. None means that the caller takes the functional path (plain collectives around `add_norm`);
+`why_not` has the sentence for the report.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspa
 from .replay import Site
 from .symmetric.copies import FROM_BYTES
 from .symmetric.dispatch import choose, default_table
+from .symmetric.exchanged import exchanged, refusal, unfit
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
 
-__all__ = ["all_reduce_add_norm", "check_peers", "init_workspace", "why_not"]
+__all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "init_workspace", "why_not"]
 
 
 def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOut, Tensor | None] | None:
@@ -54,6 +56,25 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     # No record of a call that may be made by copies once there is a slot for them: its peer may find one sooner.
     ran = None if site is None or copies else lambda launch: site.leave(launch, call, ws, table)
     return run(chosen, call, ws, ran)
+
+
+def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
+    """`add_norm` of this rank's half of the rows of the sum, and a gather of y: `call.out.y` and the y of the result
+    have all rows, in the order of the ranks; residual and other results those of the own half.
+
+    Otherwise as `all_reduce_add_norm`: None, on all ranks alike, also for calls that are not told `overlap`, have less
+    than FROM_BYTES of x, an odd number of rows, a quantisation, or more ranks than two.
+    """
+    x, group_name = call.x, call.group_name
+    if not (call.overlap and on_gpu(x) and call.supported()) or x.nbytes < FROM_BYTES or unfit(call):
+        return None
+    ws = workspace_of(group_name, x.device, copies=True)
+    if ws is None or refusal(call, ws):
+        return None
+    check_peers(group_name)
+    if torch.cuda.is_current_stream_capturing():
+        note_capture(ws)
+    return exchanged(call, ws).run()
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -27,6 +27,7 @@ from tpfuse.report import Boundary, Report, Transfer
 
 from .facts.collectives import ResolveGroup, is_collective
 from .facts.declared import as_declared, as_functional
+from .facts.graph import GATHERS
 from .facts.group_names import with_group_names
 from .facts.groups import names_of_groups, own_rank
 from .facts.refusals import Code, Refusal
@@ -49,7 +50,7 @@ from .rewrite.strides import settle_strides
 from .verdict import accounting
 from .verdict.failed import report_of_failure
 from .verdict.reasons import IN_BACKWARD
-from .verdict.runs import LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, how_it_runs
+from .verdict.runs import EXCHANGED, LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, exchanges, how_it_runs
 from .verdict.steps import find_steps
 from .verdict.subgraphs import collectives_inside
 from .verdict.undeclared import undeclared
@@ -311,7 +312,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
         for node in graph.nodes:
             if context.options.batch_invariant and any(calls(node, name) for name in FUSED_NORMS):
                 node.update_kwarg("batch_invariant", True)
-            if OVERLAP in context.options.rewrites and calls(node, FUSED_NORMS[0]):
+            if OVERLAP in context.options.rewrites and any(calls(node, name) for name in FUSED_NORMS):
                 node.update_kwarg("overlap", True)
         graph.lint()
         context.edited = True
@@ -345,17 +346,21 @@ def _quantise_first(graph: fx.Graph, context: Context) -> Verdicts:
 
 def _gather(graph: fx.Graph, context: Context) -> Verdicts:
     """Put the gathers of what fused operations give each rank into these operations."""
-    known = context.known
-    if not context.rewritten or not (known.backward or context.options.split):
+    known, overlap = context.known, OVERLAP in context.options.rewrites
+    if not context.rewritten or not (known.backward or context.options.split or overlap):
         return {}
     taken = {name: of for name, of in gather(known).items() if {name, of} <= context.boundaries.keys()}
     context.edited = True
     graph.lint()
     boundaries = {name: (_left(context.boundaries[name], None), context.boundaries[of]) for name, of in taken.items()}
-    return {
+    found = {
         name: replace(boundary, fused=True, rewrite=of.rewrite, norm=of.norm, runs=of.runs)
         for name, (boundary, of) in boundaries.items()
     }
+    exchanged = [node for node in graph.nodes if exchanges(node)]
+    by_copies = {name for node in exchanged for name in (accounting.origin(node), node.meta[GATHERS])}
+    told = {name: found.get(name, context.boundaries[name]) for name in by_copies & context.boundaries.keys()}
+    return found | {name: replace(b, runs=EXCHANGED.sentence, kernel=True) for name, b in told.items()}
 
 
 def _account(graph: fx.Graph, context: Context) -> Verdicts:

@@ -5,20 +5,29 @@
     tpfuse::reduce_scatter_norm_backward_gather    [*the results of reduce_scatter_norm_backward, dx of all ranks]
 
 Arguments are those of the operation without the gather, and `swap`: b, where own rows are [a, b, H] and gathered as
-[b, a, H]. y or dx: [own rows, H]; of all ranks: [ranks * own rows, H], in the order of the ranks. Only training graphs
-hold these operators, and on every device they are the functional collectives of the program, in its order: a compiled
-graph holds those (passes/rewrite/take_apart.py).
+[b, a, H]. y or dx: [own rows, H]; of all ranks: [ranks * own rows, H], in the order of the ranks. On every device they
+are the functional collectives of the program, in its order: a compiled graph holds those
+(passes/rewrite/take_apart.py).
+
+The second of them is one call of kernels/symmetric/exchanged.py where two ranks can and `overlap` lets it. A graph
+that is compiled holds it then in the forms of lean.py, whose `y` is that of all ranks; own rows are a part of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backward_ops, ops
-from ._torch_private import group_size, register_local_tensor_rule
+from ._torch_private import group_rank, group_size, register_local_tensor_rule
+from .kernels.add_norm import add_norm
+from .kernels.call import Call
+from .kernels.entry import exchange_add_norm
+from .lean import define as define_lean
+from .product_ops import define as define_behind_product
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _c10d = torch.ops._c10d_functional
@@ -28,6 +37,11 @@ def _define(name: str, arguments: str) -> None:
     operator = getattr(torch.ops.tpfuse, name).default
 
     def run(*operands: Tensor | None, swap: int | None = None, **options: Any) -> list[Tensor]:
+        if options.get("overlap") and not swap:
+            done = _exchange(Call(*operands, **options))  # type: ignore[arg-type]
+            if done is not None:
+                own = done[0].chunk(group_size(options["group_name"]))[group_rank(options["group_name"])]
+                return [own.clone(), *done[1:], done[0]]
         made = operator(*operands, **options)
         group_name = options["group_name"]
         rows = made[0]
@@ -49,6 +63,26 @@ def _define(name: str, arguments: str) -> None:
     register_local_tensor_rule(full_name, run)
 
 
+def _exchange(call: Call) -> list[Tensor] | None:
+    """[y of all ranks, the other results]; None where no kernel does all of it, on all ranks alike."""
+    done = exchange_add_norm(call)
+    return None if done is None else ops._outputs(*done)
+
+
+def _lean(call: Call, site: Any) -> list[Tensor]:
+    done = _exchange(call)
+    if done is not None:
+        return done
+    call = call.multiplied()
+    total = ops._own_share(call.x, call.group_name)
+    out = None if call.out is None else replace(call.out, y=total.new_empty(total.shape, dtype=call.out_dtype))
+    own = add_norm(replace(call, x=total, out=out))
+    pending = _c10d.all_gather_into_tensor(own.y, group_size(call.group_name), call.group_name)
+    return ops._outputs(replace(own, y=_c10d.wait_tensor(pending)), total if call.want_sum else None)
+
+
 _define("rows_norm", ops.ARGUMENTS)
 _define("reduce_scatter_norm", ops.ARGUMENTS)
 _define("reduce_scatter_norm_backward", backward_ops.ARGUMENTS)
+define_lean(_LIBRARY, "reduce_scatter_norm_gather", _lean)
+define_behind_product(_LIBRARY, "reduce_scatter_norm_gather", _lean)

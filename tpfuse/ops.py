@@ -20,7 +20,7 @@ Three operators with the same arguments hold every variant; the passes insert th
     tpfuse::rows_norm             s = x, nothing is communicated
 
 On GPUs with peer access the first of them is one kernel (docs/kernels.md). Where that cannot be, and for the other two,
-it is a functional collective and the local kernel.
+it is a functional collective and the local kernel. gather_ops.py has the second with the gather behind it.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _define(name: str, pay: Any, shape_of: Any, in_one_kernel: Any = _never) -> 
     register_local_tensor_rule(f"tpfuse::{name}", rule)
     define_lean(_LIBRARY, name, lean)
     if name == "all_reduce_norm":
-        define_behind_product(_LIBRARY, lean)
+        define_behind_product(_LIBRARY, name, lean)
 
 
 def _in_one_kernel(call: Call, site: Any = None) -> tuple[AddNormOut, Tensor | None] | None:

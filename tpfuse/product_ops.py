@@ -1,12 +1,14 @@
-"""A matrix product and the all-reduce and norm behind it, as compiled graphs call them: one operator.
+"""A matrix product and the boundary behind it, as compiled graphs call them: one operator.
 
     tpfuse::product_all_reduce_norm.lean([a, b], "mm", y, spec, residual, weight, hidden)     and lean.py's other forms
+    tpfuse::product_reduce_scatter_norm_gather.lean(...)                                      the same
 
-is tpfuse::all_reduce_norm of x = a @ b, or of another of PRODUCTS: a [rows, k], b [k, hidden], y of any shape with
-`rows` rows of `hidden`, x of the dtype in `spec`. From FROM_BYTES of x on the call hands its kernel the product, and
-the one that can send some rows while others are multiplied (kernels/symmetric/copied.py) does so; every other kernel,
-and every smaller call, begins when x is there. What a rank sends, and when a peer may count on it, is the same in any
-case: a peer may have another product, or none and not this operator.
+is tpfuse::all_reduce_norm, or the operator of gather_ops.py, of x = a @ b, or of another of PRODUCTS: a [rows, k],
+b [k, hidden], y of any shape with `rows` rows of `hidden`, x of the dtype in `spec`. From FROM_BYTES of x on the call
+hands its kernel the product, and those that can send some rows while others are multiplied
+(kernels/symmetric/copies.py) do so; every other kernel, and every smaller call, begins when x is there. What a rank
+sends, and when a peer may count on it, is the same in any case: a peer may have another product, or none and not this
+operator.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .boundary_spec import FORMS, OUTPUTS, BoundarySpec, read_spec
+from .boundary_spec import FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
 from .kernels.call import Call
-from .kernels.symmetric.copies import FROM_BYTES
+from .kernels.symmetric.copies import FROM_BYTES, RANKS
 from .lean import Boundary, declared
 
-NAME = "product_all_reduce_norm"
-#: How many ranks the kernel takes that can send a part of the rows.
-RANKS = 2
+#: In front of the name of the operator behind the product.
+PREFIX = "product_"
+__all__ = ["FROM_BYTES", "PREFIX", "PRODUCTS", "RANKS", "define"]
+
 SCALED_MM = torch.ops.aten._scaled_mm.out
 _spec = lru_cache(maxsize=4096)(read_spec)
 
@@ -59,19 +62,19 @@ PRODUCTS: dict[str, Callable[..., None]] = {
 }
 
 
-def define(library: torch.library.Library, run: Callable[[Call, Any], list[Tensor]]) -> None:
-    """Define the operator. `run`: as of tpfuse::all_reduce_norm's lean forms."""
+def define(library: torch.library.Library, name: str, run: Callable[[Call, Any], list[Tensor]]) -> None:
+    """Define the operator for a product and `name` behind it. `run`: as of the lean forms of that."""
     for form, names in FORMS.items():
-        full_name = f"{NAME}.{form}"
+        full_name = f"{PREFIX}{name}.{form}"
         arguments = declared(names).replace("Tensor x", "Tensor[] factors, str product")
         library.define(f"{full_name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(full_name, partial(_call, run, form), "CompositeExplicitAutograd")
+        library.impl(full_name, partial(_call, name, run, form), "CompositeExplicitAutograd")
         for key in ("Autograd", "ADInplaceOrView"):
             library.impl(full_name, torch.library.fallthrough_kernel, key)
         torch.library.register_fake(f"tpfuse::{full_name}", lambda *_, **__: None, lib=library)
 
 
-def _call(run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
+def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
     given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
     y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
     x = torch.empty(y.shape, dtype=spec.operands[0], device=y.device)
@@ -82,11 +85,11 @@ def _call(run: Callable, form: str, factors: list[Tensor], product: str, *rest: 
 
     if x.nbytes < FROM_BYTES:
         multiply(0, rows.shape[0])
-        getattr(torch.ops.tpfuse.all_reduce_norm, form)(x, *rest)
+        getattr(getattr(torch.ops.tpfuse, name), form)(x, *rest)
         return
-    operands = (x, *(given.get(name) for name in ("residual", "pre_bias", "weight", "bias", "eps_tensor")))
+    operands = (x, *(given.get(operand) for operand in OPERANDS[1:]))
     site = _Overlapped(run, spec, multiply)
-    site.first(operands, {name: given.get(name) for name in OUTPUTS})
+    site.first(operands, {output: given.get(output) for output in OUTPUTS})
 
 
 class _Overlapped(Boundary):

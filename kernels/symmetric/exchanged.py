@@ -114,9 +114,11 @@ class ExchangedLaunch(Launch):
             return None if t is None else t.view(self.call.rows // 2, -1)[start:stop]
 
         x, residual, *vectors = self.inputs
-        out, total = AddNormOut(*map(rows, (self.out.y, self.out.residual_out, self.out.mean, self.out.rstd))), self.sum
-        inputs = rows(x), rows(residual), *vectors
-        return lambda first: finishing(self.call, inputs, out, rows(total), self.scalars, self.ws, first, {})
+        inputs, total = (rows(x), rows(residual), *vectors), rows(self.sum)
+        y, hidden, mean, rstd = map(rows, (self.out.y, self.out.residual_out, self.out.mean, self.out.rstd))
+        assert y is not None, "it always is there"
+        out = AddNormOut(y, hidden, mean, rstd)
+        return lambda first: finishing(self.call, inputs, out, total, self.scalars, self.ws, first, {})
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
         args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words

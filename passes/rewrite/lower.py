@@ -27,15 +27,16 @@ from torch import fx
 from tpfuse._torch_private import (
     argument_names,
     auto_functionalized,
+    group_rank,
     group_size,
     new_fake_like,
     operator_full_name,
 )
 from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
-from tpfuse.product_ops import NAME
+from tpfuse.product_ops import PREFIX
 
 from ..facts import aten_ops as ops
-from ..facts.graph import argument, carry_meta, insert_call, same_size, value
+from ..facts.graph import argument, carry_meta, insert_call, same_size, val, value
 from ..verdict.runs import runs_in_a_kernel
 from .lower_backward import lower_backward
 from .overlap import Product, find_product
@@ -44,7 +45,8 @@ from .plain import rows_divide, spec_of, write_out
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
 #: in tests and in the demo.
 STAY = ("cpu",)
-_OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm")
+_GATHERING = "tpfuse::reduce_scatter_norm_gather"
+_OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm", _GATHERING)
 
 
 def lower(graph: fx.Graph) -> int:
@@ -78,7 +80,13 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     if _without_kernel(node, operands["x"], spec):
         write_out(graph, node, operands, spec)
         return True
-    fakes = dict(zip(spec.outputs, node.meta["val"], strict=True))
+    results, own = list(node.meta["val"]), None
+    if operator_full_name(node.target) == _GATHERING:  # its lean forms have one y: that of all ranks
+        own = read.pop(0, None)
+        if (gathered := read.pop(len(results) - 1, None)) is not None:
+            read[0] = gathered
+        results = [results[-1], *results[1:-1]]
+    fakes = dict(zip(spec.outputs, results, strict=True))
     readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
     spec = _only(spec, readers)
     product = find_product(operands, spec.group_name) if spec.overlap and not spec.batch_invariant else None
@@ -102,12 +110,24 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
             anew = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(name)))
             anew.meta.update(reader.meta)
             reader.replace_all_uses_with(anew)
+        if own is not None:
+            own.replace_all_uses_with(_own_rows(graph, call, filled.index("y"), own, spec.group_name))
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
     if product is not None:
         product.erase(graph)
     return True
+
+
+def _own_rows(graph: fx.Graph, call: fx.Node, index: int, own: fx.Node, group_name: str) -> fx.Node:
+    """Of the rows of all ranks those of this one."""
+    ranks, hidden = group_size(group_name), val(own).shape[-1]
+    gathered = graph.call_function(ops.operator.getitem, (call, 1 + index))
+    carry_meta(call, gathered)
+    gathered.meta["val"] = call.meta["val"][1 + index]
+    parts = insert_call(graph, ops.aten.reshape.default, (gathered, [ranks, -1, hidden]), like=own)
+    return insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group_name)), like=own)
 
 
 def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
@@ -124,7 +144,8 @@ def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
 
 def _overload(node: fx.Node, given: dict[str, Any], product: Product | None) -> Any:
     """The smallest of the operator's forms that takes all that is given."""
-    packet = getattr(ops.tpfuse, operator_full_name(node.target).partition("::")[2] if product is None else NAME)
+    name = operator_full_name(node.target).partition("::")[2]
+    packet = getattr(ops.tpfuse, name if product is None else f"{PREFIX}{name}")
     return getattr(packet, form_for({name for name, value in given.items() if value is not None}))
 
 

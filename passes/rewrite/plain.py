@@ -52,7 +52,7 @@ def spec_of(node: fx.Node, operands: dict[str, Any]) -> BoundarySpec | None:
     fakes = {name: value(operand) for name, operand in operands.items()}
     if any(fakes[name] is None and operands[name] is not None for name in OPERANDS):
         return None
-    options = {name: argument(node, name) for name in argument_names(node.target) if name not in OPERANDS}
+    options = {name: argument(node, name) for name in argument_names(node.target) if name not in (*OPERANDS, "swap")}
     if any(not isinstance(option, (str, float, int, bool, torch.dtype, type(None))) for option in options.values()):
         return None
     return BoundarySpec(**options, operands=tuple(None if (t := fakes[name]) is None else t.dtype for name in OPERANDS))

@@ -1,5 +1,6 @@
 """A graph that is split holds by themselves again the collectives that no kernel does with what stands beside them:
-gathers, reduce-scatters, and all collectives of gradients. A norm that nothing but its gather was fused with is plain
+gathers, reduce-scatters, and all collectives of gradients; but of two ranks that exchange rows by copies (`exchanges`)
+the operation stays one. A norm that nothing but its gather was fused with is plain
 operations again, which the compiler fuses with their neighbours.
 
 That comes before the compiler's own passes on collectives, which then see each of these (and products before and behind
@@ -29,6 +30,7 @@ from ..facts.graph import (
     val,
 )
 from ..recognise.gathers import SCATTERING
+from ..verdict.runs import exchanges
 from .lower import write_out_scattered
 from .lower_backward import lower_backward
 from .plain import spec_of, write_out
@@ -40,7 +42,8 @@ _OURS = {f"{name}_gather" for name in (*SCATTERING, "tpfuse::rows_norm")}
 
 def take_apart(graph: fx.Graph) -> int:
     """Put single collectives in the place of every operation that holds one without need; how many there were."""
-    found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
+    ours = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
+    found = [node for node in ours if not exchanges(node)]
     for node in found:
         _take_apart(graph, node)
     written = set(graph.find_nodes(op="call_function", target=_SCATTER))

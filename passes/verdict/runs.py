@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
+from tpfuse._torch_private import group_size
 from tpfuse.kernels.entry import why_not
 from tpfuse.product_ops import FROM_BYTES, RANKS
 
 from ..facts.collectives import Collective
-from ..facts.graph import val, value
+from ..facts.graph import argument, val, value
 from ..plan.sites import Plan
+from ..recognise.streams import calls
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class Runs:
     sentence: str
 
 
+BY_COPIES = "symmetric memory, by copy engines: rows travel while later ones are multiplied"
 #: Of boundaries that stay as the program laid them out.
 LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel.")
 
 
 NOT_FUSED = Runs(False, "")
 IN_ONE_KERNEL = Runs(True, "symmetric memory")
+EXCHANGED = Runs(True, BY_COPIES)
 NO_KERNEL = Runs(
     False, "functional: Its layout was changed, and only an all-reduce before a norm has a symmetric-memory kernel."
 )
@@ -56,7 +61,22 @@ def _overlapped(collective: Collective, total: torch.Tensor) -> str:
         return f"; from {least} on by copy engines, while later rows are multiplied"
     if size < FROM_BYTES:
         return f"; overlap_all_reduce_norm begins at {least}, and here are {size / (1 << 20):.3g}"
-    return ", by copy engines: rows travel while later ones are multiplied"
+    return BY_COPIES.removeprefix(IN_ONE_KERNEL.sentence)
+
+
+def exchanges(node: fx.Node) -> bool:
+    """Whether `node`, a reduce-scatter, a norm and a gather in one operation, may run as one, by copies between two
+    ranks. Of facts that are equal on all of them: how many rows a call has is looked at again when it is made."""
+    name = "tpfuse::reduce_scatter_norm_gather"
+    if not calls(node, name) or not argument(node, "overlap") or argument(node, "batch_invariant"):
+        return False
+    x, group, out_dtype = value(node.args[0]), argument(node, "group_name"), argument(node, "out_dtype")
+    if argument(node, "quant") or argument(node, "swap") is not None or x is None or group_size(group) != RANKS:
+        return False
+    size, rows = x.numel() * x.element_size(), x.shape[0]
+    if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):
+        return False
+    return bool(out_dtype.itemsize == x.element_size()) and runs_in_a_kernel(group, node.args[0])
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:

@@ -16,7 +16,7 @@ from ..recognise.streams import calls
 from .accounting import performs
 from .expression import FUSED, communicates, digest
 from .names import module_name
-from .runs import runs_in_a_kernel
+from .runs import exchanges, runs_in_a_kernel
 from .sent import Sent, communicating
 
 #: What a fused operation is told that decides which kernel runs: a peer that was told otherwise would wait for ever.
@@ -37,7 +37,7 @@ def find_steps(graph: fx.Graph, resolve: ResolveGroup, original: fx.Graph | None
         ranks = resolve(group) if isinstance(group, str) else None
         op = fused.removesuffix("_gather") if fused else operator_name(node.target)
         dtype, hidden = dtype_and_hidden(node.args[0] if node.args else None)
-        kernel = fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0])
+        kernel = exchanges(node) or (fused == "all_reduce_norm" and runs_in_a_kernel(group, node.args[0]))
         told = " ".join(name for name in _DECIDING if argument(node, name)) if kernel else ""
         if performs(node) is not None:
             more = sent.by(node), kernel, sent.relied_on(node), sent.shapes(node), told

@@ -96,6 +96,14 @@ def group_size(name: str) -> int:
     return _resolved(name).size()
 
 
+def group_rank(name: str) -> int:
+    """This process's rank in the group registered under `name`; raises where there is none.
+
+    If `_resolve_process_group` goes: as for `process_group`.
+    """
+    return _resolved(name).rank()
+
+
 def all_group_members() -> dict[str, tuple[int, ...]]:
     """Name -> members of every process group this rank belongs to.
 
