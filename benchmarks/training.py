@@ -4,8 +4,8 @@
     ... --layouts plain sequence --tokens 8192 --rounds 10                              what is run
     ... --providers inductor tpfuse norm_backward micro_pipeline                        tpfuse with norm_backward named;
                                                                                         PyTorch's async TP
-    ... --providers inductor tpfuse overlap all_named                                   overlap_all_reduce_norm named; that
-                                                                                        and norm_backward
+    ... --providers inductor tpfuse overlap all_named                                   overlap_all_reduce_norm named;
+                                                                                        norm_backward as well
     ... --providers inductor tpfuse no_reuse                                            tpfuse, and Inductor reuses no
                                                                                         buffers (peak_memory.py)
     torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU

@@ -137,6 +137,8 @@ def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:
     if given is None or given.device.type in STAY or spec.batch_invariant or spec.quant:
         return False
     name = operator_full_name(node.target)
+    if name == _GATHERING:  # those without were taken apart
+        return False
     if name == "tpfuse::all_reduce_norm":
         return not runs_in_a_kernel(spec.group_name, x)
     return name == "tpfuse::rows_norm" or rows_divide(given.shape, group_size(spec.group_name))
