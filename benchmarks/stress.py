@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/stress.py --calls 1000000             linked GPUs, one process each
     torchrun --nproc-per-node 2 benchmarks/stress.py --calls 10000 --plant slot  a fault, to be found
+    torchrun ... --calls 10000 --kernels copied exchanged [--plant copy]         of copies alone, on 2 GPUs
     python benchmarks/stress.py --virtual 2 --calls 100000                       virtual ranks on one GPU
     python benchmarks/stress.py --interpret --calls 200                          Triton's interpreter, no GPU
 
@@ -35,6 +36,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--calls-a-graph", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plant", choices=("slot", "epoch", "flag", "copy"), help="the last rank is given this fault")
+    parser.add_argument("--kernels", nargs="+", choices=("one_shot", "two_shot", "barrier", "copied", "exchanged"),
+                        help="calls of these alone")  # fmt: skip
     parser.add_argument("--timeout", type=float, help="seconds that a kernel waits for a peer (30; with --plant 0.5)")
     parser.add_argument("--out", type=Path, default=OUT, help="'-': nowhere")
     parser.add_argument("--virtual", type=int, metavar="RANKS", help="so many ranks on one GPU")
@@ -69,6 +72,7 @@ Answer = dict[str, Any]
 def batches_of(ws: Workspace, ledger: Ledger, args: argparse.Namespace) -> list[Batch]:
     """This rank's part of every graph. The fault, if there is one, is in the first two of the last rank's."""
     recipes, rows = (TINY_RECIPES, (0, 1, 2, 3, 5)) if args.interpret else (RECIPES, ROWS)
+    recipes = [recipe for recipe in recipes if not args.kernels or recipe.kernel in args.kernels]
     batches = []
     for n in range(args.graphs):
         calls = draw_calls(args.seed * 1000 + n, args.calls_a_graph, recipes, rows)
@@ -222,8 +226,8 @@ def main(args: argparse.Namespace) -> int:
     line = {
         "date": time.strftime("%Y-%m-%d"), **about, "torch": torch.__version__, "triton": triton.__version__,
         "seed": args.seed, "graphs": args.graphs, "calls_a_graph": args.calls_a_graph, "calls": done,
-        "plant": args.plant, "timeout_s": args.timeout, "wrong_rows": sum(a["wrong_rows"] for a in answers),
-        "as_expected": as_expected, "ranks": answers,
+        "kernels": args.kernels, "plant": args.plant, "timeout_s": args.timeout,
+        "wrong_rows": sum(a["wrong_rows"] for a in answers), "as_expected": as_expected, "ranks": answers,
     }  # fmt: skip
     if str(args.out) != "-":
         with args.out.open("a", encoding="utf-8") as file:

@@ -4,11 +4,13 @@ A `Batch` is one rank's part of some fifty calls: first it fills the inputs of a
 then it checks all results. Between calls some ranks spin. A batch is a list of steps that need no host, so it can be
 captured in a CUDA graph and replayed; replays differ, because the inputs follow from a count that lives on the device.
 
+Where a kernel takes a product in place of x, some ranks give it one, which fills x when it is asked for.
+
 x and residual are small whole numbers, so that their sums are exact in every dtype: h must be right bit for bit, and y
 to a rounding. A word from any other call, rank or place is wrong.
 
 `plant` puts a fault in, so that one can see that it would be found: "slot", "epoch", "flag" or "copy" (see
-`_plant_kernel`).
+`plant_kernel`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,28 +27,26 @@ from torch import Tensor
 
 from ..call import NORMS, AddNormOut
 from ..call import Call as Operation
-from ..compat import INTERPRETED, next_power_of_2, tl, triton
+from ..compat import INTERPRETED, next_power_of_2
 from ..symmetric.barrier import barrier
 from ..symmetric.barrier import fits as barrier_fits
 from ..symmetric.copied import KERNEL as COPIED
+from ..symmetric.exchanged import exchanged
+from ..symmetric.exchanged import refusal as exchange_refusal
 from ..symmetric.one_shot import fits as one_shot_fits
 from ..symmetric.one_shot import one_shot
 from ..symmetric.two_shot import fits as two_shot_fits
 from ..symmetric.two_shot import two_shot
 from ..symmetric.workspace import Workspace
-from ..words import CHANNELS, COPIES, COPY_FLAGS, SENTINEL
+from .overlap_device import EPS, PLANTS, check_kernel, fill_kernel, plant_kernel, spin_kernel, timer_kernel
 
-EPS = 1e-6
-PLANTS = ("slot", "epoch", "flag", "copy")
-_SENTINEL, _CHANNELS, _EPS = tl.constexpr(SENTINEL), tl.constexpr(CHANNELS), tl.constexpr(EPS)
-_COPIES, _COPY_FLAGS = tl.constexpr(COPIES), tl.constexpr(COPY_FLAGS)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CALL_BYTES = 2 << 20  # the most that x of one call takes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a kernel is compiled for. `kernel`: one_shot, two_shot, barrier or copied (2 ranks only)."""
+    """What a kernel is compiled for. `kernel`: one_shot, two_shot, barrier, or, of 2 ranks, copied or exchanged."""
 
     kernel: str
     hidden: int
@@ -74,11 +75,14 @@ RECIPES = (
     Recipe("copied", 1024, BF16, "rms_norm"),
     Recipe("copied", 4096, F32, "layer_norm"),
     Recipe("copied", 7168, F16, "none"),
+    Recipe("exchanged", 1024, BF16, "rms_norm"),
+    Recipe("exchanged", 4096, F32, "layer_norm"),
+    Recipe("exchanged", 7168, F16, "none"),
 )
 #: For the interpreter, which runs the programs of a split row in turn: none is split.
 TINY_RECIPES = tuple(
     Recipe(kernel, hidden, dtype, norm)
-    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("copied", 64))
+    for kernel, hidden in (("one_shot", 64), ("two_shot", 128), ("barrier", 72), ("copied", 64), ("exchanged", 64))
     for dtype, norm in ((BF16, "rms_norm"), (F32, "layer_norm"))
 )
 ROWS = (0, 1, 1, 2, 3, 5, 8, 16, 33, 64, 150)
@@ -94,154 +98,21 @@ class Call:
 
 
 def draw_calls(seed: int, count: int, recipes: Sequence[Recipe] = RECIPES, rows: Sequence[int] = ROWS) -> list[Call]:
-    """Random calls; a call without rows among them now and then."""
+    """Random calls; a call without rows among them now and then. `rows` that are exchanged are those of each rank."""
     pick = random.Random(f"calls {seed}")
     calls = []
     for _ in range(count):
         recipe = pick.choice(recipes)
         most = CALL_BYTES // (recipe.hidden * recipe.dtype.itemsize)
-        calls.append(Call(recipe, pick.choice([n for n in rows if n <= most]), pick.random() < 0.4))
+        some = [2 * n for n in rows] if recipe.kernel == "exchanged" else rows
+        calls.append(Call(recipe, pick.choice([n for n in some if n <= most]), pick.random() < 0.4))
     return calls
-
-
-# -- device -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _value(call, who, at, SPAN: tl.constexpr):
-    """A whole number from -SPAN to SPAN that follows from the call, the rank and the place, as float32."""
-    h = (call * 40503 + who * 30011 + at * 2654435).to(tl.uint32)
-    h = (h ^ (h >> 15)) * 739982445
-    h = (h ^ (h >> 12)) * 695872825
-    h = h ^ (h >> 15)
-    return ((h >> 8).to(tl.int32) % (2 * SPAN + 1)).to(tl.float32) - SPAN
-
-
-@triton.jit(do_not_specialize=["index", "rank"])
-def _fill_kernel(x_ptr, residual_ptr, y_ptr, residual_out_ptr, clock_ptr, index, rank, H: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """One row of a call's inputs; its outputs become NaN."""
-    row = tl.program_id(0)
-    call = tl.load(clock_ptr) + index
-    cols = tl.arange(0, BLOCK)
-    mask = cols < H
-    at = row * H + cols
-    tl.store(x_ptr + at, _value(call, rank, at, 7).to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(residual_ptr + at, _value(call, 99, at, 63).to(residual_ptr.dtype.element_ty), mask=mask)
-    nan = tl.full([BLOCK], float("nan"), tl.float32)
-    tl.store(y_ptr + at, nan.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(residual_out_ptr + at, nan.to(residual_out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["index"])
-def _check_kernel(y_ptr, residual_out_ptr, weight_ptr, clock_ptr, index, tally_ptr, H: tl.constexpr,
-                  BLOCK: tl.constexpr, WORLD: tl.constexpr, NORM: tl.constexpr, TOLERANCE: tl.constexpr):  # fmt: skip
-    """One row of a call's results. `tally` (int64): wrong rows, number of the first wrong call, a mark of all bits."""
-    row = tl.program_id(0)
-    call = tl.load(clock_ptr) + index
-    cols = tl.arange(0, BLOCK)
-    mask = cols < H
-    at = row * H + cols
-    h = _value(call, 99, at, 63)
-    for q in tl.static_range(WORLD):
-        h += _value(call, q, at, 7)
-    h = tl.where(mask, h, 0.0)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    want = h
-    if NORM == 0:
-        want = h * tl.rsqrt(tl.sum(h * h, axis=0) / H + _EPS) * weight
-    if NORM == 1:
-        d = tl.where(mask, h - tl.sum(h, axis=0) / H, 0.0)
-        want = d * tl.rsqrt(tl.sum(d * d, axis=0) / H + _EPS) * weight
-    if NORM == 2:
-        want = h * weight
-    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    right = (tl.load(residual_out_ptr + at, mask=mask, other=0.0).to(tl.float32) == h) & (
-        tl.abs(y - want) <= TOLERANCE * (tl.abs(want) + 0.01)
-    )
-    bad = tl.sum((mask & (right == 0)).to(tl.int32), axis=0)  # a NaN is not right
-    if bad > 0:
-        tl.atomic_add(tally_ptr, (bad > 0).to(tl.int64))
-        tl.atomic_min(tally_ptr + 1, call.to(tl.int64))
-    bits = y.to(tl.int32, bitcast=True)
-    tl.atomic_add(tally_ptr + 2, tl.sum(bits.to(tl.int64) * (cols + 1 + row + call).to(tl.int64), axis=0))
-
-
-@triton.jit
-def _clock(after):
-    """The device's timer in ns, read once the number `after` is there."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b64 t; mov.b64 t, $1; mov.u64 $0, %globaltimer; }", "=l,l", [after], dtype=tl.int64, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["index", "rank"])
-def _spin_kernel(clock_ptr, index, rank, MOST: tl.constexpr):
-    """Lasts up to MOST ns, now and then sixteen times as long: another length each replay and on each rank."""
-    call = tl.load(clock_ptr) + index
-    begin = _clock(call.to(tl.int64))
-    lasts = (_value(call, rank + 1000, index, 512) + 512.0) * (MOST / 1024.0)
-    lasts = tl.where(_value(call, rank + 2000, index, 64) == 0, lasts * 16, lasts).to(tl.int64)
-    now = begin
-    while now - begin < lasts:
-        now = _clock(now)
-
-
-@triton.jit
-def _timer_kernel(timer_ptr, LOOKS: tl.constexpr):
-    """Count backward steps of the device's timer: within a thread, and behind any time that was read before this
-    kernel or program. `timer` (int64): the latest time, backward steps, the largest of them in ns."""
-    steps = tl.zeros([], tl.int64)
-    worst = tl.zeros([], tl.int64)
-    latest = tl.load(timer_ptr, volatile=True)
-    for i in range(LOOKS):  # noqa: B007
-        now = _clock(latest)
-        if now < latest:
-            steps += 1
-            worst = tl.maximum(worst, latest - now)
-        latest = tl.maximum(latest, now)
-    tl.atomic_max(timer_ptr, latest)
-    if steps > 0:
-        tl.atomic_add(timer_ptr + 1, steps)
-        tl.atomic_max(timer_ptr + 2, worst)
-
-
-@triton.jit(do_not_specialize=["slot_words", "words", "flags", "copies"])
-def _plant_kernel(
-    buffer_ptr, state_ptr, slot_words, words, flags, copies, KIND: tl.constexpr, WORLD: tl.constexpr
-):  # fmt: skip
-    """A fault in this rank's memory. KIND 0, "slot": the call before did not clear its first `words` words. 1, "epoch":
-    it did not advance the epoch. 2, "flag": the peers' flags are up before the peers have raised them. 3, "copy": those
-    of chunks say that they were copied, and none was."""
-    epoch = tl.load(state_ptr)
-    slot = ((epoch & 3) + 2) % 3  # the call before's
-    if KIND == 0:
-        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        tl.store(buffer_ptr + slot * slot_words + at, tl.zeros([1024], tl.int32), mask=at < words)
-    if KIND == 1:
-        tl.debug_barrier()  # every warp has read the epoch
-        before = (epoch & -4) - 4 + slot
-        tl.store(state_ptr + 2 * tl.arange(0, _CHANNELS), tl.zeros([_CHANNELS], tl.int32) + before)
-    if KIND == 2:
-        at = tl.arange(0, _CHANNELS)
-        for q in tl.static_range(WORLD):
-            raised = buffer_ptr + flags + q * _CHANNELS + at
-            tl.store(raised, tl.zeros([_CHANNELS], tl.int32) + ((epoch & -4) + 4))
-    if KIND == 3:
-        at = tl.arange(0, _COPY_FLAGS)
-        count = tl.load(state_ptr + _COPIES) + 1
-        ready = at == _COPY_FLAGS - 1  # the peer's slot
-        tl.store(buffer_ptr + copies + at, tl.zeros([_COPY_FLAGS], tl.int32) + count, mask=ready == 0)
-
-
-# -- host -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ledger:
     """What one rank keeps on its device. `clock`: the number of the batch's first call; `tally`, `timer`: see
-    `_check_kernel`, `_timer_kernel`."""
+    `check_kernel`, `timer_kernel`."""
 
     clock: Tensor
     tally: Tensor
@@ -317,10 +188,26 @@ class Batch:
             step.load()
 
 
+def scattered(call: Call, op: Operation, ws: Workspace) -> bool:
+    """Whether each rank finishes its half of the rows, and has their residual and h alone."""
+    return call.recipe.kernel == "exchanged" and call.rows > 0 and not exchange_refusal(op, ws)
+
+
+def takes_products(call: Call, op: Operation, ws: Workspace) -> bool:
+    return scattered(call, op, ws) or (call.recipe.kernel == "copied" and COPIED.fits(op, ws, 1))
+
+
+def multiply(factor: Tensor, x: Tensor, first: int, stop: int) -> None:
+    """A product for `Operation`, by one."""
+    torch.mul(factor[first:stop], 1, out=x[first:stop])
+
+
 def bind(call: Call, op: Operation, ws: Workspace) -> Any:
     """The recipe's kernel, or, where it does not fit the size, one that does."""
     recipe = call.recipe
     ws = replace(ws, max_blocks=min(ws.max_blocks, 9)) if call.few else ws
+    if scattered(call, op, ws):
+        return exchanged(op, ws)
     if recipe.kernel == "copied" and COPIED.fits(op, ws, 1):
         return COPIED.bind(op, ws, 1, 0, 0)
     if recipe.kernel == "two_shot" and two_shot_fits(op, ws):
@@ -344,11 +231,23 @@ def make_batch(ws: Workspace, ledger: Ledger, calls: Sequence[Call], seed: int, 
     check: list[Any] = []
     for index, call in enumerate(calls):
         recipe, rows = call.recipe, call.rows
-        names = ("x", "residual", "y", "residual_out")
-        x, residual, y, residual_out = (ledger.tensor(index, name, rows, recipe) for name in names)
+        x, y, residual, residual_out = (
+            ledger.tensor(index, name, rows, recipe) for name in ("x", "y", "residual", "residual_out")
+        )
         weight = (1.0 + torch.arange(recipe.hidden, device=x.device) % 4 * 0.25).to(recipe.dtype)
         op = Operation(x, residual, None, weight, norm=recipe.norm, eps=EPS, out_dtype=recipe.dtype,
                        hidden_dtype=recipe.dtype, out=AddNormOut(y, residual_out, None, None))  # fmt: skip
+        first, stop = 0, rows
+        if scattered(call, op, ws):
+            first, stop = ws.rank * rows // 2, (ws.rank + 1) * rows // 2
+            residual, residual_out = residual[: stop - first], residual_out[: stop - first]
+            op = replace(op, residual=residual, out=AddNormOut(y, residual_out, None, None))
+        filled = x
+        if takes_products(call, op, ws) and own.random() < 0.5:  # a rank's own affair
+            filled = ledger.tensor(index, "factor", rows, recipe)
+            fill.append(HostStep(partial(x.fill_, float("nan"))))
+            op = replace(op, product=partial(multiply, filled, x))
+            op.multiplied(), x.fill_(0)  # both are loaded now
         if own.random() < often:
             make.append(_spin(ledger, index, ws.rank, delay_ns))
         if plant and (index == 2 or plant != "epoch"):  # the others show only where a peer is late
@@ -358,24 +257,27 @@ def make_batch(ws: Workspace, ledger: Ledger, calls: Sequence[Call], seed: int, 
             sizes = {"H": recipe.hidden, "BLOCK": next_power_of_2(recipe.hidden)}
             settings = {**sizes, "WORLD": ws.world, "NORM": NORMS[recipe.norm],
                         "TOLERANCE": 1e-5 if recipe.dtype == F32 else torch.finfo(recipe.dtype).eps}  # fmt: skip
-            fill.append(Step(_fill_kernel, rows, (x, residual, y, residual_out, ledger.clock, index, ws.rank), sizes))
-            check.append(Step(_check_kernel, rows, (y, residual_out, weight, ledger.clock, index, ledger.tally),
-                               settings))  # fmt: skip
+            fill.append(Step(fill_kernel, rows, (
+                filled, residual, y, residual_out, ledger.clock, index, ws.rank, first, stop
+            ), sizes))  # fmt: skip
+            check.append(Step(check_kernel, rows, (
+                y, residual_out, weight, ledger.clock, index, first, stop, ledger.tally
+            ), settings))  # fmt: skip
     after: list[Any] = [HostStep(lambda: ledger.clock.add_(len(calls)))]
     if not INTERPRETED:
-        after.append(Step(_timer_kernel, 132, (ledger.timer,), {"LOOKS": 64, "num_warps": 1}))
+        after.append(Step(timer_kernel, 132, (ledger.timer,), {"LOOKS": 64, "num_warps": 1}))
     return Batch([*fill, *make, *check, *after], len(calls))
 
 
 def _spin(ledger: Ledger, index: int, rank: int, most_ns: int) -> Any:
     if INTERPRETED:  # no clock there
         return HostStep(lambda: time.sleep(random.random() * 0.1))
-    return Step(_spin_kernel, 1, (ledger.clock, index, rank), {"MOST": most_ns, "num_warps": 1})
+    return Step(spin_kernel, 1, (ledger.clock, index, rank), {"MOST": most_ns, "num_warps": 1})
 
 
 def _planted(ws: Workspace, plant: str, words: int) -> Step:
     settings = {"KIND": PLANTS.index(plant), "WORLD": ws.world}
     programs = max(1, -(-words // 1024)) if plant == "slot" else 1
-    return Step(_plant_kernel, programs, (
+    return Step(plant_kernel, programs, (
         ws.buffer, ws.state, ws.slot_words, words, ws.flags_offset, ws.copies_offset + ws.copy_words
     ), settings)  # fmt: skip

@@ -52,6 +52,19 @@ def test_overlapping_calls_of_linked_gpus(tmp_path) -> None:
     assert said["calls"] == 20000 and said["wrong_rows"] == 0
 
 
+@pytest.mark.skipif(LINKED != 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kernels", [("copied",), ("exchanged",), ("copied", "exchanged")], ids=" ".join)
+def test_calls_by_copy_engines_alone(kernels: tuple[str, ...], tmp_path) -> None:
+    said = stress(tmp_path, True, "--calls", "5000", "--seed", "8", "--kernels", *kernels)
+    assert said["calls"] >= 5000 and said["wrong_rows"] == 0
+
+
+@pytest.mark.skipif(LINKED != 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kernel", ["copied", "exchanged"])
+def test_a_flag_that_is_up_before_the_copy_is_found(kernel: str, tmp_path) -> None:
+    assert stress(tmp_path, True, "--calls", "10000", "--plant", "copy", "--kernels", kernel)["as_expected"]
+
+
 @pytest.mark.skipif(LINKED < 2, reason="needs several CUDA devices")
 @pytest.mark.parametrize("plant", ["slot", "epoch", "flag"])
 def test_a_fault_put_in_is_found_on_linked_gpus(plant: str, tmp_path) -> None:
