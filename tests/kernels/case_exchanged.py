@@ -131,7 +131,7 @@ def test_what_cannot_be_exchanged_is_refused_with_the_reason() -> None:
 
 def hasty(seat: Seat, calls: list[Call]) -> int:
     """Between calls that leave all rows to every rank, without the wait for the peer's slot, and with a reader that is
-    slow: how many of those results are wrong. (Of exchanges alone each waits for what the peer finished last.)"""
+    slow: how many of those results are wrong. (Exchanges of one size wait for what the peer did last in any case.)"""
     receive, waiting = copies.Copies.receive, copies.Copies.waiting
 
     def late(self: Any, chunk: int) -> None:
