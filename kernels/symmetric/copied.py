@@ -84,7 +84,7 @@ class CopiedLaunch(Launch):
                 copies.send(i, self._words[begin:end], begin)
             for i, (first, stop) in enumerate(chunks):
                 copies.receive(i)
-                launch(self._finishing(first), stop - first)
+                launch(self._finishing(first), stop - first, x.device)
         return self.out, self.sum
 
     def load(self) -> Any:

@@ -37,6 +37,7 @@ from torch import Tensor
 from ..compat import tl, triton
 from ..patience import POLLS, out_of_patience, report
 from ..words import COPIES, COPY_FLAGS, POISON, peer
+from .operands import launch_again
 from .workspace import Workspace
 
 READY = COPY_FLAGS - 1  # the last of the flags
@@ -91,9 +92,9 @@ def _wait_kernel(x_ptr, flag_ptr, state_ptr, watch_ptr, first, words, other, BLO
 Step = tuple[Any, tuple, dict[str, Any]]
 
 
-def launch(step: Step, programs: int) -> None:
+def launch(step: Step, programs: int, device: torch.device) -> None:
     kernel, args, options = step
-    kernel[(programs,)](*args, **options)
+    launch_again(kernel, programs, args, options, device.index)
 
 
 #: The stream of each workspace's copies. One each: in a shared one, copies of a group would wait behind another's.
@@ -167,11 +168,11 @@ class Copies:
         self._beside.__exit__(*failed)
 
     def begin(self) -> None:
-        launch(self.beginning(), 1)
+        launch(self.beginning(), 1, self.words.device)
 
     def ready(self, first: int, stop: int) -> None:
         """Before these words of x are sent."""
-        launch(self.waiting(READY, first, stop - first), _WAITING if self.words.is_cuda else 1)
+        launch(self.waiting(READY, first, stop - first), _WAITING if self.words.is_cuda else 1, self.words.device)
 
     def send(self, chunk: int, words: Tensor, at: int) -> None:
         """`words`, which the caller's stream has finished, into the peer's slot from word `at` on."""
@@ -185,7 +186,7 @@ class Copies:
 
     def receive(self, chunk: int) -> None:
         self._beside.behind(chunk)
-        launch(self.waiting(chunk, 0, 0), 1)
+        launch(self.waiting(chunk, 0, 0), 1, self.words.device)
 
     def beginning(self) -> Step:
         args = self.ws.state, self.ws.peers, self._flags + READY, 1 - self.ws.rank

@@ -84,12 +84,13 @@ class ExchangedLaunch(Launch):
             for i, (first, last) in enumerate(chunks):
                 self._multiply(own + first, own + last)
                 copies.receive(i)
-                launch(finishing(first), last - first)
+                launch(finishing(first), last - first, x.device)
                 copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row)
             for i, (first, last) in enumerate(chunks):
                 copies.receive(len(chunks) + i)
                 words = (last - first) * row
-                launch(self._taking(y, (rows + first) * row, (theirs + first) * row, words), -(-words // _BLOCK))
+                taking = self._taking(y, (rows + first) * row, (theirs + first) * row, words)
+                launch(taking, -(-words // _BLOCK), x.device)
 
     def load(self) -> Any:
         """Compile and load the kernels; the last of them."""

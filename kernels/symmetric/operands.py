@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -58,12 +59,7 @@ class Launch:
     def _specialisation(self) -> tuple:
         """All that Triton compiles a kernel for: of tensors the dtype and alignment, of integers whether they are 1 or
         multiples of 16 (told apart also where a kernel forbids it, which costs an entry and no compilation)."""
-        marks = [
-            (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else (a == 1, a % 16 == 0) if isinstance(a, int) else
-            a is None
-            for a in (*self.args, *self.last.values())
-        ]  # fmt: skip
-        return self.kernel, self.out.y.device.index, *self.constants.items(), *marks
+        return self.kernel, self.out.y.device.index, *self.constants.items(), *_marks((*self.args, *self.last.values()))
 
     def load(self) -> Any:
         """The compiled kernel (`n_regs`, `n_spills`, `metadata`), loaded; None where nothing is to be done."""
@@ -73,6 +69,29 @@ class Launch:
             compiled = self.kernel.warmup(*self.args, grid=(self.programs,), **self.constants, **self.last)
             compiled._init_handles()
         return compiled
+
+
+def _marks(args: Iterable[Any]) -> list[Any]:
+    return [
+        (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else (a == 1, a % 16 == 0) if isinstance(a, int) else
+        a is None
+        for a in args
+    ]  # fmt: skip
+
+
+def launch_again(kernel: Any, programs: int, args: tuple, options: dict[str, Any], device: int | None) -> None:
+    """As `kernel[(programs,)](*args, **options)`, but what was compiled before is launched at once. For a call of many
+    kernels, which is no `Launch`. `options`: constexprs, tensors behind them, and Triton's own."""
+    tensors = [value for value in options.values() if isinstance(value, Tensor)]
+    named = [(name, value) for name, value in options.items() if not isinstance(value, Tensor)]
+    key = (kernel, device, *named, *_marks((*args, *tensors)))
+    known = COMPILED_REGISTRY.get(key)
+    if known is not None:
+        known[0][(programs, 1, 1)](*args, *(options.get(name) for name in known[1]))
+        return
+    compiled = kernel[(programs,)](*args, **options)
+    if compiled is not None:  # the interpreter compiles nothing
+        COMPILED_REGISTRY[key] = compiled, kernel.arg_names[len(args) :]
 
 
 def launch_options(warps: int, registers: int) -> dict[str, int]:

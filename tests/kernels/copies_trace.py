@@ -94,7 +94,7 @@ class Trace:
         assert words.start == self.slot + (room + self.chunks[chunk][0]) * ROW, "another place in the slot"
         return self.note("rows", chunk + of_y * len(self.chunks))
 
-    def launch(self, step: tuple, programs: int) -> None:
+    def launch(self, step: tuple, programs: int, device: Any) -> None:
         kernel, args, _ = step
         if kernel is copies._begin_kernel:
             self.call += 1
