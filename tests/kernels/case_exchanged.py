@@ -18,6 +18,7 @@ from tpfuse.kernels.symmetric.exchanged import exchanged
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
+from .copies_later import Later, copied_later
 from .protocol import Seat, run
 
 CALLS = [
@@ -108,6 +109,28 @@ def test_a_call_that_the_slot_does_not_hold_is_made_in_several() -> None:
 def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
     calls = [Call(rows=2 + 2 * ((5 * n) % 7), hidden=64, seed=n) for n in range(30)]
     equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+
+
+def later(seat: Seat, calls: list[Call], longest: tuple[float, float], behind: bool = True) -> list[Any]:
+    """Calls of both kinds, whose copies are made beside what the caller does; `longest`: by how many seconds later;
+    `behind`: whether the caller waits for them."""
+    if not behind:
+        Later.behind = lambda *_: None  # type: ignore[method-assign]
+    with copied_later(seat, longest[seat.ws.rank]) as seat:
+        return [each for n, call in enumerate(calls) for each in
+                (whole(seat, call) if n % 3 == 2 else play(seat, [call], (True, False)))]  # fmt: skip
+
+
+def test_copies_that_lag_behind_the_caller() -> None:
+    calls = [Call(rows=2 + 2 * ((5 * n) % 11), hidden=64, seed=n) for n in range(24)]
+    equal_on_all_ranks(run(2, later, calls, (4e-3, 4e-3)))
+    cut = [Call(rows=12 if n % 3 == 2 else 26, hidden=64, seed=n) for n in range(6)]
+    equal_on_all_ranks(run(2, later, cut, (1e-3, 8e-3), slot_bytes=400))
+
+
+def test_a_caller_that_does_not_wait_for_its_copies_is_found_out() -> None:
+    with pytest.raises(RuntimeError, match="not close"):
+        run(2, later, [Call(rows=10, hidden=64, seed=n) for n in range(8)], (5e-2, 0.0), False)
 
 
 def refused(seat: Seat) -> list[str]:
