@@ -8,16 +8,17 @@ from .copies_model import RULES, Call, Violation, explore
 from .copies_trace import Trace
 
 COPIED, COPIED_2, COPIED_3 = (Call("copied", chunks) for chunks in (1, 2, 3))
-EXCHANGED, EXCHANGED_2 = (Call("exchanged", chunks) for chunks in (1, 2))
+EXCHANGED, EXCHANGED_2, EXCHANGED_3 = (Call("exchanged", chunks) for chunks in (1, 2, 3))
 MIXED = [
     [COPIED, EXCHANGED, COPIED],
     [COPIED_2, EXCHANGED, COPIED_2],  # y lies where x of the others does
     [EXCHANGED, COPIED_2, EXCHANGED],
     [COPIED_2, EXCHANGED_2, COPIED_3],
     [COPIED, EXCHANGED, COPIED_2, EXCHANGED, EXCHANGED_2],
+    [COPIED_3, EXCHANGED_3, COPIED_3],
 ]
 ALONE = [[COPIED] * 3, [COPIED_2] * 2, [EXCHANGED] * 3, [EXCHANGED_2] * 2]
-SIZES = [EXCHANGED, EXCHANGED_2, EXCHANGED]
+SIZES = [EXCHANGED, EXCHANGED_3, EXCHANGED_2, EXCHANGED_3]
 
 
 def name_of(calls: list[Call]) -> str:
