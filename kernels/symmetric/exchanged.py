@@ -29,7 +29,7 @@ from ..call import AddNormOut, Call
 from ..compat import tl, triton
 from ..words import POISON
 from .copied import finishing
-from .copies import READY, Copies, Step, chunks_of, launch, slot
+from .copies import READY, Copies, Step, launch, slot
 from .copies import refusal as copies_refusal
 from .operands import Launch, lies_ready, prepare
 from .workspace import Workspace
@@ -49,31 +49,35 @@ def _take_kernel(from_ptr, to_ptr, state_ptr, words, BLOCK: tl.constexpr):
     tl.store(to_ptr + at, taken, mask=mask)
 
 
+#: Finishes own rows [first, stop) of a call of the protocol.
+Finish = Callable[[int, int], None]
+
+
 @dataclass(frozen=True)
-class ExchangedLaunch(Launch):
-    """As `CopiedLaunch`. `out.y` is the own half of `gathered`; `inputs` begin with the own half of x."""
+class Exchange:
+    """The steps of one exchange, whatever finishes the rows. x: [rows, H], contiguous; gathered: the same, in a dtype
+    of the same size; product: as `Call.product`."""
 
-    call: Call
     ws: Workspace
-    inputs: tuple
-    scalars: tuple
+    x: Tensor
     gathered: Tensor
+    product: Callable[[int, int], None] | None
 
-    def run(self) -> tuple[AddNormOut, Tensor | None]:
-        """In one call of the protocol, or in several where the slot does not hold all rows."""
-        share, most = self.call.rows // 2, self.ws.copy_words // (2 * self.call.row_words)
+    def run(self, finishing: Callable[[int, int], Finish]) -> None:
+        """In one call of the protocol, or in several where the slot does not hold all rows. `finishing(start, stop)`:
+        for a call on these rows of the own half, what finishes some of them, counted from `start`."""
+        share, most = len(self.x) // 2, self.ws.copy_words // (2 * self._row)
         calls = -(-share // most)
-        with on_device_of(self.call.x):
+        with on_device_of(self.x):
             for i in range(calls):
-                self._run(share * i // calls, share * (i + 1) // calls)
-        return replace(self.out, y=self.gathered), self.sum
+                start, stop = share * i // calls, share * (i + 1) // calls
+                self._run(start, stop, finishing(start, stop))
 
-    def _run(self, start: int, stop: int) -> None:
-        """These rows of both halves."""
-        rank, row, half = self.ws.rank, self.call.row_words, self.call.rows // 2
+    def _run(self, start: int, stop: int, finish: Finish) -> None:
+        rank, row, half = self.ws.rank, self._row, len(self.x) // 2
         own, theirs, rows = rank * half + start, (1 - rank) * half + start, stop - start
-        x, y = (t.view(-1).view(torch.int32) for t in (self.call.x, self.gathered))
-        finishing, chunks = self._finishing(start, stop), chunks_of(rows)
+        x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
+        chunks = halves_of(rows)
         with Copies(self.ws, x) as copies:
             copies.begin()
             for i, (first, last) in enumerate(chunks):
@@ -84,7 +88,7 @@ class ExchangedLaunch(Launch):
             for i, (first, last) in enumerate(chunks):
                 self._multiply(own + first, own + last)
                 copies.receive(i)
-                launch(finishing(first), last - first, x.device)
+                finish(first, last)
                 copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row)
             for i, (first, last) in enumerate(chunks):
                 copies.receive(len(chunks) + i)
@@ -92,23 +96,61 @@ class ExchangedLaunch(Launch):
                 taking = self._taking(y, (rows + first) * row, (theirs + first) * row, words)
                 launch(taking, -(-words // _BLOCK), x.device)
 
-    def load(self) -> Any:
-        """Compile and load the kernels; the last of them."""
+    def load(self, step: Step) -> Any:
+        """Compile and load the kernels, that of `step` too, which finishes rows; the last of them."""
         loaded = None
-        x, y = (t.view(-1).view(torch.int32) for t in (self.call.x, self.gathered))
-        copies, finishing = Copies(self.ws, x), self._finishing(0, self.call.rows // 2)
-        steps = copies.beginning(), copies.waiting(READY, 0, 4), finishing(0), self._taking(y, 0, 0, 4)
+        x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
+        copies = Copies(self.ws, x)
         with on_device_of(x):
-            for kernel, args, options in steps:
+            for kernel, args, options in (
+                copies.beginning(), copies.waiting(READY, 0, 4), step, self._taking(y, 0, 0, 4)
+            ):  # fmt: skip
                 loaded = kernel.warmup(*args, grid=(1,), **options)
                 loaded._init_handles()
         return loaded
 
-    def _multiply(self, first: int, stop: int) -> None:
-        if self.call.product is not None:
-            self.call.product(first, stop)
+    @property
+    def _row(self) -> int:
+        """Words of a row."""
+        return self.x.shape[1] * self.x.element_size() // 4
 
-    def _finishing(self, start: int, stop: int) -> Callable[[int], Step]:
+    def _multiply(self, first: int, stop: int) -> None:
+        if self.product is not None:
+            self.product(first, stop)
+
+    def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
+        args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words
+        return _take_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+
+
+def halves_of(rows: int) -> list[tuple[int, int]]:
+    """[first, stop) of each chunk: two of them, in each direction."""
+    return [(first, stop) for first, stop in ((0, rows // 2), (rows // 2, rows)) if first < stop]
+
+
+@dataclass(frozen=True)
+class ExchangedLaunch(Launch):
+    """As `CopiedLaunch`. `out.y` is the own half of what is gathered; `inputs` begin with the own half of x."""
+
+    call: Call
+    ws: Workspace
+    inputs: tuple
+    scalars: tuple
+    gathered: Tensor
+    exchange: Exchange
+
+    def run(self) -> tuple[AddNormOut, Tensor | None]:
+        self.exchange.run(self._finishing)
+        return replace(self.out, y=self.gathered), self.sum
+
+    def load(self) -> Any:
+        return self.exchange.load(self._step(0, self.call.rows // 2)(0))
+
+    def _finishing(self, start: int, stop: int) -> Finish:
+        step, device = self._step(start, stop), self.call.x.device
+        return lambda first, last: launch(step(first), last - first, device)
+
+    def _step(self, start: int, stop: int) -> Callable[[int], Step]:
         """The step that finishes own rows from `first` of these on."""
 
         def rows(t: Tensor | None) -> Tensor | None:
@@ -120,10 +162,6 @@ class ExchangedLaunch(Launch):
         assert y is not None, "it always is there"
         out = AddNormOut(y, hidden, mean, rstd)
         return lambda first: finishing(self.call, inputs, out, total, self.scalars, self.ws, first, {})
-
-    def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
-        args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words
-        return _take_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
 
 
 def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
@@ -144,7 +182,7 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
     ready = prepare(replace(call, x=x[own], out=given, product=None))
     return ExchangedLaunch(
         None, 0, (), {}, replace(ready.out, y=gathered[own]), ready.sum, replace(call, x=x), ws, ready.inputs,
-        ready.scalars, gathered,
+        ready.scalars, gathered, Exchange(ws, x, gathered.view(x.shape), call.product),
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Trace:
 
     def check(self) -> None:
         """Each stream's steps in the model's order, and behind those of the other one that they stand behind there."""
-        calls = [Call(self.kind, len(copies.chunks_of(stop - first))) for first, stop in self.pieces]
+        calls = [Call(self.kind, len(self.chunks_of(stop - first))) for first, stop in self.pieces]
         streams = streams_of(calls, set(RULES))
         made = [step for step in streams.copies if step[0] != "half"]
         main = {name for name, _, _ in streams.main}
@@ -134,7 +134,10 @@ class Trace:
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
-        return copies.chunks_of(self.rows)
+        return self.chunks_of(self.rows)
+
+    def chunks_of(self, rows: int) -> list[tuple[int, int]]:
+        return copies.chunks_of(rows) if self.kind == "copied" else exchanged.halves_of(rows)
 
     def chunk(self, first: int, rows: int) -> int:
         return self.chunks.index((first, first + rows))
