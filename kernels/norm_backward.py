@@ -79,11 +79,17 @@ class NormBackwardOut:
 @triton.jit
 def _row(
     dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride, r_stride, cols,
-    mask, H: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr,
+    mask, H: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr, theirs_ptr, state_ptr, sum_ptr,
 ):  # fmt: skip
     """Finish one row of dx; gives its parts of the gradients of the weight and of the bias."""
     at = row.to(tl.int64)
     dy = tl.load(dy_ptr + at * (dy_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
+    if theirs_ptr is not None:
+        dy += tl.load(theirs_ptr + at * H + cols, mask=mask, other=0.0).to(tl.float32)
+        if tl.load(state_ptr + 1) != 0:
+            dy = tl.full(dy.shape, float("nan"), tl.float32)
+        if sum_ptr is not None:
+            tl.store(sum_ptr + at * H + cols, dy.to(sum_ptr.dtype.element_ty), mask=mask)
     h = tl.load(h_ptr + at * (h_stride if STRIDED else H) + cols, mask=mask, other=0.0).to(tl.float32)
     if NORM == 1:
         if mean_ptr is not None:  # noqa: SIM108 (the pointer is compiled away)
@@ -113,6 +119,7 @@ def _norm_backward_kernel(
     dy_ptr, h_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     weight_offset, eps, rows, programs, dy_stride, h_stride, r_stride,
     H: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, STRIDED: tl.constexpr, STAGES: tl.constexpr,
+    theirs_ptr=None, state_ptr=None, sum_ptr=None,
 ):  # fmt: skip
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -128,7 +135,7 @@ def _norm_backward_kernel(
         while row < rows:
             of_weight, of_bias = _row(
                 dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride,
-                r_stride, cols, mask, H, NORM, STRIDED,
+                r_stride, cols, mask, H, NORM, STRIDED, theirs_ptr, state_ptr, sum_ptr,
             )  # fmt: skip
             dweight += of_weight
             dbias += of_bias
@@ -137,7 +144,7 @@ def _norm_backward_kernel(
         for row in tl.range(pid, rows, programs, num_stages=STAGES):
             of_weight, of_bias = _row(
                 dy_ptr, h_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, weight, eps, row, dy_stride, h_stride,
-                r_stride, cols, mask, H, NORM, STRIDED,
+                r_stride, cols, mask, H, NORM, STRIDED, theirs_ptr, state_ptr, sum_ptr,
             )  # fmt: skip
             dweight += of_weight
             dbias += of_bias
@@ -175,25 +182,58 @@ def norm_backward(call: NormBackwardCall) -> NormBackwardOut:
     """The formula above. Raises KeyError for an unknown `norm`."""
     if not call.kernel_takes():
         return norm_backward_reference(call)
-    rows, H = call.dy.shape
-    dy, h, residual = _unit(call.dy), _unit(call.h), None if call.residual is None else _unit(call.residual)
-    strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
-    block = next_power_of_2(H)
-    row_bytes = block * sum(t.element_size() for t in (dy, h, residual) if t is not None)
-    programs, stages = _schedule(rows, row_bytes, dy.device)
-    with on_device_of(dy):
-        dx = torch.empty((rows, H), dtype=call.out_dtype, device=dy.device)
-        wanted = (call.want_weight, call.want_bias)
-        partial = torch.empty((sum(wanted), programs, H), dtype=torch.float32, device=dy.device)
-        into = iter(partial)
-        dweight, dbias = (next(into) if each else None for each in wanted)
-        _norm_backward_kernel[(programs,)](
+    dx = torch.empty(call.dy.shape, dtype=call.out_dtype, device=call.dy.device)
+    with on_device_of(call.dy):
+        parts = Parts(call)
+        parts.of(call, dx)
+        return NormBackwardOut(dx, *parts.added_up())
+
+
+class Parts:
+    """The gradients of the norm's vectors, summed up of the rows of one call, or of `calls` of them. Not shared."""
+
+    def __init__(self, call: NormBackwardCall, calls: int = 1) -> None:
+        self.wanted = (call.want_weight, call.want_bias)
+        self.programs, _ = _schedule(len(call.dy), _row_bytes(call), call.dy.device)
+        shape = (sum(self.wanted), calls * self.programs, call.dy.shape[1])
+        empty = torch.empty if calls == 1 else torch.zeros  # of a call with fewer rows, programs have nothing to add
+        self.partial = empty(shape, dtype=torch.float32, device=call.dy.device)
+        self.made = 0
+
+    def of(self, call: NormBackwardCall, dx: Tensor, theirs: Tensor | None = None, state: Tensor | None = None,
+           total: Tensor | None = None) -> None:  # fmt: skip
+        """Finish the rows of one call, at most as many as of the first, into `dx`. theirs: what is to be added to dy,
+        contiguous; then `state` says whether this rank is dead, and into `total` goes the sum, where it is wanted."""
+        rows, H = call.dy.shape
+        dy, h, residual = _unit(call.dy), _unit(call.h), None if call.residual is None else _unit(call.residual)
+        strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
+        block, row_bytes = next_power_of_2(H), _row_bytes(call) + (0 if theirs is None else H * theirs.element_size())
+        programs, stages = _schedule(rows, row_bytes, dy.device)
+        programs = min(programs, self.programs)
+        into = iter(self.partial[:, self.made :])
+        dweight, dbias = (next(into) if each else None for each in self.wanted)
+        self.made += programs
+        args = (
             dy, h, _flat(call.mean), _flat(call.rstd), _flat(call.weight), residual, dx, dweight, dbias,
-            call.weight_offset, call.eps, rows, programs, *strides, H=H, BLOCK=block, NORM=NORMS[call.norm],
-            STRIDED=any(stride != H for stride in strides), STAGES=stages, num_warps=min(max(block // 512, 1), 16),
+            call.weight_offset, call.eps, rows, programs, *strides,
         )  # fmt: skip
-        vectors = iter(_add_up(partial))
-    return NormBackwardOut(dx, *(next(vectors) if each else None for each in wanted))
+        options = {
+            "H": H, "BLOCK": block, "NORM": NORMS[call.norm], "STRIDED": any(stride != H for stride in strides),
+            "STAGES": stages, "theirs_ptr": theirs, "state_ptr": state, "sum_ptr": total,
+            "num_warps": min(max(block // 512, 1), 16),
+        }  # fmt: skip
+        launch_again(_norm_backward_kernel, programs, args, options, dy.device.index)
+
+    def added_up(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias)."""
+        vectors = iter(_add_up(self.partial))
+        of_weight, of_bias = (next(vectors) if each else None for each in self.wanted)
+        return of_weight, of_bias
+
+
+def _row_bytes(call: NormBackwardCall) -> int:
+    loaded = [t for t in (call.dy, call.h, call.residual) if t is not None]
+    return int(next_power_of_2(call.dy.shape[1]) * sum(t.element_size() for t in loaded))
 
 
 def _add_up(partial: Tensor) -> list[Tensor]:

@@ -10,7 +10,8 @@ calls (`state[COPIES]`) and tells the peer when a call begins (the word READY of
 read of its slot before is read, because that stood earlier in the same stream. Every copy stands behind a wait until
 the peer told this very call. Behind each chunk the count itself is copied to the chunk's flag, in the same stream; what
 was received is read once its flag is not behind the own count. Counts only grow, so nothing is cleared, and a captured
-graph may be replayed.
+graph may be replayed. They wrap: a call begins by moving flags up that nobody used for 2^30 calls, or they would look
+raised after as many more.
 
 **Why nobody waits for ever.** Few programs wait, so there is room for the kernels that a peer waits for: a grid of
 programs that wait would keep the own sends from the device. And whatever order the steps of both streams are run in, a
@@ -68,14 +69,19 @@ def _waited(flag, least, mark, source, watch_ptr):
     return ends
 
 
-@triton.jit(do_not_specialize=["ready", "other"])
-def _begin_kernel(state_ptr, peers_ptr, ready, other):
+@triton.jit(do_not_specialize=["ready", "other"], do_not_specialize_on_alignment=["flags_ptr"])
+def _begin_kernel(state_ptr, flags_ptr, peers_ptr, ready, other, FLAGS: tl.constexpr):
     count = tl.load(state_ptr + _COPIES) + 1
     tl.store(state_ptr + _COPIES, count)
+    at = tl.arange(0, FLAGS)
+    chunk = at < FLAGS - 1  # not the last one, READY, which the peer may be writing
+    flags = tl.load(flags_ptr + at, mask=chunk, other=0)
+    tl.store(flags_ptr + at, tl.zeros([FLAGS], tl.int32) + count - 1, mask=chunk & (count - flags > (1 << 30)))
+    tl.debug_barrier()
     tl.atomic_xchg(peer(peers_ptr, other) + ready, count, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["first", "words", "other"])
+@triton.jit(do_not_specialize=["first", "words", "other"], do_not_specialize_on_alignment=["flag_ptr"])
 def _wait_kernel(x_ptr, flag_ptr, state_ptr, watch_ptr, first, words, other, BLOCK: tl.constexpr):
     """Wait until the flag is not behind this call. A dead rank's `words` words of x from `first` on become NaN."""
     mark = tl.load(state_ptr + 1)
@@ -189,8 +195,9 @@ class Copies:
         launch(self.waiting(chunk, 0, 0), 1, self.words.device)
 
     def beginning(self) -> Step:
-        args = self.ws.state, self.ws.peers, self._flags + READY, 1 - self.ws.rank
-        return _begin_kernel, args, {"num_warps": 1}
+        flags = self.ws.buffer[self._flags :]
+        args = self.ws.state, flags, self.ws.peers, self._flags + READY, 1 - self.ws.rank
+        return _begin_kernel, args, {"FLAGS": COPY_FLAGS, "num_warps": 1}
 
     def waiting(self, flag: int, first: int, words: int) -> Step:
         awaited = self.ws.buffer[self._flags + flag :]

@@ -38,11 +38,11 @@ _NAN = tl.constexpr(POISON)
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["words"])
-def _take_kernel(from_ptr, to_ptr, state_ptr, words, BLOCK: tl.constexpr):
-    """`words` words from the slot into a result; NaN on a dead rank."""
+@triton.jit(do_not_specialize=["quads"])
+def _take_kernel(from_ptr, to_ptr, state_ptr, quads, BLOCK: tl.constexpr):
+    """So many 16-byte pieces from the slot into a result; NaN on a dead rank."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < words
+    mask = at < quads * 4
     taken = tl.load(from_ptr + at, mask=mask)
     if tl.load(state_ptr + 1) != 0:
         taken = tl.full([BLOCK], _NAN, tl.int32)
@@ -119,7 +119,7 @@ class Exchange:
             self.product(first, stop)
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
-        args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words
+        args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words // 4
         return _take_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
 
 
@@ -144,7 +144,7 @@ class ExchangedLaunch(Launch):
         return replace(self.out, y=self.gathered), self.sum
 
     def load(self) -> Any:
-        return self.exchange.load(self._step(0, self.call.rows // 2)(0))
+        return self.exchange.load(self._step(0, self.call.rows // 2)(0)) if self.call.rows else None
 
     def _finishing(self, start: int, stop: int) -> Finish:
         step, device = self._step(start, stop), self.call.x.device
@@ -169,10 +169,12 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
     the own ones, as all results are but `out.y`: [rows, H], what is gathered. Both ranks must make the same call;
     whether its x is a product is a rank's own affair.
 
-    Raises OpError where there is no such call (`refusal`).
+    Raises OpError where there is no such call (`refusal`), or the residual is not of the own rows.
     """
     if said := refusal(call, ws):
         raise OpError(f"exchanged: {said}")
+    if call.residual is not None and 2 * call.residual.numel() != call.x.numel():
+        raise OpError(f"exchanged: residual has shape {tuple(call.residual.shape)}; needed: own rows, {call.rows // 2}")
     call = call if lies_ready(call.x) else call.multiplied()
     x = call.x if lies_ready(call.x) else call.x.contiguous().clone()
     x, share = x.view(call.rows, call.hidden), call.rows // 2
@@ -188,6 +190,8 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
 
 def unfit(call: Call) -> str:
     """Why no such call is made in this way; empty where it may be. Equal on all ranks."""
+    if call.hidden % 8:
+        return f"rows of {call.hidden}; allowed: multiples of 8"
     if call.rows % 2 or call.quant or call.batch_invariant:
         allowed = "an even number of rows, and neither of the others"
         return f"{call.rows} rows, quant={call.quant!r}, batch_invariant={call.batch_invariant}; allowed: {allowed}"

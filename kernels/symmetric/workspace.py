@@ -5,12 +5,12 @@ One `Workspace` a rank. `buffer` is symmetric: every rank can address every othe
     3 slots of slot_words          written by peers, read and emptied by the owner (one-shot and two-shot, `lamport`)
     2 stages of stage_words        written by the owner, read by peers              (barrier kernel)
     CHANNELS x world               flags: word [block][source], written by peers    (barrier kernel); 1 before that
-    copy_words, COPY_FLAGS         the peer's part and its flags, of 2 ranks, written by the peer (`copied`); 0 before
+    copy_words, COPY_FLAGS         the peer's rows and their flags, of 2 ranks, written by the peer (`copies`); 0 before
 
 `state` is the owner's alone: CHANNELS pairs of an epoch (always equal to each other; the slot in the low two bits, the
 count of calls above) and a dead mark (not 0 once a kernel of this rank gave up a wait; the rank sends only NaN from
 its next call on), then two sets of inboxes through which the programs of one row talk to each other, then the count of
-`copied` calls. At rest every word of slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and
+calls by `copies`. At rest every word of slots and inboxes holds SENTINEL. `watch` says how long to wait for peers, and
 tells the host of those that did not come (see `timeout`).
 
 The kernels take a Workspace as an argument and know nothing of process groups: `virtual_ranks` makes one for each of

@@ -139,6 +139,8 @@ def refused(seat: Seat) -> list[str]:
         (Call(rows=5), {}),
         (Call(rows=4), {"batch_invariant": True}),
         (Call(rows=4), {"out_dtype": F32}),
+        (Call(rows=4, hidden=4), {}),
+        (Call(rows=4), {}),
     ):
         with pytest.raises(OpError) as raised:
             exchanged(dataclasses.replace(call.operands(seat.ws.rank), **more), seat.ws)
@@ -148,7 +150,8 @@ def refused(seat: Seat) -> list[str]:
 
 def test_what_cannot_be_exchanged_is_refused_with_the_reason() -> None:
     (said,), _ = run(2, refused)
-    for sentence, words in zip(said, ("5 rows", "batch_invariant=True", "torch.float32"), strict=True):
+    reasons = "5 rows", "batch_invariant=True", "torch.float32", "multiples of 8", "own rows, 2"
+    for sentence, words in zip(said, reasons, strict=True):
         assert words in sentence
 
 

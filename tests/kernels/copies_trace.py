@@ -115,8 +115,8 @@ class Trace:
         assert word_of(args[-3], self.ws.buffer) == self.slot, "x is not at the slot's beginning"
         self.note("finish", self.chunk(args[-1], programs))
 
-    def take(self, taken: torch.Tensor, to: torch.Tensor, state: torch.Tensor, words: int) -> None:
-        chunk = self.chunk_at(self.y, self.theirs, to.data_ptr(), words)
+    def take(self, taken: torch.Tensor, to: torch.Tensor, state: torch.Tensor, quads: int) -> None:
+        chunk = self.chunk_at(self.y, self.theirs, to.data_ptr(), 4 * quads)
         place = self.slot + (self.rows + self.chunks[chunk][0]) * ROW
         assert word_of(taken, self.ws.buffer) == place, "another place in the slot"
         self.note("take", len(self.chunks) + chunk)
