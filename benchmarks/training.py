@@ -12,8 +12,8 @@
 
 The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
 step is forward, backward and SGD; the loss is the mean log-sum-exp over a rank's own part of the vocabulary less one
-logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, medians of
-alternating rounds; memory is the most that the allocator held during a step. All providers take the same steps from the
+logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, of several
+steps in a row, medians of alternating rounds; memory is the most that the allocator held during a step. All providers take the same steps from the
 same start, so the first and the last loss show whether they compute alike; where they do not, the run fails.
 loss_curves.py has longer runs on the CPU.
 """
@@ -221,11 +221,11 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record
             for _ in range(2):
                 steps[name](tokens)
             peaks[name] = _peak_mb(steps[name], tokens, device)
-        times = _alternating(steps, tokens, arguments.rounds, device)
+        times = _alternating(steps, tokens, arguments.rounds, arguments.in_a_row, device)
         last = {name: float(step(tokens)) for name, step in steps.items()}
         for name in arguments.providers:
             ms = statistics.median(times[name])
-            spread = (max(times[name]) - min(times[name])) / ms
+            spread = _quartiles(times[name]) / ms
             loss, fused = found[name]
             per_second = tokens.numel() / ms * 1000
             records.append(
@@ -243,16 +243,26 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> list[Record
     return records
 
 
-def _alternating(steps: dict[str, Step], tokens: Tensor, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def _quartiles(times: list[float]) -> float:
+    """How far apart they are."""
+    quarters = statistics.quantiles(times, n=4)
+    return quarters[2] - quarters[0]
+
+
+def _alternating(
+    steps: dict[str, Step], tokens: Tensor, rounds: int, in_a_row: int, device: torch.device
+) -> dict[str, list[float]]:  # fmt: skip
+    """Milliseconds of a step, of so many in a row: as in a training loop, the host goes ahead of the device."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             dist.barrier()
             _synchronise(device)
             began = time.perf_counter()
-            step(tokens)
+            for _ in range(in_a_row):
+                step(tokens)
             _synchronise(device)
-            slowest = torch.tensor((time.perf_counter() - began) * 1000, device=device)
+            slowest = torch.tensor((time.perf_counter() - began) * 1000 / in_a_row, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             times[name].append(float(slowest))
     return times
@@ -283,6 +293,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--in-a-row", type=int, default=4, help="steps of one sample")
     parser.add_argument("--providers", nargs="+", default=["inductor", "tpfuse", "norm_backward"], choices=PROVIDERS)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()

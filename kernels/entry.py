@@ -7,6 +7,7 @@ scattered and gathered. None means that the caller takes the functional path (pl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +17,21 @@ from torch import Tensor
 from .._torch_private import process_group
 from ..errors import OpError
 from ..parallel.mesh import group_name_of
-from .call import KERNEL_DTYPES, AddNormOut, Call
+from .call import KERNEL_DTYPES, MAX_HIDDEN, AddNormOut, Call
+from .norm_backward import NormBackwardCall, NormBackwardOut
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
 from .symmetric.copies import FROM_BYTES
+from .symmetric.copies import refusal as copies_refusal
 from .symmetric.dispatch import choose, default_table
 from .symmetric.exchanged import exchanged, refusal, unfit
+from .symmetric.exchanged_backward import exchanged_backward
+from .symmetric.operands import lies_ready
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
 
-__all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "init_workspace", "why_not"]
+__all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "exchange_norm_backward", "init_workspace",
+           "why_not"]  # fmt: skip
 
 
 def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOut, Tensor | None] | None:
@@ -75,6 +81,33 @@ def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
     if torch.cuda.is_current_stream_capturing():
         note_capture(ws)
     return exchanged(call, ws).run()
+
+
+def exchange_norm_backward(
+    x: Tensor, gathered: Tensor, call: NormBackwardCall, group_name: str,
+    product: Callable[[int, int], None] | None = None, total: Tensor | None = None,
+) -> NormBackwardOut | None:  # fmt: skip
+    """The backward of a norm of this rank's half of the rows of the sum of x [rows, H], and a gather of dx into
+    `gathered` [rows, H]. `call.dy` is the own half of x, and its other tensors are of the own rows; with `total` also
+    that sum; product: as `Call.product`.
+
+    None, on all ranks alike, for fewer than FROM_BYTES of x, an odd number of rows, and where the group's ranks are not
+    two that can copy to each other.
+    """
+    rows, hidden = x.shape
+    if not on_gpu(x) or x.nbytes < FROM_BYTES or rows % 2 or hidden % 8 or hidden > MAX_HIDDEN:
+        return None
+    if x.dtype not in KERNEL_DTYPES or gathered.dtype.itemsize != x.dtype.itemsize or process_group(group_name) is None:
+        return None
+    ws = workspace_of(group_name, x.device, copies=True)
+    if ws is None or copies_refusal(2 * hidden * x.element_size() // 4, ws):
+        return None
+    check_peers(group_name)
+    if torch.cuda.is_current_stream_capturing():
+        note_capture(ws)
+    x = x if product is not None or lies_ready(x) else x.contiguous().clone()
+    half = slice(ws.rank * rows // 2, (ws.rank + 1) * rows // 2)
+    return exchanged_backward(x, gathered, replace(call, dy=x[half]), ws, product, total)
 
 
 def on_gpu(x: Tensor) -> bool:

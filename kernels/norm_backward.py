@@ -23,6 +23,7 @@ from .add_norm import on_device_of
 from .call import KERNEL_DTYPES, MAX_HIDDEN, NORMS, kernel_takes
 from .compat import next_power_of_2, tl, triton
 from .device import LAYER
+from .symmetric.operands import launch_again
 
 #: Rows that a program holds or has under way: two are loaded ahead while it computes on one.
 STAGES = 3

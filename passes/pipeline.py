@@ -128,6 +128,7 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 
 #: The operators that hold a boundary's norm.
 FUSED_NORMS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
+BACKWARD = "tpfuse::reduce_scatter_norm_backward"
 #: New verdicts, by the name of the collective's node in the graph as it came.
 Verdicts = dict[str, Boundary]
 
@@ -312,7 +313,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
         for node in graph.nodes:
             if context.options.batch_invariant and any(calls(node, name) for name in FUSED_NORMS):
                 node.update_kwarg("batch_invariant", True)
-            if OVERLAP in context.options.rewrites and any(calls(node, name) for name in FUSED_NORMS):
+            if OVERLAP in context.options.rewrites and any(calls(node, name) for name in (*FUSED_NORMS, BACKWARD)):
                 node.update_kwarg("overlap", True)
         graph.lint()
         context.edited = True

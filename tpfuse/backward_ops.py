@@ -13,8 +13,9 @@ x: [rows, H], of which each rank gets an equal share where they are scattered; h
 if want_weight, dbias if want_bias]; the two last are float32 (float64 where an input is).
 
 The gradients of weight and bias are what the graph had: of all rows where every rank has all, of a rank's own rows
-where they are scattered, and then still a partial sum over the group. The passes insert these operators; on every
-device they are a functional collective and the local kernel (kernels/norm_backward.py).
+where they are scattered, and then still a partial sum over the group. `overlap` changes nothing here, and lets the
+operator with a gather behind it (gather_ops.py) be made by copies. The passes insert these operators; on every device
+they are a functional collective and the local kernel (kernels/norm_backward.py).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from .kernels.norm_backward import NormBackwardCall, norm_backward
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 ARGUMENTS = (
     "(Tensor x, Tensor h, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? residual, *, str norm, float eps,"
-    " float weight_offset, ScalarType out_dtype, bool want_sum, bool want_weight, bool want_bias, str group_name)"
-    " -> Tensor[]"
+    " float weight_offset, ScalarType out_dtype, bool want_sum, bool want_weight, bool want_bias, str group_name,"
+    " bool overlap=False) -> Tensor[]"
 )
 _c10d = torch.ops._c10d_functional
 
@@ -69,11 +70,15 @@ def _define(name: str, arguments: str, run: Callable[..., list[Tensor]], fake: C
 def _define_paying(name: str, pay: Callable[[Tensor, str], Tensor], scattered: bool) -> None:
     """An operator that pays the sum by `pay` first."""
 
-    def run(x: Tensor, *operands: Any, want_sum: bool, group_name: str, **options: Any) -> list[Tensor]:
+    def run(
+        x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool = False, **options: Any
+    ) -> list[Tensor]:  # fmt: skip
         total = pay(x, group_name)
         return _results(NormBackwardCall(total, *operands, **options), total if want_sum else None)
 
-    def fake(x: Tensor, *operands: Any, want_sum: bool, group_name: str, **options: Any) -> list[Tensor]:
+    def fake(
+        x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool = False, **options: Any
+    ) -> list[Tensor]:  # fmt: skip
         rows = x.shape[0] // group_size(group_name) if scattered else x.shape[0]
         return _fake_results(NormBackwardCall(x, *operands, **options), rows, want_sum)
 
@@ -91,7 +96,7 @@ def _define_local() -> None:
         return _fake_results(call, call.dy.shape[0], want_sum=False)
 
     arguments = ARGUMENTS.replace("Tensor x,", "Tensor total,").replace(" bool want_sum,", "")
-    _define("norm_backward", arguments.replace(", str group_name)", ")"), run, fake)
+    _define("norm_backward", arguments.replace(", str group_name, bool overlap=False)", ")"), run, fake)
 
 
 _define_local()

@@ -25,7 +25,8 @@ from . import backward_ops, ops
 from ._torch_private import group_rank, group_size, register_local_tensor_rule
 from .kernels.add_norm import add_norm
 from .kernels.call import Call
-from .kernels.entry import exchange_add_norm
+from .kernels.entry import exchange_add_norm, exchange_norm_backward
+from .kernels.norm_backward import NormBackwardCall
 from .lean import define as define_lean
 from .product_ops import define as define_behind_product
 
@@ -38,7 +39,7 @@ def _define(name: str, arguments: str) -> None:
 
     def run(*operands: Tensor | None, swap: int | None = None, **options: Any) -> list[Tensor]:
         if options.get("overlap") and not swap:
-            done = _exchange(Call(*operands, **options))  # type: ignore[arg-type]
+            done = _EXCHANGES[name](*operands, **options)
             if done is not None:
                 own = done[0].chunk(group_size(options["group_name"]))[group_rank(options["group_name"])]
                 return [own.clone(), *done[1:], done[0]]
@@ -67,6 +68,25 @@ def _exchange(call: Call) -> list[Tensor] | None:
     """[y of all ranks, the other results]; None where no kernel does all of it, on all ranks alike."""
     done = exchange_add_norm(call)
     return None if done is None else ops._outputs(*done)
+
+
+def _exchange_backward(
+    x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool, **options: Any
+) -> list[Tensor] | None:
+    """[dx of all ranks, the other results]; None likewise."""
+    own = x.chunk(group_size(group_name))[0]  # for its sizes
+    call, total = NormBackwardCall(own, *operands, **options), torch.empty_like(own) if want_sum else None
+    gathered = torch.empty_like(x, dtype=call.out_dtype, memory_format=torch.contiguous_format)
+    out = exchange_norm_backward(x, gathered, call, group_name, None, total)
+    if out is None:
+        return None
+    return [gathered, *(t for t in (total, out.dweight, out.dbias) if t is not None)]
+
+
+_EXCHANGES: dict[str, Any] = {
+    "reduce_scatter_norm": lambda *operands, **options: _exchange(Call(*operands, **options)),
+    "reduce_scatter_norm_backward": _exchange_backward,
+}
 
 
 def _lean(call: Call, site: Any) -> list[Tensor]:

@@ -66,8 +66,7 @@ class Exchange:
     def run(self, finishing: Callable[[int, int], Finish]) -> None:
         """In one call of the protocol, or in several where the slot does not hold all rows. `finishing(start, stop)`:
         for a call on these rows of the own half, what finishes some of them, counted from `start`."""
-        share, most = len(self.x) // 2, self.ws.copy_words // (2 * self._row)
-        calls = -(-share // most)
+        share, calls = len(self.x) // 2, self._calls
         with on_device_of(self.x):
             for i in range(calls):
                 start, stop = share * i // calls, share * (i + 1) // calls
@@ -108,6 +107,15 @@ class Exchange:
                 loaded = kernel.warmup(*args, grid=(1,), **options)
                 loaded._init_handles()
         return loaded
+
+    @property
+    def chunks(self) -> int:
+        """How often rows are finished, at most."""
+        return 2 * self._calls
+
+    @property
+    def _calls(self) -> int:
+        return -(-(len(self.x) // 2) // (self.ws.copy_words // (2 * self._row)))
 
     @property
     def _row(self) -> int:

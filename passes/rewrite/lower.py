@@ -38,7 +38,7 @@ from tpfuse.product_ops import PREFIX
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, same_size, val, value
 from ..verdict.runs import runs_in_a_kernel
-from .lower_backward import lower_backward
+from .lower_backward import lower_backward, lower_exchanges
 from .overlap import Product, find_product
 from .plain import rows_divide, spec_of, write_out
 
@@ -52,7 +52,7 @@ _OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows
 def lower(graph: fx.Graph) -> int:
     """Lower every fused operation of `graph` that can be; how many were. The others stay as they are, and run so."""
     found = [node for node in graph.nodes if operator_full_name(node.target) in _OURS]
-    lowered = sum(_lower(graph, node) for node in found) + lower_backward(graph)
+    lowered = sum(_lower(graph, node) for node in found) + lower_backward(graph) + lower_exchanges(graph)
     if lowered:
         graph.lint()
     return lowered

@@ -1,17 +1,32 @@
 """norm_backward in a graph that is split already: the collective by itself, and one local operator for the rest.
 
 There is no kernel that does both, so the compiler is left what it can do with a collective: reduce in place where
-nobody else reads the partial gradient, and start it early. What is sent, and in which order, stays.
+nobody else reads the partial gradient, and start it early. But of two ranks that exchange rows by copies the gather
+and all in front of it are one operator (tpfuse/exchange_ops.py), with the product in front. What is sent, and in which
+order, stays.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
-from tpfuse._torch_private import group_size, operator_full_name
+from tpfuse._torch_private import (
+    argument_names,
+    auto_functionalized,
+    group_rank,
+    group_size,
+    new_fake_like,
+    operator_full_name,
+)
+from tpfuse.exchange_ops import NAME
 
 from ..facts import aten_ops as ops
-from ..facts.graph import insert_call
+from ..facts.graph import argument, carry_meta, insert_call, val
+from ..verdict.runs import exchanges
+from .overlap import find_product
 
 c10d = ops.c10d
 _KINDS = {"tpfuse::all_reduce_norm_backward": "all_reduce", "tpfuse::reduce_scatter_norm_backward": "reduce_scatter"}
@@ -26,7 +41,7 @@ def lower_backward(graph: fx.Graph) -> int:
 
 
 def _lower(graph: fx.Graph, node: fx.Node) -> None:
-    options = dict(node.kwargs)
+    options = {name: value for name, value in node.kwargs.items() if name != "overlap"}
     group, wanted = str(options.pop("group_name")), options.pop("want_sum")
     with graph.inserting_before(node):
         if _KINDS[operator_full_name(node.target)] == "all_reduce":
@@ -45,6 +60,65 @@ def _lower(graph: fx.Graph, node: fx.Node) -> None:
         else:
             user.args = (local, index - (1 if wanted and index > 1 else 0))
     graph.erase_node(node)
+
+
+def lower_exchanges(graph: fx.Graph) -> int:
+    """Give every exchange in the backward pass its results to fill; how many there were. One whose sizes are symbolic
+    stays the functional operator."""
+    name = "tpfuse::reduce_scatter_norm_backward_gather"
+    found = [node for node in graph.nodes if operator_full_name(node.target) == name and exchanges(node)]
+    return sum(_lower_exchange(graph, node) for node in found)
+
+
+def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
+    fakes: list[torch.Tensor] = list(node.meta["val"])
+    if not all(isinstance(size, int) for fake in fakes for size in fake.shape):
+        return False
+    wanted = [name for name in ("sum", "weight", "bias") if argument(node, f"want_{name}")]
+    names = {"sum": "total", "weight": "dweight", "bias": "dbias"}
+    results = ["own", *(names[each] for each in wanted), "gathered"]
+    x, *operands = (argument(node, each) for each in ("x", "h", "mean", "rstd", "weight", "residual"))
+    group = str(argument(node, "group_name"))
+    product = find_product({"x": x, **{str(i): each for i, each in enumerate(operands)}}, group)
+    told = product.arguments if product is not None else {"factors": [x], "product": ""}
+    kept = {each: argument(node, each) for each in ("norm", "eps", "weight_offset", "group_name")}
+    given = dict(zip(("h", "mean", "rstd", "weight", "residual"), operands, strict=True))
+    with graph.inserting_before(node):
+        empty = {each: _empty(graph, fake, node) for each, fake in zip(results, fakes, strict=True) if each != "own"}
+        overload = getattr(ops.tpfuse, NAME).default
+        known = {**told, **given, **empty, **kept, "dtype": val(x).dtype}
+        arguments = {each: known.get(each) for each in argument_names(overload)}
+        call = graph.call_function(auto_functionalized(), (overload,), arguments)
+        carry_meta(node, call)
+        filled = ("gathered", "total", "dweight", "dbias")
+        by_name = dict(zip(results, fakes, strict=True))
+        call.meta["val"] = (None, *(by_name.get(each) for each in filled))
+        made = {}
+        for each in empty:
+            made[each] = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(each)))
+            carry_meta(node, made[each])
+            made[each].meta["val"] = by_name[each]
+        sizes = [group_size(group), *fakes[0].shape]
+        parts = insert_call(graph, ops.aten.reshape.default, (made["gathered"], sizes), like=node)
+        made["own"] = insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group)), like=node)
+    for user in list(node.users):
+        user.replace_all_uses_with(made[results[_index(user)]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if product is not None:
+        product.erase(graph)
+    for unread in (made["own"], parts):
+        if not unread.users:
+            graph.erase_node(unread)
+    return True
+
+
+def _empty(graph: fx.Graph, fake: torch.Tensor, like: fx.Node) -> fx.Node:
+    options: dict[str, Any] = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+    node = graph.call_function(ops.aten.empty.memory_format, (list(fake.shape),), options)
+    carry_meta(like, node)
+    node.meta["val"] = new_fake_like(fake)
+    return node
 
 
 def _index(user: fx.Node) -> int:

@@ -65,13 +65,15 @@ def _overlapped(collective: Collective, total: torch.Tensor) -> str:
 
 
 def exchanges(node: fx.Node) -> bool:
-    """Whether `node`, a reduce-scatter, a norm and a gather in one operation, may run as one, by copies between two
-    ranks. Of facts that are equal on all of them: how many rows a call has is looked at again when it is made."""
-    name = "tpfuse::reduce_scatter_norm_gather"
-    if not calls(node, name) or not argument(node, "overlap") or argument(node, "batch_invariant"):
+    """Whether `node`, a reduce-scatter, a norm or its backward, and a gather in one operation, may run as one, by
+    copies between two ranks. Of facts that are equal on all of them: how many rows a call has is looked at again when
+    it is made."""
+    names = "tpfuse::reduce_scatter_norm_gather", "tpfuse::reduce_scatter_norm_backward_gather"
+    if not any(calls(node, name) for name in names) or not argument(node, "overlap"):
         return False
     x, group, out_dtype = value(node.args[0]), argument(node, "group_name"), argument(node, "out_dtype")
-    if argument(node, "quant") or argument(node, "swap") is not None or x is None or group_size(group) != RANKS:
+    otherwise = any(node.kwargs.get(name) for name in ("batch_invariant", "quant"))
+    if otherwise or argument(node, "swap") is not None or x is None or group_size(group) != RANKS:
         return False
     size, rows = x.numel() * x.element_size(), x.shape[0]
     if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):

@@ -1,0 +1,92 @@
+"""The backward of a norm between two ranks that scatter and gather rows: an exchange (`exchanged.py`) that finishes
+rows as `norm_backward` does.
+
+    s = the own half of the rows of x + the peer's part of them
+    dx = backward of the norm (s) + residual;  gathered = the dx of both ranks, in their order
+
+The gradients of weight and bias are sums over the own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norm_backward import NormBackwardCall, NormBackwardOut, Parts, norm_backward_reference
+from .copies import slot
+from .exchanged import Exchange, Finish
+from .workspace import Workspace
+
+
+def exchanged_backward(
+    x: Tensor, gathered: Tensor, call: NormBackwardCall, ws: Workspace, product: Callable[[int, int], None] | None,
+    total: Tensor | None,
+) -> NormBackwardOut:  # fmt: skip
+    """x, gathered: [2 * own rows, H]; `call.dy` is the own half of x, and its other tensors are of the own rows;
+    product: as `Call.product`, of x; total: [own rows, H], to be filled with s, or None. `out.dx` is the own half of
+    `gathered`. Both ranks must make the same call; what they compute of their rows is a rank's own affair."""
+    share = len(x) // 2
+    own = slice(ws.rank * share, (ws.rank + 1) * share)
+    exchange, dx = Exchange(ws, x, gathered, product), gathered[own]
+    add = _in_kernels if call.kernel_takes() else _plainly
+    rows, finished = add(call, dx, ws, total, exchange.chunks)
+
+    def finishing(start: int, stop: int) -> Finish:
+        theirs = slot(ws, 0, x.dtype)[: (stop - start) * x.shape[1]].view(stop - start, -1)
+        return lambda first, last: rows(start + first, start + last, theirs[first:last])
+
+    exchange.run(finishing)
+    return NormBackwardOut(dx, *finished())
+
+
+#: Finishes these own rows, of which the last argument is the peer's part.
+_Rows = Callable[[int, int, Tensor], None]
+_Vectors = Callable[[], tuple[Tensor | None, Tensor | None]]
+
+
+def _in_kernels(
+    call: NormBackwardCall, dx: Tensor, ws: Workspace, total: Tensor | None, chunks: int
+) -> tuple[_Rows, _Vectors]:  # fmt: skip
+    parts = Parts(call, chunks)
+
+    def rows(first: int, stop: int, theirs: Tensor) -> None:
+        here = None if total is None else total[first:stop]
+        parts.of(_of_rows(call, first, stop), dx[first:stop], theirs, ws.state, here)
+
+    return rows, parts.added_up
+
+
+def _plainly(
+    call: NormBackwardCall, dx: Tensor, ws: Workspace, total: Tensor | None, chunks: int
+) -> tuple[_Rows, _Vectors]:  # fmt: skip
+    vectors: list[NormBackwardOut] = []
+
+    def rows(first: int, stop: int, theirs: Tensor) -> None:
+        part = _of_rows(call, first, stop)
+        s = (part.dy.to(call.vector_dtype) + theirs.to(call.vector_dtype)).to(part.dy.dtype)
+        s = torch.where(ws.state[1] != 0, torch.full_like(s, float("nan")), s)
+        vectors.append(norm_backward_reference(replace(part, dy=s)))
+        dx[first:stop].copy_(vectors[-1].dx)
+        if total is not None:
+            total[first:stop].copy_(s)
+
+    def added_up() -> tuple[Tensor | None, Tensor | None]:
+        zeros = torch.zeros(dx.shape[1], dtype=call.vector_dtype, device=dx.device)
+        of_weight = sum((t for out in vectors if (t := out.dweight) is not None), zeros)
+        of_bias = sum((t for out in vectors if (t := out.dbias) is not None), zeros)
+        return of_weight if call.want_weight else None, of_bias if call.want_bias else None
+
+    return rows, added_up
+
+
+def _of_rows(call: NormBackwardCall, first: int, stop: int) -> NormBackwardCall:
+    cut: dict[str, Any] = {
+        name: t[first:stop]
+        for name in ("dy", "h", "mean", "rstd", "residual")
+        if (t := getattr(call, name)) is not None
+    }
+    return replace(call, **cut)
