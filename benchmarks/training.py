@@ -13,9 +13,9 @@
 The model is cut by DTensor's plans: `plain` tensor parallelism, or `sequence` parallelism as torchtitan declares it. A
 step is forward, backward and SGD; the loss is the mean log-sum-exp over a rank's own part of the vocabulary less one
 logit, as cheap as a sharded cross entropy and without its collectives. Times are the slowest rank's, of several
-steps in a row, medians of alternating rounds; memory is the most that the allocator held during a step. All providers take the same steps from the
-same start, so the first and the last loss show whether they compute alike; where they do not, the run fails.
-loss_curves.py has longer runs on the CPU.
+steps in a row, medians of alternating rounds; memory is the most that the allocator held during a step. All providers
+take the same steps from the same start, so the first and the last loss show whether they compute alike; where they do
+not, the run fails. loss_curves.py has longer runs on the CPU.
 """
 
 from __future__ import annotations

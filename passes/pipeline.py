@@ -27,7 +27,6 @@ from tpfuse.report import Boundary, Report, Transfer
 
 from .facts.collectives import ResolveGroup, is_collective
 from .facts.declared import as_declared, as_functional
-from .facts.graph import GATHERS
 from .facts.group_names import with_group_names
 from .facts.groups import names_of_groups, own_rank
 from .facts.refusals import Code, Refusal
@@ -35,7 +34,6 @@ from .plan.sites import DEFAULT_REWRITES, OVERLAP, Decisions, plan
 from .recognise.known import Known
 from .recognise.norms import find_norms
 from .recognise.sites import Recognition
-from .recognise.streams import calls
 from .rewrite.all_reduce_norm import apply, restore_order
 from .rewrite.as_written import as_written
 from .rewrite.gather import gather
@@ -47,10 +45,11 @@ from .rewrite.quantise import quantise
 from .rewrite.quantise_first import quantise_first
 from .rewrite.relayout import Choice, relayout
 from .rewrite.strides import settle_strides
+from .rewrite.tell import tell
 from .verdict import accounting
 from .verdict.failed import report_of_failure
 from .verdict.reasons import IN_BACKWARD
-from .verdict.runs import EXCHANGED, LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, exchanges, how_it_runs
+from .verdict.runs import EXCHANGED, LOCAL_KERNEL, NO_KERNEL, NOT_FUSED, exchanged, how_it_runs
 from .verdict.steps import find_steps
 from .verdict.subgraphs import collectives_inside
 from .verdict.undeclared import undeclared
@@ -126,9 +125,6 @@ def fuse(graph: fx.Graph, resolve: ResolveGroup, options: PassOptions | None = N
 # -- the way of a graph -----------------------------------------------------------------------------------------------
 
 
-#: The operators that hold a boundary's norm.
-FUSED_NORMS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
-BACKWARD = "tpfuse::reduce_scatter_norm_backward"
 #: New verdicts, by the name of the collective's node in the graph as it came.
 Verdicts = dict[str, Boundary]
 
@@ -310,11 +306,7 @@ def _settle(graph: fx.Graph, context: Context) -> Verdicts:
     if context.rewritten:
         restore_order(graph)
         settle_strides(graph, at_once=bool(context.known.hazards.writes))
-        for node in graph.nodes:
-            if context.options.batch_invariant and any(calls(node, name) for name in FUSED_NORMS):
-                node.update_kwarg("batch_invariant", True)
-            if OVERLAP in context.options.rewrites and any(calls(node, name) for name in (*FUSED_NORMS, BACKWARD)):
-                node.update_kwarg("overlap", True)
+        tell(graph, context.options.batch_invariant, OVERLAP in context.options.rewrites)
         graph.lint()
         context.edited = True
     return {}
@@ -358,10 +350,9 @@ def _gather(graph: fx.Graph, context: Context) -> Verdicts:
         name: replace(boundary, fused=True, rewrite=of.rewrite, norm=of.norm, runs=of.runs)
         for name, (boundary, of) in boundaries.items()
     }
-    exchanged = [node for node in graph.nodes if exchanges(node)]
-    by_copies = {name for node in exchanged for name in (accounting.origin(node), node.meta[GATHERS])}
-    told = {name: found.get(name, context.boundaries[name]) for name in by_copies & context.boundaries.keys()}
-    return found | {name: replace(b, runs=EXCHANGED.sentence, kernel=True) for name, b in told.items()}
+    told = context.boundaries | found
+    by_copies = [name for name in exchanged(graph) if name in told]
+    return found | {name: replace(told[name], runs=EXCHANGED.sentence, kernel=True) for name in by_copies}
 
 
 def _account(graph: fx.Graph, context: Context) -> Verdicts:

@@ -12,9 +12,10 @@ from tpfuse.kernels.entry import why_not
 from tpfuse.product_ops import FROM_BYTES, RANKS
 
 from ..facts.collectives import Collective
-from ..facts.graph import argument, val, value
+from ..facts.graph import GATHERS, argument, val, value
 from ..plan.sites import Plan
 from ..recognise.streams import calls
+from .accounting import origin
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ def exchanges(node: fx.Node) -> bool:
     if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):
         return False
     return bool(out_dtype.itemsize == x.element_size()) and runs_in_a_kernel(group, node.args[0])
+
+
+def exchanged(graph: fx.Graph) -> list[str]:
+    """The names of the collectives that are one exchange with another."""
+    found = [node for node in graph.nodes if exchanges(node)]
+    return [name for node in found for name in (origin(node), node.meta[GATHERS])]
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:
