@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from md import records_of, table
 
 #: Of one layer: the product and each kernel of the boundary by itself.
-BOUNDARIES = ("one_shot", "copied", "boundary")
+BOUNDARIES = ("one_shot", "copied", "boundary", "scattered")
 #: What the ways are made of, and no way by itself.
 PARTS = ("product", "boundary", "copy", "local part")
 
@@ -15,8 +15,14 @@ PARTS = ("product", "boundary", "copy", "local part")
 def _sizes(file: str) -> Iterator[tuple[str, int, dict[str, float]]]:
     """(product, rows, provider -> us)"""
     records = records_of(file)
-    for product, rows in dict.fromkeys((r["product"], r["rows"]) for r in records):
-        yield product, rows, {r["provider"]: r["us"] for r in records if (r["product"], r["rows"]) == (product, rows)}
+    for size in dict.fromkeys(_size(r) for r in records):
+        yield *size, {r["provider"]: r["us"] for r in records if _size(r) == size}
+
+
+def _size(record: dict) -> tuple[str, int]:
+    """(the product, of which model where there are several; its rows)"""
+    model = "" if record["model"] == "8b" else f"{record['model'].upper()}'s "
+    return f"{model}{record['product']}", record["rows"]
 
 
 def limit(us: dict[str, float]) -> float:
@@ -32,10 +38,24 @@ def overlap() -> str:
         parts = [f"{us[name]:.1f}" for name in ("product", "one_shot", "copied")]
         lines.append([
             product, f"{rows}", *parts, f"{limit(us):.1f}", f"{after:.1f}", f"**{mine:.1f}**",
-            f"{mine / limit(us):.2f}", f"{mine / after:.3f}", f"{us['NCCL + Inductor']:.1f}", f"{us['async TP']:.1f}",
+            f"{mine / limit(us):.2f}", f"{mine / after:.3f}", f"{us['NCCL + Inductor']:.1f}",
         ])  # fmt: skip
     head = ["product", "rows", "by itself", "one-shot", "copied", "limit", "product, then one-shot", "overlapped",
-            "overlapped / limit", "overlapped / one after the other", "NCCL + Inductor", "async TP"]  # fmt: skip
+            "overlapped / limit", "overlapped / one after the other", "NCCL + Inductor"]  # fmt: skip
+    return table(head, lines)
+
+
+def overlap_scattered() -> str:
+    """The same where rows are scattered, as in sequence parallelism."""
+    lines = []
+    for product, rows, us in _sizes("overlap_h200_x2.json"):
+        mine, theirs = us["scattered, overlapped"], us["scattered, NCCL + Inductor"]
+        lines.append([
+            product, f"{rows}", f"{us['product']:.1f}", f"{us['scattered']:.1f}", f"**{mine:.1f}**",
+            f"{mine / limit(us):.2f}", f"{theirs:.1f}", f"{us['async TP']:.1f}", f"{theirs / mine:.2f}",
+        ])  # fmt: skip
+    head = ["product", "rows", "by itself", "exchange", "overlapped", "overlapped / limit",
+            "product, NCCL + Inductor", "async TP", "NCCL + Inductor / overlapped"]  # fmt: skip
     return table(head, lines)
 
 
@@ -65,4 +85,4 @@ def overlap_prefill() -> str:
     return table(head, lines)
 
 
-TABLES = {f.__name__: lambda _, f=f: f() for f in (overlap, overlap_ways, overlap_prefill)}
+TABLES = {f.__name__: lambda _, f=f: f() for f in (overlap, overlap_scattered, overlap_ways, overlap_prefill)}
