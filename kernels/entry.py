@@ -25,12 +25,12 @@ from .symmetric.copies import FROM_BYTES
 from .symmetric.copies import refusal as copies_refusal
 from .symmetric.dispatch import choose, default_table
 from .symmetric.exchanged import exchanged, refusal, unfit
-from .symmetric.exchanged_backward import exchanged_backward
+from .symmetric.norm_backward_by_copies import norm_backward_by_copies
 from .symmetric.operands import lies_ready
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
 
-__all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "exchange_norm_backward", "init_workspace",
+__all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "init_workspace", "reduce_norm_backward",
            "why_not"]  # fmt: skip
 
 
@@ -83,21 +83,21 @@ def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
     return exchanged(call, ws).run()
 
 
-def exchange_norm_backward(
-    x: Tensor, gathered: Tensor, call: NormBackwardCall, group_name: str,
+def reduce_norm_backward(
+    x: Tensor, dx: Tensor, call: NormBackwardCall, group_name: str, scattered: bool,
     product: Callable[[int, int], None] | None = None, total: Tensor | None = None,
 ) -> NormBackwardOut | None:  # fmt: skip
-    """The backward of a norm of this rank's half of the rows of the sum of x [rows, H], and a gather of dx into
-    `gathered` [rows, H]. `call.dy` is the own half of x, and its other tensors are of the own rows; with `total` also
-    that sum; product: as `Call.product`.
+    """The backward of a norm of the sum of x [rows, H] over the ranks, into `dx` [rows, H]. scattered: each rank
+    finishes its half of the rows, and dx is gathered; `call` (whose dy is put in here), total and the gradients of
+    vectors are of the rows that a rank finishes. total: to be filled with their sum; product: as `Call.product`.
 
-    None, on all ranks alike, for fewer than FROM_BYTES of x, an odd number of rows, and where the group's ranks are not
-    two that can copy to each other.
+    None, on all ranks alike, for fewer than FROM_BYTES of x, an odd number of rows to be scattered, and where the
+    group's ranks are not two that can copy to each other.
     """
     rows, hidden = x.shape
-    if not on_gpu(x) or x.nbytes < FROM_BYTES or rows % 2 or hidden % 8 or hidden > MAX_HIDDEN:
+    if not on_gpu(x) or x.nbytes < FROM_BYTES or (scattered and rows % 2) or hidden % 8 or hidden > MAX_HIDDEN:
         return None
-    if x.dtype not in KERNEL_DTYPES or gathered.dtype.itemsize != x.dtype.itemsize or process_group(group_name) is None:
+    if x.dtype not in KERNEL_DTYPES or dx.dtype.itemsize != x.dtype.itemsize or process_group(group_name) is None:
         return None
     ws = workspace_of(group_name, x.device, copies=True)
     if ws is None or copies_refusal(2 * hidden * x.element_size() // 4, ws):
@@ -106,8 +106,8 @@ def exchange_norm_backward(
     if torch.cuda.is_current_stream_capturing():
         note_capture(ws)
     x = x if product is not None or lies_ready(x) else x.contiguous().clone()
-    half = slice(ws.rank * rows // 2, (ws.rank + 1) * rows // 2)
-    return exchanged_backward(x, gathered, replace(call, dy=x[half]), ws, product, total)
+    half = slice(ws.rank * rows // 2, (ws.rank + 1) * rows // 2) if scattered else slice(None)
+    return norm_backward_by_copies(x, dx, replace(call, dy=x[half]), ws, product, total, scattered)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -11,16 +11,19 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP, REWRITES
 
+from . import sequence_models as models
+from . import test_sequence_training
 from .graphs import fake_world
 from .ranks import run_processes
 from .test_sequence_training import beyond, cut, expected, on_a_rank, tokens
 
 SMALL = 64  # bytes
-FORWARD, BACKWARD = "product_reduce_scatter_norm_gather", "exchange_norm_backward"
+FORWARD, BACKWARD = "product_reduce_scatter_norm_gather", "reduce_norm_backward"
 
 
 def let_cpus_exchange(put) -> None:
@@ -90,7 +93,23 @@ def test_the_report_and_the_plan_say_so(exchanging):
     assert sum(step.kernel for step in report.steps) == 8
 
 
+def cut_plainly(how: str, world: int, norm=nn.RMSNorm, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    model = models.whole(norm, dtype, seed)
+    return models.cut_plainly(model, init_device_mesh("cpu", (world,)))
+
+
+def test_all_reduces_of_gradients_and_their_norms_are_one_operator_too(exchanging):
+    with fake_world(2):
+        forward, backward = operators_of(cut_plainly("", 2), tokens("dtensor"))
+        report = tpfuse.reports()[-1]
+    assert forward == [*["all_reduce_norm"], *["product_all_reduce_norm"] * 4, "all_gather_into_tensor"]
+    assert backward == [BACKWARD] * 5
+    assert sum(step.kernel for step in report.steps) == 10
+
+
 def on_a_rank_that_exchanges(rank: int, *args) -> dict:
+    if args[2] == "plain":
+        test_sequence_training.cut = cut_plainly
     def put(name: str, value: object) -> None:
         module, _, attribute = name.rpartition(".")
         setattr(__import__(module, fromlist=["_"]), attribute, value)
@@ -99,14 +118,15 @@ def on_a_rank_that_exchanges(rank: int, *args) -> dict:
     return on_a_rank(rank, *args)
 
 
-@pytest.mark.parametrize("how", ["dtensor", pytest.param("megatron", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("how", ["dtensor", "plain", pytest.param("megatron", marks=pytest.mark.nightly)])
 def test_gradients_and_executed_collectives_are_those_of_the_program(how):
     answers = run_processes(
         2, on_a_rank_that_exchanges, 2, torch.bfloat16, how, "inductor", REWRITES, 4, "", timeout=400
     )
     for its in answers:
-        assert its["fused"] == expected(how, REWRITES)
-        assert its["executed"]["compiled"] == its["executed"]["eager"]
+        if how != "plain":  # whose gradients are merged: fewer all-reduces
+            assert its["fused"] == expected(how, REWRITES)
+            assert its["executed"]["compiled"] == its["executed"]["eager"]
         assert beyond(its["errors"], torch.bfloat16) == [], its["errors"]
 
 

@@ -13,8 +13,8 @@ x: [rows, H], of which each rank gets an equal share where they are scattered; h
 if want_weight, dbias if want_bias]; the two last are float32 (float64 where an input is).
 
 The gradients of weight and bias are what the graph had: of all rows where every rank has all, of a rank's own rows
-where they are scattered, and then still a partial sum over the group. `overlap` changes nothing here, and lets the
-operator with a gather behind it (gather_ops.py) be made by copies. The passes insert these operators; on every device
+where they are scattered, and then still a partial sum over the group. `overlap` lets two ranks make the first of them,
+and the second with a gather behind it (gather_ops.py), by copies. The passes insert these operators; on every device
 they are a functional collective and the local kernel (kernels/norm_backward.py).
 """
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import group_size, register_local_tensor_rule
+from .kernels.entry import reduce_norm_backward
 from .kernels.norm_backward import NormBackwardCall, norm_backward
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
@@ -60,6 +61,17 @@ def _fake_results(call: NormBackwardCall, rows: Any, want_sum: bool) -> list[Ten
     return outputs + [call.dy.new_empty((hidden,), dtype=call.vector_dtype) for wanted in vectors if wanted]
 
 
+def by_copies(
+    scattered: bool, x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool = True, **options: Any
+) -> list[Tensor] | None:  # fmt: skip
+    """[dx of all rows, the other results], new tensors; None where it is not made by copies, on all ranks alike."""
+    h = operands[0]
+    call, total = NormBackwardCall(h, *operands, **options), h.new_empty(h.shape, dtype=x.dtype) if want_sum else None
+    dx = torch.empty_like(x, dtype=call.out_dtype, memory_format=torch.contiguous_format)
+    out = reduce_norm_backward(x, dx, call, group_name, scattered, None, total)
+    return None if out is None else [dx, *(t for t in (total, out.dweight, out.dbias) if t is not None)]
+
+
 def _define(name: str, arguments: str, run: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]) -> None:
     _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -73,6 +85,10 @@ def _define_paying(name: str, pay: Callable[[Tensor, str], Tensor], scattered: b
     def run(
         x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool = False, **options: Any
     ) -> list[Tensor]:  # fmt: skip
+        if overlap and not scattered:
+            options |= {"want_sum": want_sum, "group_name": group_name}
+            if (done := by_copies(False, x, *operands, **options)) is not None:
+                return done
         total = pay(x, group_name)
         return _results(NormBackwardCall(total, *operands, **options), total if want_sum else None)
 

@@ -16,6 +16,7 @@ that is compiled holds it then in the forms of lean.py, whose `y` is that of all
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,7 @@ from . import backward_ops, ops
 from ._torch_private import group_rank, group_size, register_local_tensor_rule
 from .kernels.add_norm import add_norm
 from .kernels.call import Call
-from .kernels.entry import exchange_add_norm, exchange_norm_backward
-from .kernels.norm_backward import NormBackwardCall
+from .kernels.entry import exchange_add_norm
 from .lean import define as define_lean
 from .product_ops import define as define_behind_product
 
@@ -70,22 +70,9 @@ def _exchange(call: Call) -> list[Tensor] | None:
     return None if done is None else ops._outputs(*done)
 
 
-def _exchange_backward(
-    x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool, **options: Any
-) -> list[Tensor] | None:
-    """[dx of all ranks, the other results]; None likewise."""
-    own = x.chunk(group_size(group_name))[0]  # for its sizes
-    call, total = NormBackwardCall(own, *operands, **options), torch.empty_like(own) if want_sum else None
-    gathered = torch.empty_like(x, dtype=call.out_dtype, memory_format=torch.contiguous_format)
-    out = exchange_norm_backward(x, gathered, call, group_name, None, total)
-    if out is None:
-        return None
-    return [gathered, *(t for t in (total, out.dweight, out.dbias) if t is not None)]
-
-
 _EXCHANGES: dict[str, Any] = {
     "reduce_scatter_norm": lambda *operands, **options: _exchange(Call(*operands, **options)),
-    "reduce_scatter_norm_backward": _exchange_backward,
+    "reduce_scatter_norm_backward": partial(backward_ops.by_copies, True),
 }
 
 

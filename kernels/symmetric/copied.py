@@ -10,6 +10,7 @@ product (`Call.product`). The protocol is that of `copies.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,56 @@ def _finish_kernel(
     )  # fmt: skip
 
 
+#: Finishes rows [first, stop) of a call of the protocol.
+Finish = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The steps of such a call, whatever finishes the rows. x: [rows, H], contiguous; product: as `Call.product`."""
+
+    ws: Workspace
+    x: Tensor
+    product: Callable[[int, int], None] | None
+
+    def run(self, finishing: Callable[[int, int], Finish]) -> None:
+        """In one call of the protocol, or in several where the slot does not hold all rows. `finishing(start, stop)`:
+        for a call on these rows, what finishes some of them, counted from `start`."""
+        rows, calls = len(self.x), self._calls
+        with on_device_of(self.x):
+            for i in range(calls):
+                start, stop = rows * i // calls, rows * (i + 1) // calls
+                self._run(start, stop, finishing(start, stop))
+
+    def _run(self, start: int, stop: int, finish: Finish) -> None:
+        words, row, chunks = self.x.view(-1).view(torch.int32), self._row, chunks_of(stop - start)
+        with Copies(self.ws, words) as copies:
+            copies.begin()
+            for i, (first, last) in enumerate(chunks):
+                if self.product is not None:
+                    self.product(start + first, start + last)
+                begin, end = (start + first) * row, (start + last) * row
+                copies.ready(begin, end)
+                copies.send(i, words[begin:end], first * row)
+            for i, (first, last) in enumerate(chunks):
+                copies.receive(i)
+                finish(first, last)
+
+    @property
+    def chunks(self) -> int:
+        """How often rows are finished, at most."""
+        return 3 * self._calls
+
+    @property
+    def _calls(self) -> int:
+        return -(-len(self.x) // (self.ws.copy_words // self._row))
+
+    @property
+    def _row(self) -> int:
+        """Words of a row."""
+        return self.x.shape[1] * self.x.element_size() // 4
+
+
 @dataclass(frozen=True)
 class CopiedLaunch(Launch):
     """As `Launch`, of several kernels and copies; it leaves no record, since large calls do not need one."""
@@ -71,20 +122,11 @@ class CopiedLaunch(Launch):
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
         call, x = self.call, self.inputs[0]
-        if not call.rows:
-            return self.out, self.sum
-        chunks = chunks_of(call.rows)
-        with on_device_of(x), Copies(self.ws, self._words) as copies:
-            copies.begin()
-            for i, (first, stop) in enumerate(chunks):
-                if call.product is not None:
-                    call.product(first, stop)
-                begin, end = first * call.row_words, stop * call.row_words
-                copies.ready(begin, end)
-                copies.send(i, self._words[begin:end], begin)
-            for i, (first, stop) in enumerate(chunks):
-                copies.receive(i)
-                launch(self._finishing(first), stop - first, x.device)
+
+        def finish(first: int, stop: int) -> None:
+            launch(self._finishing(first), stop - first, x.device)
+
+        Whole(self.ws, x.view(call.rows, call.hidden), call.product).run(lambda *_: finish)
         return self.out, self.sum
 
     def load(self) -> Any:

@@ -28,7 +28,7 @@ from ..add_norm import on_device_of
 from ..call import AddNormOut, Call
 from ..compat import tl, triton
 from ..words import POISON
-from .copied import finishing
+from .copied import Finish, finishing
 from .copies import READY, Copies, Step, launch, slot
 from .copies import refusal as copies_refusal
 from .operands import Launch, lies_ready, prepare
@@ -47,10 +47,6 @@ def _take_kernel(from_ptr, to_ptr, state_ptr, quads, BLOCK: tl.constexpr):
     if tl.load(state_ptr + 1) != 0:
         taken = tl.full([BLOCK], _NAN, tl.int32)
     tl.store(to_ptr + at, taken, mask=mask)
-
-
-#: Finishes own rows [first, stop) of a call of the protocol.
-Finish = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """norm_backward in a graph that is split already: the collective by itself, and one local operator for the rest.
 
 There is no kernel that does both, so the compiler is left what it can do with a collective: reduce in place where
-nobody else reads the partial gradient, and start it early. But of two ranks that exchange rows by copies the gather
-and all in front of it are one operator (tpfuse/exchange_ops.py), with the product in front. What is sent, and in which
-order, stays.
+nobody else reads the partial gradient, and start it early. But of two ranks that send rows by copies all of it, and
+the gather behind, is one operator (tpfuse/reduce_backward_ops.py), with the product in front. What is sent, and in
+which order, stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tpfuse._torch_private import (
     new_fake_like,
     operator_full_name,
 )
-from tpfuse.exchange_ops import NAME
+from tpfuse.reduce_backward_ops import NAME
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, val
@@ -29,12 +29,14 @@ from ..verdict.runs import exchanges
 from .overlap import find_product
 
 c10d = ops.c10d
+SCATTERED = "tpfuse::reduce_scatter_norm_backward_gather"
 _KINDS = {"tpfuse::all_reduce_norm_backward": "all_reduce", "tpfuse::reduce_scatter_norm_backward": "reduce_scatter"}
 
 
 def lower_backward(graph: fx.Graph) -> int:
     """Take every norm_backward of `graph` apart; how many there were."""
-    found = [node for node in graph.nodes if operator_full_name(node.target) in _KINDS]
+    ours = [node for node in graph.nodes if operator_full_name(node.target) in _KINDS]
+    found = [node for node in ours if not exchanges(node)]
     for node in found:
         _lower(graph, node)
     return len(found)
@@ -65,8 +67,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> None:
 def lower_exchanges(graph: fx.Graph) -> int:
     """Give every exchange in the backward pass its results to fill; how many there were. One whose sizes are symbolic
     stays the functional operator."""
-    name = "tpfuse::reduce_scatter_norm_backward_gather"
-    found = [node for node in graph.nodes if operator_full_name(node.target) == name and exchanges(node)]
+    names = "tpfuse::all_reduce_norm_backward", SCATTERED
+    found = [node for node in graph.nodes if operator_full_name(node.target) in names and exchanges(node)]
     return sum(_lower_exchange(graph, node) for node in found)
 
 
@@ -76,7 +78,8 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     wanted = [name for name in ("sum", "weight", "bias") if argument(node, f"want_{name}")]
     names = {"sum": "total", "weight": "dweight", "bias": "dbias"}
-    results = ["own", *(names[each] for each in wanted), "gathered"]
+    scattered = operator_full_name(node.target) == SCATTERED
+    results = ["own", *(names[each] for each in wanted), "dx"] if scattered else ["dx", *(names[w] for w in wanted)]
     x, *operands = (argument(node, each) for each in ("x", "h", "mean", "rstd", "weight", "residual"))
     group = str(argument(node, "group_name"))
     product = find_product({"x": x, **{str(i): each for i, each in enumerate(operands)}}, group)
@@ -86,11 +89,11 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         empty = {each: _empty(graph, fake, node) for each, fake in zip(results, fakes, strict=True) if each != "own"}
         overload = getattr(ops.tpfuse, NAME).default
-        known = {**told, **given, **empty, **kept, "dtype": val(x).dtype}
+        known = {**told, **given, **empty, **kept, "dtype": val(x).dtype, "scattered": scattered}
         arguments = {each: known.get(each) for each in argument_names(overload)}
         call = graph.call_function(auto_functionalized(), (overload,), arguments)
         carry_meta(node, call)
-        filled = ("gathered", "total", "dweight", "dbias")
+        filled = ("dx", "total", "dweight", "dbias")
         by_name = dict(zip(results, fakes, strict=True))
         call.meta["val"] = (None, *(by_name.get(each) for each in filled))
         made = {}
@@ -98,16 +101,18 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
             made[each] = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(each)))
             carry_meta(node, made[each])
             made[each].meta["val"] = by_name[each]
-        sizes = [group_size(group), *fakes[0].shape]
-        parts = insert_call(graph, ops.aten.reshape.default, (made["gathered"], sizes), like=node)
-        made["own"] = insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group)), like=node)
+        parts = made["own"] = made["dx"]
+        if scattered:
+            sizes = [group_size(group), *fakes[0].shape]
+            parts = insert_call(graph, ops.aten.reshape.default, (made["dx"], sizes), like=node)
+            made["own"] = insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group)), like=node)
     for user in list(node.users):
         user.replace_all_uses_with(made[results[_index(user)]])
         graph.erase_node(user)
     graph.erase_node(node)
     if product is not None:
         product.erase(graph)
-    for unread in (made["own"], parts):
+    for unread in (made["own"], parts) if scattered else ():
         if not unread.users:
             graph.erase_node(unread)
     return True

@@ -7,7 +7,7 @@ from torch import fx
 from ..recognise.streams import calls
 
 _NORMS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm")
-_OVERLAPPED = (*_NORMS, "tpfuse::reduce_scatter_norm_backward")
+_OVERLAPPED = (*_NORMS, "tpfuse::all_reduce_norm_backward", "tpfuse::reduce_scatter_norm_backward")
 
 
 def tell(graph: fx.Graph, batch_invariant: bool, overlap: bool) -> None:

@@ -66,17 +66,17 @@ def _overlapped(collective: Collective, total: torch.Tensor) -> str:
 
 
 def exchanges(node: fx.Node) -> bool:
-    """Whether `node`, a reduce-scatter, a norm or its backward, and a gather in one operation, may run as one, by
-    copies between two ranks. Of facts that are equal on all of them: how many rows a call has is looked at again when
-    it is made."""
-    names = "tpfuse::reduce_scatter_norm_gather", "tpfuse::reduce_scatter_norm_backward_gather"
-    if not any(calls(node, name) for name in names) or not argument(node, "overlap"):
+    """Whether `node`, a reduce-scatter, a norm or its backward, and a gather in one operation, or an all-reduce and
+    the norm's backward, may run as one, by copies between two ranks. Of facts that are equal on all of them: how many
+    rows a call has is looked at again when it is made."""
+    names = "reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather", "all_reduce_norm_backward"
+    if not any(calls(node, f"tpfuse::{name}") for name in names) or not argument(node, "overlap"):
         return False
     x, group, out_dtype = value(node.args[0]), argument(node, "group_name"), argument(node, "out_dtype")
     otherwise = any(node.kwargs.get(name) for name in ("batch_invariant", "quant"))
-    if otherwise or argument(node, "swap") is not None or x is None or group_size(group) != RANKS:
+    if otherwise or node.kwargs.get("swap") is not None or x is None or group_size(group) != RANKS:
         return False
-    size, rows = x.numel() * x.element_size(), x.shape[0]
+    size, rows = x.numel() * x.element_size(), x.shape[0] if not calls(node, f"tpfuse::{names[2]}") else 0
     if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):
         return False
     return bool(out_dtype.itemsize == x.element_size()) and runs_in_a_kernel(group, node.args[0])
@@ -85,7 +85,7 @@ def exchanges(node: fx.Node) -> bool:
 def exchanged(graph: fx.Graph) -> list[str]:
     """The names of the collectives that are one exchange with another."""
     found = [node for node in graph.nodes if exchanges(node)]
-    return [name for node in found for name in (origin(node), node.meta[GATHERS])]
+    return [name for node in found for name in (origin(node), node.meta.get(GATHERS, origin(node)))]
 
 
 def runs_in_a_kernel(group_name: object, partial: object) -> bool:

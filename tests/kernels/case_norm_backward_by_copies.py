@@ -1,4 +1,4 @@
-"""The backward of a norm of scattered rows by copy engines: real processes, delayed ranks, Triton's interpreter."""
+"""The backward of a norm by copy engines: real processes, delayed ranks, Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tests.graphs import relative_error
 from tpfuse.kernels.norm_backward import NormBackwardCall, norm_backward_reference
-from tpfuse.kernels.symmetric.exchanged_backward import exchanged_backward
+from tpfuse.kernels.symmetric.norm_backward_by_copies import norm_backward_by_copies
 
 from .protocol import Seat, run
 
@@ -38,12 +38,12 @@ def exact(parts: list[torch.Tensor], given: dict[str, torch.Tensor], norm: str, 
     return total, norm_backward_reference(call)
 
 
-def play(seat: Seat, calls: list[tuple], products: tuple[bool, bool]) -> list[float]:
+def play(seat: Seat, calls: list[tuple], products: tuple[bool, bool], scattered: bool) -> list[float]:
     errors = []
     for seed, (rows, dtype, norm, want_sum) in enumerate(calls):
         rank, share = seat.ws.rank, rows // 2
         parts, given = operands(rows, dtype, norm, seed)
-        own = slice(rank * share, (rank + 1) * share)
+        own = slice(rank * share, (rank + 1) * share) if scattered else slice(None)
         x, gathered = parts[rank].clone(), torch.full_like(parts[rank], float("nan"))
         total = torch.empty_like(x[own]) if want_sum else None
         product = None
@@ -59,7 +59,7 @@ def play(seat: Seat, calls: list[tuple], products: tuple[bool, bool]) -> list[fl
             eps=EPS, out_dtype=dtype, want_weight=True, want_bias=norm == "layer_norm",
         )  # fmt: skip
         seat.dawdle()
-        out = exchanged_backward(x, gathered, call, seat.ws, product, total)
+        out = norm_backward_by_copies(x, gathered, call, seat.ws, product, total, scattered)
         _, right = exact(parts, given, norm)
         sums, mine = exact(parts, given, norm, own)
         errors.extend(relative_error([gathered.double()], [right.dx]))
@@ -79,8 +79,9 @@ CALLS = [
 
 @pytest.mark.parametrize("products", [(False, False), (True, True), (False, True)], ids=str)
 @pytest.mark.parametrize("slot_bytes", [1 << 16, 2048])
+@pytest.mark.parametrize("scattered", [True, False], ids=["own rows", "all rows"])
 def test_gradients_are_right_whatever_is_multiplied_and_however_calls_are_cut(
-    products: tuple[bool, bool], slot_bytes: int
+    products: tuple[bool, bool], slot_bytes: int, scattered: bool
 ) -> None:
-    for answers in run(2, play, CALLS, products, slot_bytes=slot_bytes):
+    for answers in run(2, play, CALLS, products, scattered, slot_bytes=slot_bytes):
         assert max(answers[0]) < 5e-3, answers

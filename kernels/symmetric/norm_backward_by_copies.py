@@ -1,10 +1,10 @@
-"""The backward of a norm between two ranks that scatter and gather rows: an exchange (`exchanged.py`) that finishes
-rows as `norm_backward` does.
+"""The backward of a norm between two ranks, by copies: rows are finished as `norm_backward` does.
 
-    s = the own half of the rows of x + the peer's part of them
-    dx = backward of the norm (s) + residual;  gathered = the dx of both ranks, in their order
+    s = x + the peer's x, of the rows that are this rank's to finish
+    dx = backward of the norm (s) + residual
 
-The gradients of weight and bias are sums over the own rows.
+scattered: those are its half of the rows, and dx of both ranks is gathered (`exchanged.py`); the gradients of weight
+and bias are sums over the own rows. Otherwise each rank finishes all rows (`copied.py`).
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import torch
 from torch import Tensor
 
 from ..norm_backward import NormBackwardCall, NormBackwardOut, Parts, norm_backward_reference
+from .copied import Finish, Whole
 from .copies import slot
-from .exchanged import Exchange, Finish
+from .exchanged import Exchange
 from .workspace import Workspace
 
 
-def exchanged_backward(
-    x: Tensor, gathered: Tensor, call: NormBackwardCall, ws: Workspace, product: Callable[[int, int], None] | None,
-    total: Tensor | None,
+def norm_backward_by_copies(
+    x: Tensor, dx: Tensor, call: NormBackwardCall, ws: Workspace, product: Callable[[int, int], None] | None,
+    total: Tensor | None, scattered: bool,
 ) -> NormBackwardOut:  # fmt: skip
-    """x, gathered: [2 * own rows, H]; `call.dy` is the own half of x, and its other tensors are of the own rows;
-    product: as `Call.product`, of x; total: [own rows, H], to be filled with s, or None. `out.dx` is the own half of
-    `gathered`. Both ranks must make the same call; what they compute of their rows is a rank's own affair."""
+    """x: [rows, H], contiguous; dx: the same, to be filled; `call.dy`: the rows of x that are to be finished, and its
+    other tensors are of those rows; product: as `Call.product`, of x; total: to be filled with s of those rows, or
+    None. `out.dx` is `dx`. Both ranks must make the same call; what they compute of their rows is a rank's own
+    affair."""
     share = len(x) // 2
-    own = slice(ws.rank * share, (ws.rank + 1) * share)
-    exchange, dx = Exchange(ws, x, gathered, product), gathered[own]
+    steps: Exchange | Whole = Exchange(ws, x, dx, product) if scattered else Whole(ws, x, product)
+    own = dx[ws.rank * share : (ws.rank + 1) * share] if scattered else dx
     add = _in_kernels if call.kernel_takes() else _plainly
-    rows, finished = add(call, dx, ws, total, exchange.chunks)
+    rows, finished = add(call, own, ws, total, steps.chunks)
 
     def finishing(start: int, stop: int) -> Finish:
         theirs = slot(ws, 0, x.dtype)[: (stop - start) * x.shape[1]].view(stop - start, -1)
         return lambda first, last: rows(start + first, start + last, theirs[first:last])
 
-    exchange.run(finishing)
+    steps.run(finishing)
     return NormBackwardOut(dx, *finished())
 
 
-#: Finishes these own rows, of which the last argument is the peer's part.
+#: Finishes these rows, of which the last argument is the peer's part.
 _Rows = Callable[[int, int, Tensor], None]
 _Vectors = Callable[[], tuple[Tensor | None, Tensor | None]]
 
