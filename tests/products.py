@@ -66,12 +66,30 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias if self.how == "added" else x @ self.weight
 
 
+class Added(nn.Module):
+    """Several products, each added to those in front of it. `views`: of a batch of one, so that all are views."""
+
+    def __init__(self, count: int, views: bool = False):
+        super().__init__()
+        self.views = views
+        self.weights = nn.ParameterList(whole_numbers(HIDDEN, HIDDEN) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = x[None] if self.views else x
+        made = [given.roll(i, -1) @ weight for i, weight in enumerate(self.weights)]
+        return sum(made[1:], made[0]).view(x.shape)
+
+
 #: By name: a product, and the word for it in the operator.
 KINDS = {
     "none": (lambda: Linear("none"), "mm"),
     "bias": (lambda: Linear("linear"), "addmm"),
     "bias behind the product": (lambda: Linear("added"), "addmm"),
     "a bias that is spread": (lambda: Linear("spread"), "addmm"),
+    "two products": (lambda: Added(2), "mms"),
+    "two products in views": (lambda: Added(2, views=True), "mms"),
+    "three products": (lambda: Added(3), "mms"),
+    "three products in views": (lambda: Added(3, views=True), "mms"),
     "one scale": (lambda: Float8(rows=False), "scaled_mm"),
     "one scale, bias": (lambda: Float8(rows=False, bias=True, fast=True), "scaled_mm, fast"),
     "scales": (lambda: Float8(rows=True), "scaled_mm"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import re
@@ -14,15 +15,18 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
 from tpfuse.kernels import entry, rendezvous
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.symmetric import copied, copies, dispatch
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP
+from tpfuse.passes.rewrite.overlap import find_product
 from tpfuse.product_ops import PRODUCTS
 
-from .graphs import fake_world
+from . import sequence_models
+from .graphs import fake_world, relative_error
 from .kernels.stub_kernel import in_place_of_gpus
 from .models import HIDDEN, Stack, loss
 from .products import KINDS, Behind, of_float8, scales_of_rows, whole_numbers
@@ -175,6 +179,7 @@ def test_every_kind_of_product_gives_the_bits_it_gave(kernel, monkeypatch, kind,
     ("mm", [whole_numbers(7, 32), whole_numbers(32, 16)]),
     ("addmm", [whole_numbers(16), whole_numbers(7, 32), whole_numbers(32, 16)]),
     ("addmm", [whole_numbers(1, 16), whole_numbers(7, 32), whole_numbers(32, 16)]),
+    ("mms", [whole_numbers(7, 32), whole_numbers(32, 16), whole_numbers(7, 5), whole_numbers(5, 16)]),
     ("scaled_mm", of_float8((), ())),
     ("scaled_mm", of_float8((1, 1), (1,))),
     ("scaled_mm, fast", [*of_float8((), ()), whole_numbers(16)]),
@@ -184,7 +189,7 @@ def test_every_kind_of_product_gives_the_bits_it_gave(kernel, monkeypatch, kind,
 def test_rows_of_a_product_are_those_of_the_whole(word, factors):
     if word.startswith("scaled") and factors[2].numel() > 1 and not scales_of_rows():
         pytest.skip("the CPU's product takes one scale")
-    names = {"mm": torch.mm, "addmm": torch.addmm}
+    names = {"mm": torch.mm, "addmm": torch.addmm, "mms": lambda a, b, c, d: a @ b + c @ d}
     scaled = partial(torch._scaled_mm, out_dtype=torch.float32, use_fast_accum=word.endswith("fast"))
     whole, out = names.get(word, scaled)(*factors), torch.full((7, 16), float("nan"))
     for first, stop in ((0, 1), (1, 4), (4, 7)):
@@ -205,7 +210,9 @@ def test_a_scale_of_each_row_goes_with_its_rows(monkeypatch):
     assert all(scale_a.data_ptr() % 16 == 0 and scale_b is factors[3] for _, _, scale_a, scale_b, *_ in given)
 
 
-@pytest.mark.parametrize("kinds", [("bias", "bias"), ("bias", "none"), ("one scale", "one scale, bias")], ids=str)
+@pytest.mark.parametrize("kinds", [
+    ("bias", "bias"), ("bias", "none"), ("one scale", "one scale, bias"), ("none", "three products in views"),
+], ids=str)  # fmt: skip
 def test_two_ranks_have_the_numbers_they_had_whatever_the_others_product_is(kinds):
     results = run_processes(2, with_and_without_the_name, kinds)
     for rank, (plain, named, words) in enumerate(results):
@@ -229,7 +236,9 @@ def with_and_without_the_name(rank: int, kinds: tuple[str, str]) -> tuple[list, 
     return *outputs, words_of(code)
 
 
-@pytest.mark.parametrize("kind", ["bias", "bias behind the product", "one scale, bias"])
+@pytest.mark.parametrize("kind", [
+    "bias", "bias behind the product", "one scale, bias", "two products", "three products in views",
+])  # fmt: skip
 def test_gradients_behind_other_products_are_those_without_the_name(kernel, kind):
     model, x = Behind(kind), whole_numbers(6, HIDDEN)
     gradients = []
@@ -242,6 +251,62 @@ def test_gradients_behind_other_products_are_those_without_the_name(kernel, kind
         assert words_of("".join(codes)) == words
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+class Parallel(nn.Module):
+    """Attention and MLP read one norm, as in GPT-J, Falcon and Cohere. `once`: their sum is reduced, else each."""
+
+    def __init__(self, once: bool):
+        super().__init__()
+        self.once, self.norm, self.last = once, nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
+        self.value, self.out, self.up, self.down = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.norm(x)
+        attention, mlp = self.out(torch.tanh(self.value(y))), self.down(nn.functional.silu(self.up(y)))
+        reduce = partial(funcol.all_reduce, reduceOp="sum", group=dist.group.WORLD)
+        hidden = x + (reduce(attention + mlp) if self.once else reduce(attention) + reduce(mlp))
+        return self.last(hidden), hidden
+
+
+@pytest.mark.parametrize(("once", "shape", "dynamic"), [
+    (True, (2, 5), False), (False, (2, 5), True), (False, (10,), False),
+])  # fmt: skip
+def test_attention_and_mlp_in_parallel_are_within_the_error_rule(kernel, once, shape, dynamic):
+    torch.manual_seed(0)
+    model = Parallel(once).bfloat16().eval()
+    exact = copy.deepcopy(model).double()
+    batches = [torch.randn(*shape, HIDDEN).bfloat16() for _ in range(20)]
+    errors = []
+    for options, words in (({}, []), (NAMED, ["mms"])):
+        torch._dynamo.reset()
+        with fresh_cache(), torch.no_grad():
+            fn, code = compiled_code(model, batches[0], options, dynamic)
+            assert words_of(code) == words
+            errors.append(torch.tensor([relative_error(fn(x), exact(x.double())) for x in batches]).mean(0))
+    old, new = errors
+    assert (new <= 1.1 * old + torch.finfo(torch.bfloat16).eps / 2).all(), errors
+
+
+@pytest.mark.parametrize("how", ["plain", "megatron"])
+def test_gradients_that_arrive_at_norms_are_sums_of_products(kernel, monkeypatch, how):
+    """Of both layers: q, k and v, gate and up; in front of them the output projection. As compiled graphs hold them,
+    whatever takes them along."""
+    found = []
+
+    def looked_at(graph: torch.fx.Graph) -> int:
+        sums = r"_c10d_functional\.(all_reduce|reduce_scatter)"
+        sent = [node.args[0] for node in graph.nodes if re.match(sums, str(node.target))]
+        products = [find_product({"x": x}, dist.group.WORLD.group_name) for x in sent]
+        found.append([(product.word, len(product.factors)) for product in products if product is not None])
+        return 0
+
+    monkeypatch.setattr("tpfuse.backend.lower", looked_at)
+    model, mesh = sequence_models.whole(dtype=torch.bfloat16), init_device_mesh("cpu", (2,))
+    model = sequence_models.cut_plainly(model, mesh) if how == "plain" else sequence_models.cut_by_hand(model, 0)
+    tokens = torch.randint(0, sequence_models.TOKENS, (1, 16) if how == "plain" else (16, 1))
+    torch.compile(model, backend="tpfuse", dynamic=False)(tokens).sum().backward()
+    assert found[-1] == [("mm", 2), *[("mms", 4), ("mms", 6)] * sequence_models.LAYERS]
 
 
 def test_both_kinds_of_large_calls_take_the_kernel_that_copies(kernel, monkeypatch):

@@ -41,6 +41,14 @@ def _addmm(rows: slice, out: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> None
     torch.addmm(bias, a[rows], b, out=out)
 
 
+def _mms(rows: slice, out: Tensor, *factors: Tensor) -> None:
+    """a1 @ b1 + a2 @ b2 + ...: the sum so far is rounded once for each further product. A graph rounds as often or more
+    often: each product by itself, and what it adds up."""
+    torch.mm(factors[0][rows], factors[1], out=out)
+    for a, b in zip(factors[2::2], factors[3::2], strict=True):
+        out.addmm_(a[rows], b)
+
+
 def _scaled_mm(
     rows: slice, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
     *, fast: bool,
@@ -53,9 +61,11 @@ def _scaled_mm(
 
 
 #: By the word that a graph has for a product: how `rows` of it are computed into `out`, of factors in the order in
-#: which the aten operator takes them. Which products are taken: passes/rewrite/overlap.py.
+#: which the aten operator takes them; of a sum of products ("mms") those of one after those of the other, and bits may
+#: differ from the graph's. Which products are taken: passes/rewrite/overlap.py.
 PRODUCTS: dict[str, Callable[..., None]] = {
     "mm": _mm,
+    "mms": _mms,
     "addmm": _addmm,
     "scaled_mm": partial(_scaled_mm, fast=False),
     "scaled_mm, fast": partial(_scaled_mm, fast=True),

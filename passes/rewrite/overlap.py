@@ -4,8 +4,8 @@
 
 so that rows of the sum can travel while later rows are multiplied (tpfuse/product_ops.py), where the rewrite is named.
 Decided when the graph is split and lowered, for products that nobody else reads and whose rows depend on no others:
-`_TAKEN` says which. What a rank sends does not depend on it, but on the name and the size: another rank's graph may
-differ here.
+`_TAKEN` says which, and sum_of_products.py which sums of them. What a rank sends does not depend on it, but on the name
+and the size: another rank's graph may differ here.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from tpfuse.product_ops import FROM_BYTES, RANKS
 
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, is_call, same_size, val, value
+from .sum_of_products import RESHAPES, find_sum
 
-_RESHAPES = (ops.aten.view.default, ops.aten.reshape.default, ops.aten._unsafe_view.default)
 #: Not float4: a byte holds two numbers of it, and its scales are of blocks.
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product, and the views (innermost first) through which the boundary alone reads it. word, factors: as
-    `product_ops.PRODUCTS` has them."""
+    """A product, or a sum of some. nodes: it, and the views through which the boundary alone reads it, in the graph's
+    order. word, factors: as `product_ops.PRODUCTS` has them."""
 
-    node: fx.Node
-    views: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
     word: str
     factors: tuple[fx.Node, ...]
 
@@ -45,7 +44,7 @@ class Product:
 
     def erase(self, graph: fx.Graph) -> None:
         """Once the boundary reads the factors."""
-        for node in (*reversed(self.views), self.node):
+        for node in reversed(self.nodes):
             graph.erase_node(node)
 
 
@@ -54,24 +53,34 @@ def find_product(operands: Mapping[str, fx.Node | None], group_name: str) -> Pro
     anything else reads it (the boundary itself as its residual, too), it is surely too small, another kernel runs, or
     the compiler chooses among products by trying them."""
     x = operands["x"]
-    if x is None or group_size(group_name) != RANKS or any(t is x for name, t in operands.items() if name != "x"):
+    fake = value(x)
+    if x is None or fake is None or group_size(group_name) != RANKS:
         return None
-    node, views = x, list[fx.Node]()
-    while node.target in _RESHAPES and len(node.users) == 1 and isinstance(node.args[0], fx.Node):
-        views.append(node)
-        node = node.args[0]
-    fake, rows = value(x), value(node)
-    if node.target not in _TAKEN or len(node.users) != 1 or fake is None or rows is None:
-        return None
-    if any(value(factor) is None for factor in node.all_input_nodes):
-        return None
-    if not same_size(fake.shape[-1], rows.shape[-1]) or products_are_tuned():
+    if any(t is x for name, t in operands.items() if name != "x") or products_are_tuned():
         return None
     size = fake.numel() * fake.element_size()
     if isinstance(size, int) and size < FROM_BYTES:
         return None
+    if (one := _find_one(x)) is not None:
+        return one
+    found = find_sum(x)
+    return Product(found.nodes, "mms", found.factors) if found is not None else None
+
+
+def _find_one(x: fx.Node) -> Product | None:
+    node, nodes = x, [x]
+    while node.target in RESHAPES and len(node.users) == 1 and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        nodes.append(node)
+    rows = value(node)
+    if node.target not in _TAKEN or len(node.users) != 1 or rows is None:
+        return None
+    if any(value(factor) is None for factor in node.all_input_nodes):
+        return None
+    if not same_size(val(x).shape[-1], rows.shape[-1]):
+        return None
     found = _TAKEN[node.target](node)
-    return Product(node, tuple(reversed(views)), *found) if found is not None else None
+    return Product(tuple(reversed(nodes)), *found) if found is not None else None
 
 
 # -- the products that are taken: the word for each and its factors, or None where rows are not surely on their own ----
