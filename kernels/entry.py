@@ -21,7 +21,7 @@ from .call import KERNEL_DTYPES, MAX_HIDDEN, AddNormOut, Call
 from .norm_backward import NormBackwardCall, NormBackwardOut
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
-from .symmetric.copies import FROM_BYTES
+from .symmetric.copies import FROM_BYTES, RANKS
 from .symmetric.copies import refusal as copies_refusal
 from .symmetric.dispatch import choose, default_table
 from .symmetric.exchanged import exchanged, refusal, unfit
@@ -74,6 +74,8 @@ def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
     x, group_name = call.x, call.group_name
     if not (call.overlap and on_gpu(x) and call.supported()) or x.nbytes < FROM_BYTES or unfit(call):
         return None
+    if not _are_two(group_name):
+        return None
     ws = workspace_of(group_name, x.device, copies=True)
     if ws is None or refusal(call, ws):
         return None
@@ -97,7 +99,7 @@ def reduce_norm_backward(
     rows, hidden = x.shape
     if not on_gpu(x) or x.nbytes < FROM_BYTES or (scattered and rows % 2) or hidden % 8 or hidden > MAX_HIDDEN:
         return None
-    if x.dtype not in KERNEL_DTYPES or dx.dtype.itemsize != x.dtype.itemsize or process_group(group_name) is None:
+    if x.dtype not in KERNEL_DTYPES or dx.dtype.itemsize != x.dtype.itemsize or not _are_two(group_name):
         return None
     ws = workspace_of(group_name, x.device, copies=True)
     if ws is None or copies_refusal(2 * hidden * x.element_size() // 4, ws):
@@ -108,6 +110,12 @@ def reduce_norm_backward(
     x = x if product is not None or lies_ready(x) else x.contiguous().clone()
     half = slice(ws.rank * rows // 2, (ws.rank + 1) * rows // 2) if scattered else slice(None)
     return norm_backward_by_copies(x, dx, replace(call, dy=x[half]), ws, product, total, scattered)
+
+
+def _are_two(group_name: str) -> bool:
+    """Asked before the group is met: of more ranks some may run the program's collectives, and never come to meet."""
+    group = process_group(group_name)
+    return group is not None and group.size() == RANKS
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -227,7 +227,8 @@ class Parts:
 
     def added_up(self) -> tuple[Tensor | None, Tensor | None]:
         """(dweight, dbias)."""
-        vectors = iter(_add_up(self.partial))
+        with on_device_of(self.partial):
+            vectors = iter(_add_up(self.partial))
         of_weight, of_bias = (next(vectors) if each else None for each in self.wanted)
         return of_weight, of_bias
 

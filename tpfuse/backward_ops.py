@@ -86,8 +86,8 @@ def _define_paying(name: str, pay: Callable[[Tensor, str], Tensor], scattered: b
         x: Tensor, *operands: Any, want_sum: bool, group_name: str, overlap: bool = False, **options: Any
     ) -> list[Tensor]:  # fmt: skip
         if overlap and not scattered:
-            options |= {"want_sum": want_sum, "group_name": group_name}
-            if (done := by_copies(False, x, *operands, **options)) is not None:
+            done = by_copies(False, x, *operands, want_sum=want_sum, group_name=group_name, **options)
+            if done is not None:
                 return done
         total = pay(x, group_name)
         return _results(NormBackwardCall(total, *operands, **options), total if want_sum else None)
