@@ -1,15 +1,61 @@
-"""Where there is no exchange, its operators run the program's collectives."""
+"""What an exchange hands out is the caller's: no result lies in another one; and where there is no exchange, its
+operators run the program's collectives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import nn
 
+import tpfuse
 from tpfuse.kernels import norm_backward
 from tpfuse.kernels.call import Call
+from tpfuse.passes.plan.sites import DEFAULT_REWRITES, OVERLAP, REWRITES
 
 from .graphs import fake_world
+from .test_exchanges import Scattered, exchanging  # noqa: F401 (a fixture)
+
+
+def memory_of(t: torch.Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_own_and_gathered_rows_share_no_memory_where_both_are_results(exchanging, view):  # noqa: F811
+    class Viewed(Scattered):
+        def forward(self, x):
+            rows, h, y = super().forward(x)
+            return (rows.view(2, -1, 32), h, y.t()) if view else (rows, h, y)
+
+    options = {"rewrites": [*DEFAULT_REWRITES, OVERLAP], "policy": tpfuse.SharingPolicy(2, residual="scattered")}
+    with fake_world(2), torch.no_grad():
+        fn = torch.compile(Viewed(True).eval(), backend="tpfuse", options=options, dynamic=False)
+        rows, _, y = fn(torch.randn(8, 32))
+    assert memory_of(rows) != memory_of(y)
+
+
+class Between(nn.Module):
+    """A boundary whose partial rows and residual are both inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.RMSNorm(32), nn.Linear(32, 32, bias=False)
+
+    def forward(self, part: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        h = residual + funcol.reduce_scatter_tensor_autograd(part, "sum", 0, dist.group.WORLD)
+        return self.proj(funcol.all_gather_tensor_autograd(self.norm(h), 0, dist.group.WORLD))
+
+
+def test_gradients_of_own_and_of_all_rows_share_no_memory(exchanging):  # noqa: F811
+    """Both are accumulated in place."""
+    with fake_world(2):
+        fn = torch.compile(Between(), backend="tpfuse", dynamic=False, options={"rewrites": REWRITES})
+        part, residual = torch.randn(8, 32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
+        fn(part, residual).square().mean().backward()
+        assert any("by copy engines" in b.runs and b.direction == "backward" for b in tpfuse.reports()[-1].boundaries)
+    assert memory_of(part.grad) != memory_of(residual.grad)
 
 
 def operands(scattered: bool) -> tuple[list, dict]:

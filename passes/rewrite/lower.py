@@ -27,7 +27,6 @@ from torch import fx
 from tpfuse._torch_private import (
     argument_names,
     auto_functionalized,
-    group_rank,
     group_size,
     new_fake_like,
     operator_full_name,
@@ -36,10 +35,11 @@ from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 from tpfuse.product_ops import PREFIX
 
 from ..facts import aten_ops as ops
-from ..facts.graph import argument, carry_meta, insert_call, same_size, val, value
+from ..facts.graph import argument, carry_meta, insert_call, same_size, value
 from ..verdict.runs import runs_in_a_kernel
 from .lower_backward import lower_backward, lower_exchanges
 from .overlap import Product, find_product
+from .own_rows import both_handed_out, own_rows
 from .plain import rows_divide, spec_of, write_out
 
 #: On which devices a fused operation stays one operator whatever its group can: on the CPU it stands for the kernel,
@@ -80,10 +80,11 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     if _without_kernel(node, operands["x"], spec):
         write_out(graph, node, operands, spec)
         return True
-    results, own = list(node.meta["val"]), None
+    results, own, apart = list(node.meta["val"]), None, False
     if operator_full_name(node.target) == _GATHERING:  # its lean forms have one y: that of all ranks
-        own = read.pop(0, None)
-        if (gathered := read.pop(len(results) - 1, None)) is not None:
+        own, gathered = read.pop(0, None), read.pop(len(results) - 1, None)
+        apart = both_handed_out(own, gathered)
+        if gathered is not None:
             read[0] = gathered
         results = [results[-1], *results[1:-1]]
     fakes = dict(zip(spec.outputs, results, strict=True))
@@ -111,23 +112,16 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
             anew.meta.update(reader.meta)
             reader.replace_all_uses_with(anew)
         if own is not None:
-            own.replace_all_uses_with(_own_rows(graph, call, filled.index("y"), own, spec.group_name))
+            every = graph.call_function(ops.operator.getitem, (call, 1 + filled.index("y")))
+            carry_meta(call, every)
+            every.meta["val"] = fakes["y"]
+            own.replace_all_uses_with(own_rows(graph, every, spec.group_name, own, apart))
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
     if product is not None:
         product.erase(graph)
     return True
-
-
-def _own_rows(graph: fx.Graph, call: fx.Node, index: int, own: fx.Node, group_name: str) -> fx.Node:
-    """Of the rows of all ranks those of this one."""
-    ranks, hidden = group_size(group_name), val(own).shape[-1]
-    gathered = graph.call_function(ops.operator.getitem, (call, 1 + index))
-    carry_meta(call, gathered)
-    gathered.meta["val"] = call.meta["val"][1 + index]
-    parts = insert_call(graph, ops.aten.reshape.default, (gathered, [ranks, -1, hidden]), like=own)
-    return insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group_name)), like=own)
 
 
 def _without_kernel(node: fx.Node, x: fx.Node, spec: BoundarySpec) -> bool:

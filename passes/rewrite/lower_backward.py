@@ -16,7 +16,6 @@ from torch import fx
 from tpfuse._torch_private import (
     argument_names,
     auto_functionalized,
-    group_rank,
     group_size,
     new_fake_like,
     operator_full_name,
@@ -27,6 +26,7 @@ from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, val
 from ..verdict.runs import exchanges
 from .overlap import find_product
+from .own_rows import both_handed_out, own_rows
 
 c10d = ops.c10d
 SCATTERED = "tpfuse::reduce_scatter_norm_backward_gather"
@@ -80,6 +80,7 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
     names = {"sum": "total", "weight": "dweight", "bias": "dbias"}
     scattered = operator_full_name(node.target) == SCATTERED
     results = ["own", *(names[each] for each in wanted), "dx"] if scattered else ["dx", *(names[w] for w in wanted)]
+    read = {results[_index(user)]: user for user in node.users}
     x, *operands = (argument(node, each) for each in ("x", "h", "mean", "rstd", "weight", "residual"))
     group = str(argument(node, "group_name"))
     product = find_product({"x": x, **{str(i): each for i, each in enumerate(operands)}}, group)
@@ -101,20 +102,14 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
             made[each] = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(each)))
             carry_meta(node, made[each])
             made[each].meta["val"] = by_name[each]
-        parts = made["own"] = made["dx"]
-        if scattered:
-            sizes = [group_size(group), *fakes[0].shape]
-            parts = insert_call(graph, ops.aten.reshape.default, (made["dx"], sizes), like=node)
-            made["own"] = insert_call(graph, ops.aten.select.int, (parts, 0, group_rank(group)), like=node)
+        if (own := read.get("own")) is not None:
+            made["own"] = own_rows(graph, made["dx"], group, own, both_handed_out(own, read.get("dx")))
     for user in list(node.users):
         user.replace_all_uses_with(made[results[_index(user)]])
         graph.erase_node(user)
     graph.erase_node(node)
     if product is not None:
         product.erase(graph)
-    for unread in (made["own"], parts) if scattered else ():
-        if not unread.users:
-            graph.erase_node(unread)
     return True
 
 
