@@ -84,4 +84,4 @@ def test_gradients_are_right_whatever_is_multiplied_and_however_calls_are_cut(
     products: tuple[bool, bool], slot_bytes: int, scattered: bool
 ) -> None:
     for answers in run(2, play, CALLS, products, scattered, slot_bytes=slot_bytes):
-        assert max(answers[0]) < 5e-3, answers
+        assert all(error < 5e-3 for error in answers[0]), answers  # NaN is not
