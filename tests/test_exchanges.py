@@ -153,3 +153,24 @@ def test_inference_exchanges_too(exchanging, own_too):
     assert "reduce_scatter_norm_gather" in code and "all_gather_into_tensor" not in code
     shapes = [tuple(each.shape) for each in results]
     assert shapes == [(8, 32), (4, 32), (4, 32)][: len(shapes)]
+
+
+class NotGathered(nn.Module):
+    """Own rows of the normed value, and nothing gathers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(32, 32, bias=False), nn.RMSNorm(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(funcol.reduce_scatter_tensor(self.proj(x), "sum", 0, dist.group.WORLD))
+
+
+def test_rows_that_nobody_gathers_take_no_product(exchanging, monkeypatch):
+    """Where the operator stays: a graph with `quantised_outputs` may hold it on GPUs, too."""
+    monkeypatch.setattr("tpfuse.passes.rewrite.lower.STAY", ("cpu",))
+    options = {"rewrites": [*DEFAULT_REWRITES, OVERLAP], "policy": tpfuse.SharingPolicy(2, residual="scattered")}
+    with fake_world(2), torch.no_grad():
+        fn = torch.compile(NotGathered().eval(), backend="tpfuse", options=options, dynamic=False)
+        _, (code, *_) = run_and_get_code(fn, torch.randn(8, 32))
+    assert "tpfuse.reduce_scatter_norm.lean" in code and "extern_kernels.mm" in code

@@ -47,6 +47,8 @@ from .plain import rows_divide, spec_of, write_out
 STAY = ("cpu",)
 _GATHERING = "tpfuse::reduce_scatter_norm_gather"
 _OURS = ("tpfuse::all_reduce_norm", "tpfuse::reduce_scatter_norm", "tpfuse::rows_norm", _GATHERING)
+#: Those that take a product along.
+_BEHIND_PRODUCTS = ("tpfuse::all_reduce_norm", _GATHERING)
 
 
 def lower(graph: fx.Graph) -> int:
@@ -90,7 +92,8 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     fakes = dict(zip(spec.outputs, results, strict=True))
     readers = {name: read[index] for index, name in enumerate(spec.outputs) if index in read}
     spec = _only(spec, readers)
-    product = find_product(operands, spec.group_name) if spec.overlap and not spec.batch_invariant else None
+    taken = spec.overlap and not spec.batch_invariant and operator_full_name(node.target) in _BEHIND_PRODUCTS
+    product = find_product(operands, spec.group_name) if taken else None
     sizes = {name: _sizes(fakes[name], operands, product is None) for name in spec.outputs}
     if product is not None and None in sizes.values():
         product = None
