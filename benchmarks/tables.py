@@ -377,6 +377,7 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "from_python": lambda _: model_tables.models_from_python("end_to_end_python_h200_x2.json"),
     "models_four": lambda _: model_tables.models_from_python("end_to_end_h200_x4.json"),
     "own_rows": lambda _: model_tables.models_from_python("own_rows_h200_x2.json"),
+    "training_overlap": lambda _: model_tables.training_steps("training_overlap_h200_x2.json"),
     "training_steps": lambda _: model_tables.training_steps("training_h200_x2.json"),
     "training_peaks": lambda _: model_tables.training_peaks("peak_memory.jsonl"),
     "before_after": lambda _: model_tables.before_after("graphs_before_after_h200_x2.json"),
