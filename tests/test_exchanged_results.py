@@ -22,12 +22,14 @@ def memory_of(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("view", [False, True])
-def test_own_and_gathered_rows_share_no_memory_where_both_are_results(exchanging, view):  # noqa: F811
+@pytest.mark.parametrize("how", ["as they are", "views", "parts"])
+def test_own_and_gathered_rows_share_no_memory_where_both_are_results(exchanging, how):  # noqa: F811
     class Viewed(Scattered):
         def forward(self, x):
             rows, h, y = super().forward(x)
-            return (rows.view(2, -1, 32), h, y.t()) if view else (rows, h, y)
+            if how == "parts":
+                return rows.split(4)[1], h, y.chunk(2)[0]
+            return (rows.view(2, -1, 32), h, y.t()) if how == "views" else (rows, h, y)
 
     options = {"rewrites": [*DEFAULT_REWRITES, OVERLAP], "policy": tpfuse.SharingPolicy(2, residual="scattered")}
     with fake_world(2), torch.no_grad():

@@ -34,4 +34,4 @@ def _handed_out(node: fx.Node) -> bool:
 def _shares(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(result.alias_info is not None for result in schema.returns)
-    return shares or node.target is aten._unsafe_view.default
+    return shares or node.target in (aten._unsafe_view.default, ops.operator.getitem)  # one of several views
