@@ -99,7 +99,8 @@ def reduce_norm_backward(
     rows, hidden = x.shape
     if not on_gpu(x) or x.nbytes < FROM_BYTES or (scattered and rows % 2) or hidden % 8 or hidden > MAX_HIDDEN:
         return None
-    if x.dtype not in KERNEL_DTYPES or dx.dtype.itemsize != x.dtype.itemsize or not _are_two(group_name):
+    other_size = scattered and dx.dtype.itemsize != x.dtype.itemsize  # where dx is sent
+    if x.dtype not in KERNEL_DTYPES or other_size or not _are_two(group_name):
         return None
     ws = workspace_of(group_name, x.device, copies=True)
     if ws is None or copies_refusal(2 * hidden * x.element_size() // 4, ws):

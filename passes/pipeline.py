@@ -339,10 +339,11 @@ def _quantise_first(graph: fx.Graph, context: Context) -> Verdicts:
 
 def _gather(graph: fx.Graph, context: Context) -> Verdicts:
     """Put the gathers of what fused operations give each rank into these operations."""
-    known, overlap = context.known, OVERLAP in context.options.rewrites
-    if not context.rewritten or not (known.backward or context.options.split or overlap):
+    known, trained = context.known, context.known.backward or context.options.split
+    if not context.rewritten or not (trained or OVERLAP in context.options.rewrites):
         return {}
-    taken = {name: of for name, of in gather(known).items() if {name, of} <= context.boundaries.keys()}
+    both = gather(known, exchanges_alone=not trained)
+    taken = {name: of for name, of in both.items() if {name, of} <= context.boundaries.keys()}
     context.edited = True
     graph.lint()
     boundaries = {name: (_left(context.boundaries[name], None), context.boundaries[of]) for name, of in taken.items()}

@@ -9,8 +9,9 @@ Arguments are those of the operation without the gather, and `swap`: b, where ow
 are the functional collectives of the program, in its order: a compiled graph holds those
 (passes/rewrite/take_apart.py).
 
-The second of them is one call of kernels/symmetric/exchanged.py where two ranks can and `overlap` lets it. A graph
-that is compiled holds it then in the forms of lean.py, whose `y` is that of all ranks; own rows are a part of it.
+The second and third are one call by copies (kernels/symmetric/exchanged.py) where two ranks can and `overlap` lets
+them. A graph that is compiled holds the second then in the forms of lean.py, whose `y` is that of all ranks, and the
+third as reduce_backward_ops.py has it; own rows are a part of that, or a copy where the graph returns both.
 """
 
 from __future__ import annotations

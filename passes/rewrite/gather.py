@@ -17,16 +17,20 @@ from ..facts.sizes import find_size
 from ..recognise.gathers import Gather, find_gathers
 from ..recognise.known import Known
 from ..verdict.accounting import origin
+from ..verdict.runs import may_exchange
 from .replay import computed, reshaped, sizes_of
 
 aten = ops.aten
 
 
-def gather(known: Known) -> dict[str, str]:
-    """Take in every gather that can be. Changes the graph. Returns, by the name of the program's gather, that of the
-    collective in whose operation it is."""
+def gather(known: Known, exchanges_alone: bool) -> dict[str, str]:
+    """Take in every gather that can be; `exchanges_alone`: where two ranks will make one exchange of it and what is in
+    front. Changes the graph. Returns, by the name of the program's gather, that of the collective in whose operation it
+    is."""
     found = {}
     for each in find_gathers(known):
+        if exchanges_alone and (each.swapped is not None or not may_exchange(each.fused)):
+            continue
         found[origin(each.collective.node)] = origin(each.fused)
         take_in(known.graph, each)
     return found

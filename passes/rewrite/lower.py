@@ -11,9 +11,9 @@ becomes
 for every pass behind this one, and at the end the compiler lets the operator write into y' and h' themselves. Outputs
 that nobody reads are not asked for.
 
-Where no kernel does an operation as one it is written out instead (`plain.py`). An all-reduce of a large product may
-take the product with it (`overlap.py`). Only the calls are written differently: what is sent, and in which order,
-stays.
+Where no kernel does an operation as one it is written out instead (`plain.py`). Two ranks' all-reduce of a large
+product, or its reduce-scatter with the gather behind, may take the product with it (`overlap.py`). Only the calls are
+written differently: what is sent, and in which order, stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""overlap_all_reduce_norm: the product in front of an all-reduce and norm becomes a part of the operation.
+"""overlap_all_reduce_norm: the product in front of a boundary that is made by copies becomes a part of the operation.
 
     x = mm(a, b) [-> view];  y, h = all_reduce_norm(x, ...)   becomes   product_all_reduce_norm([a, b], "mm", y, ...)
 

@@ -1,7 +1,7 @@
 """A graph that is split holds by themselves again the collectives that no kernel does with what stands beside them:
 gathers, reduce-scatters, and all collectives of gradients; but of two ranks that exchange rows by copies (`exchanges`)
-the operation stays one. A norm that nothing but its gather was fused with is plain
-operations again, which the compiler fuses with their neighbours.
+the operation stays one. A norm that nothing but its gather was fused with is plain operations again, which the compiler
+fuses with their neighbours.
 
 That comes before the compiler's own passes on collectives, which then see each of these (and products before and behind
 it, for PyTorch's async tensor parallelism) as in a graph of the program's. What is sent, and in which order, stays.

@@ -28,14 +28,14 @@ class Runs:
 
 BY_COPIES = "symmetric memory, by copy engines: rows travel while later ones are multiplied"
 #: Of boundaries that stay as the program laid them out.
-LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel.")
+LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel here.")
 
 
 NOT_FUSED = Runs(False, "")
 IN_ONE_KERNEL = Runs(True, "symmetric memory")
-EXCHANGED = Runs(True, BY_COPIES)
+EXCHANGED = Runs(True, f"symmetric memory, by copy engines, from {FROM_BYTES >> 20} MB of a rank's rows on")
 NO_KERNEL = Runs(
-    False, "functional: Its layout was changed, and only an all-reduce before a norm has a symmetric-memory kernel."
+    False, "functional: Its layout was changed, and only all-reduces before norms have symmetric-memory kernels here."
 )
 
 
@@ -65,21 +65,28 @@ def _overlapped(collective: Collective, total: torch.Tensor) -> str:
     return BY_COPIES.removeprefix(IN_ONE_KERNEL.sentence)
 
 
+_EXCHANGES = ("reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather", "all_reduce_norm_backward")
+
+
 def exchanges(node: fx.Node) -> bool:
     """Whether `node`, a reduce-scatter, a norm or its backward, and a gather in one operation, or an all-reduce and
-    the norm's backward, may run as one, by copies between two ranks. Of facts that are equal on all of them: how many
+    the norm's backward, may run as one, by copies between two ranks."""
+    return any(calls(node, f"tpfuse::{name}") for name in _EXCHANGES) and may_exchange(node)
+
+
+def may_exchange(node: fx.Node) -> bool:
+    """The same of an operation of ours, were its gather a part of it. Of facts that are equal on all ranks: how many
     rows a call has is looked at again when it is made."""
-    names = "reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather", "all_reduce_norm_backward"
-    if not any(calls(node, f"tpfuse::{name}") for name in names) or not argument(node, "overlap"):
-        return False
     x, group, out_dtype = value(node.args[0]), argument(node, "group_name"), argument(node, "out_dtype")
-    otherwise = any(node.kwargs.get(name) for name in ("batch_invariant", "quant"))
+    otherwise = any(node.kwargs.get(name) for name in ("batch_invariant", "quant")) or not node.kwargs.get("overlap")
     if otherwise or node.kwargs.get("swap") is not None or x is None or group_size(group) != RANKS:
         return False
-    size, rows = x.numel() * x.element_size(), x.shape[0] if not calls(node, f"tpfuse::{names[2]}") else 0
+    size, rows = x.numel() * x.element_size(), 0 if calls(node, f"tpfuse::{_EXCHANGES[2]}") else x.shape[0]
     if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):
         return False
-    return bool(out_dtype.itemsize == x.element_size()) and runs_in_a_kernel(group, node.args[0])
+    if not calls(node, f"tpfuse::{_EXCHANGES[2]}") and out_dtype.itemsize != x.element_size():
+        return False
+    return runs_in_a_kernel(group, node.args[0])
 
 
 def exchanged(graph: fx.Graph) -> list[str]:

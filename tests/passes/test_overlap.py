@@ -52,7 +52,7 @@ A, B, BIAS = torch.randn(7, 32), torch.randn(32, 16), torch.randn(16)
     (lambda a, b, s, t, r: float8_product(a, b, s, t, scale_result=r), [*of_float8((), ()), torch.ones(())], None),
     (lambda a, b, *scales: float8_product(a, b.contiguous(), *scales), of_float8((), ()), None),
     (lambda a, b, *scales: float8_product(a.t().contiguous().t(), b, *scales), of_float8((), ()), None),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_which_products_are_taken(fn, factors, word, dynamic):
     assert found_in(fn, *factors, dynamic=dynamic) == word
 
