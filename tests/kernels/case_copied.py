@@ -14,6 +14,7 @@ from tpfuse.kernels.symmetric import copies
 from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.copies import chunks_of
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
+from tpfuse.kernels.words import COPIES
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
 from .protocol import Seat, run
@@ -156,6 +157,27 @@ def desert(seat: Seat) -> dict[str, Any]:
 def test_a_rank_that_waited_in_vain_has_nan_and_sends_nan() -> None:
     (left,), _ = run(2, desert, rest=False)
     assert left == {"nan": True, "sent": True}
+
+
+def worn(seat: Seat) -> list[int]:
+    """Calls of one chunk over the point where the count wraps, then one of three chunks: how far behind the count the
+    flags are that were never raised before it."""
+    seat.ws.state[COPIES] = (1 << 31) - 3
+    for n in range(4):
+        copied(Call(rows=1, seed=n).operands(seat.ws.rank), seat.ws).run()
+    flags = seat.ws.buffer[seat.ws.copies_offset + seat.ws.copy_words :][1 : copies.READY]
+    count = int(seat.ws.state[COPIES])
+    behind = (torch.tensor(count, dtype=torch.int32) - flags).tolist()  # wraps, as in the kernel
+    call = Call(rows=5, seed=9)
+    seat.dawdle()
+    out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+    close(out.y, call.expected(2)[0].y)
+    return behind
+
+
+def test_flags_that_nobody_raised_for_long_do_not_look_raised_when_the_count_has_wrapped() -> None:
+    for (behind,) in run(2, worn, rest=False):
+        assert all(0 < far < 1 << 30 for far in behind)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 4096, 5000])
