@@ -21,14 +21,14 @@ from .call import KERNEL_DTYPES, MAX_HIDDEN, AddNormOut, Call
 from .norm_backward import NormBackwardCall, NormBackwardOut
 from .rendezvous import check_peers, limit_waits, note_capture, why_not, workspace_of
 from .replay import Site
-from .symmetric.copies import FROM_BYTES, RANKS
-from .symmetric.copies import refusal as copies_refusal
+from .symmetric.copies import FROM_BYTES, RANKS, refusal
 from .symmetric.dispatch import choose, default_table
-from .symmetric.exchanged import exchanged, refusal, unfit
+from .symmetric.exchanged import exchanged, unfit
 from .symmetric.norm_backward_by_copies import norm_backward_by_copies
 from .symmetric.operands import lies_ready
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
+from .symmetric.workspace import Workspace
 
 __all__ = ["all_reduce_add_norm", "check_peers", "exchange_add_norm", "init_workspace", "reduce_norm_backward",
            "why_not"]  # fmt: skip
@@ -74,15 +74,8 @@ def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
     x, group_name = call.x, call.group_name
     if not (call.overlap and on_gpu(x) and call.supported()) or x.nbytes < FROM_BYTES or unfit(call):
         return None
-    if not _are_two(group_name):
-        return None
-    ws = workspace_of(group_name, x.device, copies=True)
-    if ws is None or refusal(call, ws):
-        return None
-    check_peers(group_name)
-    if torch.cuda.is_current_stream_capturing():
-        note_capture(ws)
-    return exchanged(call, ws).run()
+    ws = _met_for_copies(group_name, x)
+    return None if ws is None else exchanged(call, ws).run()
 
 
 def reduce_norm_backward(
@@ -100,23 +93,29 @@ def reduce_norm_backward(
     if not on_gpu(x) or x.nbytes < FROM_BYTES or (scattered and rows % 2) or hidden % 8 or hidden > MAX_HIDDEN:
         return None
     other_size = scattered and dx.dtype.itemsize != x.dtype.itemsize  # where dx is sent
-    if x.dtype not in KERNEL_DTYPES or other_size or not _are_two(group_name):
+    if x.dtype not in KERNEL_DTYPES or other_size:
         return None
-    ws = workspace_of(group_name, x.device, copies=True)
-    if ws is None or copies_refusal(2 * hidden * x.element_size() // 4, ws):
+    ws = _met_for_copies(group_name, x)
+    if ws is None:
         return None
-    check_peers(group_name)
-    if torch.cuda.is_current_stream_capturing():
-        note_capture(ws)
     x = x if product is not None or lies_ready(x) else x.contiguous().clone()
     half = slice(ws.rank * rows // 2, (ws.rank + 1) * rows // 2) if scattered else slice(None)
     return norm_backward_by_copies(x, dx, replace(call, dy=x[half]), ws, product, total, scattered)
 
 
-def _are_two(group_name: str) -> bool:
-    """Asked before the group is met: of more ranks some may run the program's collectives, and never come to meet."""
+def _met_for_copies(group_name: str, x: Tensor) -> Workspace | None:
+    """The group's workspace, where its ranks are two that copy to each other, two rows of x at least. How many they are
+    is asked before they meet: of more ranks some may run the program's collectives, and never come."""
     group = process_group(group_name)
-    return group is not None and group.size() == RANKS
+    if group is None or group.size() != RANKS:
+        return None
+    ws = workspace_of(group_name, x.device, copies=True)
+    if ws is None or refusal(2 * x.shape[-1] * x.element_size() // 4, ws):
+        return None
+    check_peers(group_name)
+    if torch.cuda.is_current_stream_capturing():
+        note_capture(ws)
+    return ws
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -208,8 +208,8 @@ class Parts:
         rows, H = call.dy.shape
         dy, h, residual = _unit(call.dy), _unit(call.h), None if call.residual is None else _unit(call.residual)
         strides = [H if t is None else t.stride(0) for t in (dy, h, residual)]
-        block, row_bytes = next_power_of_2(H), _row_bytes(call) + (0 if theirs is None else H * theirs.element_size())
-        programs, stages = _schedule(rows, row_bytes, dy.device)
+        block = next_power_of_2(H)
+        programs, stages = _schedule(rows, _row_bytes(call, theirs), dy.device)
         programs = min(programs, self.programs)
         into = iter(self.partial[:, self.made :])
         dweight, dbias = (next(into) if each else None for each in self.wanted)
@@ -233,8 +233,9 @@ class Parts:
         return of_weight, of_bias
 
 
-def _row_bytes(call: NormBackwardCall) -> int:
-    loaded = [t for t in (call.dy, call.h, call.residual) if t is not None]
+def _row_bytes(call: NormBackwardCall, theirs: Tensor | None = None) -> int:
+    """What one row loads."""
+    loaded = [t for t in (call.dy, call.h, call.residual, theirs) if t is not None]
     return int(next_power_of_2(call.dy.shape[1]) * sum(t.element_size() for t in loaded))
 
 

@@ -39,8 +39,9 @@ def _define(name: str, arguments: str) -> None:
     operator = getattr(torch.ops.tpfuse, name).default
 
     def run(*operands: Tensor | None, swap: int | None = None, **options: Any) -> list[Tensor]:
-        if options.get("overlap") and not swap:
-            done = _EXCHANGES[name](*operands, **options)
+        exchange = _EXCHANGES.get(name)
+        if exchange is not None and options.get("overlap") and not swap:
+            done = exchange(*operands, **options)
             if done is not None:
                 own = done[0].chunk(group_size(options["group_name"]))[group_rank(options["group_name"])]
                 return [own.clone(), *done[1:], done[0]]

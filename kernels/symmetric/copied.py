@@ -10,7 +10,6 @@ product (`Call.product`). The protocol is that of `copies.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..call import NORMS, AddNormOut, Call
 from ..compat import next_power_of_2, tl, triton
 from ..device import finish_row, load_eps, load_row
 from ..words import POISON
-from .copies import READY, Copies, Step, chunks_of, launch, slot
+from .copies import RANKS, READY, Copies, Finish, InCalls, Step, chunks_of, launch, slot
 from .copies import refusal as _refusal
 from .kernel import Kernel
 from .operands import Launch, lies_ready, prepare
@@ -61,54 +60,24 @@ def _finish_kernel(
     )  # fmt: skip
 
 
-#: Finishes rows [first, stop) of a call of the protocol.
-Finish = Callable[[int, int], None]
-
-
 @dataclass(frozen=True)
-class Whole:
-    """The steps of such a call, whatever finishes the rows. x: [rows, H], contiguous; product: as `Call.product`."""
+class Whole(InCalls):
+    """The steps of such a call, whatever finishes the rows."""
 
-    ws: Workspace
-    x: Tensor
-    product: Callable[[int, int], None] | None
+    parts, most_chunks = 1, 3
 
-    def run(self, finishing: Callable[[int, int], Finish]) -> None:
-        """In one call of the protocol, or in several where the slot does not hold all rows. `finishing(start, stop)`:
-        for a call on these rows, what finishes some of them, counted from `start`."""
-        rows, calls = len(self.x), self._calls
-        with on_device_of(self.x):
-            for i in range(calls):
-                start, stop = rows * i // calls, rows * (i + 1) // calls
-                self._run(start, stop, finishing(start, stop))
-
-    def _run(self, start: int, stop: int, finish: Finish) -> None:
-        words, row, chunks = self.x.view(-1).view(torch.int32), self._row, chunks_of(stop - start)
+    def call(self, start: int, stop: int, finish: Finish) -> None:
+        words, row, chunks = self.x.view(-1).view(torch.int32), self.row, chunks_of(stop - start)
         with Copies(self.ws, words) as copies:
             copies.begin()
             for i, (first, last) in enumerate(chunks):
-                if self.product is not None:
-                    self.product(start + first, start + last)
+                self.multiply(start + first, start + last)
                 begin, end = (start + first) * row, (start + last) * row
                 copies.ready(begin, end)
                 copies.send(i, words[begin:end], first * row)
             for i, (first, last) in enumerate(chunks):
                 copies.receive(i)
                 finish(first, last)
-
-    @property
-    def chunks(self) -> int:
-        """How often rows are finished, at most."""
-        return 3 * self._calls
-
-    @property
-    def _calls(self) -> int:
-        return -(-len(self.x) // (self.ws.copy_words // self._row))
-
-    @property
-    def _row(self) -> int:
-        """Words of a row."""
-        return self.x.shape[1] * self.x.element_size() // 4
 
 
 @dataclass(frozen=True)
@@ -181,7 +150,7 @@ def refusal(call: Call, ws: Workspace, split: int) -> str:
 
 
 def most_rows(call: Call, ws: Workspace) -> int:
-    return 0 if ws.world != 2 or ws.remote is None else ws.copy_words // call.row_words
+    return 0 if ws.world != RANKS or ws.remote is None else ws.copy_words // call.row_words
 
 
 def _candidates(quads: int) -> list[tuple[int, int]]:
@@ -195,7 +164,7 @@ def _label(split: int, warps: int) -> str:
 
 KERNEL = Kernel(
     name="copied",
-    worlds=range(2, 3),
+    worlds=range(RANKS, RANKS + 1),
     refusal=refusal,
     bind=copied,
     most_rows=most_rows,

@@ -28,13 +28,15 @@ slot that is written too early or too late then holds the right numbers or NaN. 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..add_norm import on_device_of
 from ..compat import tl, triton
 from ..patience import POLLS, out_of_patience, report
 from ..words import COPIES, COPY_FLAGS, POISON, peer
@@ -203,6 +205,52 @@ class Copies:
         awaited = self.ws.buffer[self._flags + flag :]
         args = self.words, awaited, self.ws.state, self.ws.watch, first, words, 1 - self.ws.rank
         return _wait_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+
+
+#: Finishes rows [first, stop) of a call of the protocol.
+Finish = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class InCalls:
+    """Rows of x that are sent and finished in one call of the protocol, or in several where the slot holds fewer.
+    x: [rows, H], contiguous; product: as `Call.product`, or None where x is there. `parts`: of how many equal parts of
+    x a rank finishes one; `most_chunks`: how often rows are finished in a call, at most."""
+
+    ws: Workspace
+    x: Tensor
+    product: Callable[[int, int], None] | None
+    parts: ClassVar[int]
+    most_chunks: ClassVar[int]
+
+    def run(self, finishing: Callable[[int, int], Finish]) -> None:
+        """`finishing(start, stop)`: for a call on these rows of a part, what finishes some of them, from `start` on."""
+        rows, calls = len(self.x) // self.parts, self.calls
+        with on_device_of(self.x):
+            for i in range(calls):
+                start, stop = rows * i // calls, rows * (i + 1) // calls
+                self.call(start, stop, finishing(start, stop))
+
+    def call(self, start: int, stop: int, finish: Finish) -> None:
+        raise NotImplementedError
+
+    @property
+    def calls(self) -> int:
+        return -(-(len(self.x) // self.parts) // (self.ws.copy_words // (self.parts * self.row)))
+
+    @property
+    def chunks(self) -> int:
+        """How often rows are finished, at most."""
+        return self.most_chunks * self.calls
+
+    @property
+    def row(self) -> int:
+        """Words of a row."""
+        return self.x.shape[1] * self.x.element_size() // 4
+
+    def multiply(self, first: int, stop: int) -> None:
+        if self.product is not None:
+            self.product(first, stop)
 
 
 def slot(ws: Workspace, first: int, dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,8 @@ from ..add_norm import on_device_of
 from ..call import AddNormOut, Call
 from ..compat import tl, triton
 from ..words import POISON
-from .copied import Finish, finishing
-from .copies import READY, Copies, Step, launch, slot
+from .copied import finishing
+from .copies import READY, Copies, Finish, InCalls, Step, launch, slot
 from .copies import refusal as copies_refusal
 from .operands import Launch, lies_ready, prepare
 from .workspace import Workspace
@@ -50,38 +50,26 @@ def _take_kernel(from_ptr, to_ptr, state_ptr, quads, BLOCK: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """The steps of one exchange, whatever finishes the rows. x: [rows, H], contiguous; gathered: the same, in a dtype
-    of the same size; product: as `Call.product`."""
+class Exchange(InCalls):
+    """The steps of one exchange, whatever finishes the rows. gathered: as x, in a dtype of the same size."""
 
-    ws: Workspace
-    x: Tensor
     gathered: Tensor
-    product: Callable[[int, int], None] | None
+    parts, most_chunks = 2, 2
 
-    def run(self, finishing: Callable[[int, int], Finish]) -> None:
-        """In one call of the protocol, or in several where the slot does not hold all rows. `finishing(start, stop)`:
-        for a call on these rows of the own half, what finishes some of them, counted from `start`."""
-        share, calls = len(self.x) // 2, self._calls
-        with on_device_of(self.x):
-            for i in range(calls):
-                start, stop = share * i // calls, share * (i + 1) // calls
-                self._run(start, stop, finishing(start, stop))
-
-    def _run(self, start: int, stop: int, finish: Finish) -> None:
-        rank, row, half = self.ws.rank, self._row, len(self.x) // 2
+    def call(self, start: int, stop: int, finish: Finish) -> None:
+        rank, row, half = self.ws.rank, self.row, len(self.x) // 2
         own, theirs, rows = rank * half + start, (1 - rank) * half + start, stop - start
         x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
         chunks = halves_of(rows)
         with Copies(self.ws, x) as copies:
             copies.begin()
             for i, (first, last) in enumerate(chunks):
-                self._multiply(theirs + first, theirs + last)
+                self.multiply(theirs + first, theirs + last)
                 begin, end = (theirs + first) * row, (theirs + last) * row
                 copies.ready(begin, end)
                 copies.send(i, x[begin:end], first * row)
             for i, (first, last) in enumerate(chunks):
-                self._multiply(own + first, own + last)
+                self.multiply(own + first, own + last)
                 copies.receive(i)
                 finish(first, last)
                 copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row)
@@ -103,24 +91,6 @@ class Exchange:
                 loaded = kernel.warmup(*args, grid=(1,), **options)
                 loaded._init_handles()
         return loaded
-
-    @property
-    def chunks(self) -> int:
-        """How often rows are finished, at most."""
-        return 2 * self._calls
-
-    @property
-    def _calls(self) -> int:
-        return -(-(len(self.x) // 2) // (self.ws.copy_words // (2 * self._row)))
-
-    @property
-    def _row(self) -> int:
-        """Words of a row."""
-        return self.x.shape[1] * self.x.element_size() // 4
-
-    def _multiply(self, first: int, stop: int) -> None:
-        if self.product is not None:
-            self.product(first, stop)
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
         args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words // 4
@@ -188,7 +158,7 @@ def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:
     ready = prepare(replace(call, x=x[own], out=given, product=None))
     return ExchangedLaunch(
         None, 0, (), {}, replace(ready.out, y=gathered[own]), ready.sum, replace(call, x=x), ws, ready.inputs,
-        ready.scalars, gathered, Exchange(ws, x, gathered.view(x.shape), call.product),
+        ready.scalars, gathered, Exchange(ws, x, call.product, gathered.view(x.shape)),
     )  # fmt: skip
 
 

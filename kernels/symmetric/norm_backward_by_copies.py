@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..norm_backward import NormBackwardCall, NormBackwardOut, Parts, norm_backward_reference
-from .copied import Finish, Whole
-from .copies import slot
+from .copied import Whole
+from .copies import Finish, InCalls, slot
 from .exchanged import Exchange
 from .workspace import Workspace
 
@@ -32,7 +32,7 @@ def norm_backward_by_copies(
     None. `out.dx` is `dx`. Both ranks must make the same call; what they compute of their rows is a rank's own
     affair."""
     share = len(x) // 2
-    steps: Exchange | Whole = Exchange(ws, x, dx, product) if scattered else Whole(ws, x, product)
+    steps: InCalls = Exchange(ws, x, product, dx) if scattered else Whole(ws, x, product)
     own = dx[ws.rank * share : (ws.rank + 1) * share] if scattered else dx
     add = _in_kernels if call.kernel_takes() else _plainly
     rows, finished = add(call, own, ws, total, steps.chunks)

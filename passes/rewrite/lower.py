@@ -28,15 +28,15 @@ from tpfuse._torch_private import (
     argument_names,
     auto_functionalized,
     group_size,
-    new_fake_like,
     operator_full_name,
 )
 from tpfuse.boundary_spec import OPERANDS, OUTPUTS, BoundarySpec, form_for
 from tpfuse.product_ops import PREFIX
 
 from ..facts import aten_ops as ops
-from ..facts.graph import argument, carry_meta, insert_call, same_size, value
+from ..facts.graph import argument, carry_meta, same_size, value
 from ..verdict.runs import runs_in_a_kernel
+from .empty import empty
 from .lower_backward import lower_backward, lower_exchanges
 from .overlap import Product, find_product
 from .own_rows import both_handed_out, own_rows
@@ -101,7 +101,7 @@ def _lower(graph: fx.Graph, node: fx.Node) -> bool:
     if None in sizes.values():
         return False
     with graph.inserting_before(node):
-        outputs = {name: _empty(graph, sizes[name], fakes[name], node) for name in spec.outputs}
+        outputs = {name: empty(graph, sizes[name], fakes[name], node) for name in spec.outputs}
         given = {"spec": spec.text(), **operands, **outputs}
         overload = _overload(node, given, product)
         given |= product.arguments if product is not None else {}
@@ -174,14 +174,3 @@ def _sizes(output: torch.Tensor, operands: dict[str, Any], of_x: bool = True) ->
             return None
         sizes.append((node, dim))
     return sizes
-
-
-def _empty(graph: fx.Graph, sizes: Any, fake: torch.Tensor, like: fx.Node) -> fx.Node:
-    size = [
-        each if isinstance(each, int) else insert_call(graph, ops.aten.sym_size.int, each, like=like) for each in sizes
-    ]
-    options: dict[str, Any] = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
-    node = graph.call_function(ops.aten.empty.memory_format, (size,), options)
-    carry_meta(like, node)
-    node.meta["val"] = new_fake_like(fake)
-    return node

@@ -8,8 +8,6 @@ which order, stays.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -17,7 +15,6 @@ from tpfuse._torch_private import (
     argument_names,
     auto_functionalized,
     group_size,
-    new_fake_like,
     operator_full_name,
 )
 from tpfuse.reduce_backward_ops import NAME
@@ -25,12 +22,17 @@ from tpfuse.reduce_backward_ops import NAME
 from ..facts import aten_ops as ops
 from ..facts.graph import argument, carry_meta, insert_call, val
 from ..verdict.runs import exchanges
+from .empty import empty
 from .overlap import find_product
 from .own_rows import both_handed_out, own_rows
 
 c10d = ops.c10d
 SCATTERED = "tpfuse::reduce_scatter_norm_backward_gather"
 _KINDS = {"tpfuse::all_reduce_norm_backward": "all_reduce", "tpfuse::reduce_scatter_norm_backward": "reduce_scatter"}
+
+
+#: What the operator fills, in the order in which it lists them.
+_FILLED = ("dx", "total", "dweight", "dbias")
 
 
 def lower_backward(graph: fx.Graph) -> int:
@@ -83,25 +85,25 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
     read = {results[_index(user)]: user for user in node.users}
     x, *operands = (argument(node, each) for each in ("x", "h", "mean", "rstd", "weight", "residual"))
     group = str(argument(node, "group_name"))
-    product = find_product({"x": x, **{str(i): each for i, each in enumerate(operands)}}, group)
+    given = dict(zip(("h", "mean", "rstd", "weight", "residual"), operands, strict=True))
+    product = find_product({"x": x, **given}, group)
     told = product.arguments if product is not None else {"factors": [x], "product": ""}
     kept = {each: argument(node, each) for each in ("norm", "eps", "weight_offset", "group_name")}
-    given = dict(zip(("h", "mean", "rstd", "weight", "residual"), operands, strict=True))
     with graph.inserting_before(node):
-        empty = {each: _empty(graph, fake, node) for each, fake in zip(results, fakes, strict=True) if each != "own"}
+        by_name = dict(zip(results, fakes, strict=True))
+        filled = [name for name in _FILLED if name in by_name]
+        outputs = {name: empty(graph, by_name[name].shape, by_name[name], node) for name in filled}
         overload = getattr(ops.tpfuse, NAME).default
-        known = {**told, **given, **empty, **kept, "dtype": val(x).dtype, "scattered": scattered}
+        known = {**told, **given, **outputs, **kept, "dtype": val(x).dtype, "scattered": scattered}
         arguments = {each: known.get(each) for each in argument_names(overload)}
         call = graph.call_function(auto_functionalized(), (overload,), arguments)
         carry_meta(node, call)
-        filled = ("dx", "total", "dweight", "dbias")
-        by_name = dict(zip(results, fakes, strict=True))
-        call.meta["val"] = (None, *(by_name.get(each) for each in filled))
+        call.meta["val"] = (None, *(by_name.get(name) for name in _FILLED))
         made = {}
-        for each in empty:
-            made[each] = graph.call_function(ops.operator.getitem, (call, 1 + filled.index(each)))
-            carry_meta(node, made[each])
-            made[each].meta["val"] = by_name[each]
+        for name in filled:
+            made[name] = graph.call_function(ops.operator.getitem, (call, 1 + _FILLED.index(name)))
+            carry_meta(node, made[name])
+            made[name].meta["val"] = by_name[name]
         if (own := read.get("own")) is not None:
             made["own"] = own_rows(graph, made["dx"], group, own, both_handed_out(own, read.get("dx")))
     for user in list(node.users):
@@ -111,14 +113,6 @@ def _lower_exchange(graph: fx.Graph, node: fx.Node) -> bool:
     if product is not None:
         product.erase(graph)
     return True
-
-
-def _empty(graph: fx.Graph, fake: torch.Tensor, like: fx.Node) -> fx.Node:
-    options: dict[str, Any] = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
-    node = graph.call_function(ops.aten.empty.memory_format, (list(fake.shape),), options)
-    carry_meta(like, node)
-    node.meta["val"] = new_fake_like(fake)
-    return node
 
 
 def _index(user: fx.Node) -> int:

@@ -26,7 +26,6 @@ class Runs:
     sentence: str
 
 
-BY_COPIES = "symmetric memory, by copy engines: rows travel while later ones are multiplied"
 #: Of boundaries that stay as the program laid them out.
 LOCAL_KERNEL = Runs(False, "functional: Only an all-reduce before a norm has a symmetric-memory kernel here.")
 
@@ -62,16 +61,17 @@ def _overlapped(collective: Collective, total: torch.Tensor) -> str:
         return f"; from {least} on by copy engines, while later rows are multiplied"
     if size < FROM_BYTES:
         return f"; overlap_all_reduce_norm begins at {least}, and here are {size / (1 << 20):.3g}"
-    return BY_COPIES.removeprefix(IN_ONE_KERNEL.sentence)
+    return ", by copy engines: rows travel while later ones are multiplied"
 
 
-_EXCHANGES = ("reduce_scatter_norm_gather", "reduce_scatter_norm_backward_gather", "all_reduce_norm_backward")
+_WHOLE = "tpfuse::all_reduce_norm_backward"
+_EXCHANGES = ("tpfuse::reduce_scatter_norm_gather", "tpfuse::reduce_scatter_norm_backward_gather", _WHOLE)
 
 
 def exchanges(node: fx.Node) -> bool:
     """Whether `node`, a reduce-scatter, a norm or its backward, and a gather in one operation, or an all-reduce and
     the norm's backward, may run as one, by copies between two ranks."""
-    return any(calls(node, f"tpfuse::{name}") for name in _EXCHANGES) and may_exchange(node)
+    return any(calls(node, name) for name in _EXCHANGES) and may_exchange(node)
 
 
 def may_exchange(node: fx.Node) -> bool:
@@ -81,10 +81,11 @@ def may_exchange(node: fx.Node) -> bool:
     otherwise = any(node.kwargs.get(name) for name in ("batch_invariant", "quant")) or not node.kwargs.get("overlap")
     if otherwise or node.kwargs.get("swap") is not None or x is None or group_size(group) != RANKS:
         return False
-    size, rows = x.numel() * x.element_size(), 0 if calls(node, f"tpfuse::{_EXCHANGES[2]}") else x.shape[0]
-    if (isinstance(size, int) and size < FROM_BYTES) or (isinstance(rows, int) and rows % 2):
+    size, rows = x.numel() * x.element_size(), x.shape[0]
+    if isinstance(size, int) and size < FROM_BYTES:
         return False
-    if not calls(node, f"tpfuse::{_EXCHANGES[2]}") and out_dtype.itemsize != x.element_size():
+    odd = isinstance(rows, int) and rows % 2
+    if not calls(node, _WHOLE) and (odd or out_dtype.itemsize != x.element_size()):
         return False
     return runs_in_a_kernel(group, node.args[0])
 

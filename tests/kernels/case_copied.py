@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
 from tpfuse.kernels.words import COPIES
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
+from .copies_later import wrong_without_the_slot
 from .protocol import Seat, run
 
 CALLS = [
@@ -109,30 +109,7 @@ def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
 
 
 def hasty(seat: Seat, calls: list[Call]) -> int:
-    """Without the wait for the peer's slot, and with a reader that is slow: how many results are wrong."""
-    receive, waiting = copies.Copies.receive, copies.Copies.waiting
-
-    def late(self: Any, chunk: int) -> None:
-        receive(self, chunk)
-        time.sleep(0.01)
-
-    def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
-        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
-
-    copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
-    if seat.ws.rank == 1:
-        copies.Copies.receive = late  # type: ignore[method-assign]
-    wrong = 0
-    for call in calls:
-        out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
-        expected, _ = call.expected(2)
-        wrong += not torch.allclose(out.y.double(), expected.y.double(), rtol=5e-2, atol=5e-2)
-    return wrong
-
-
-class _Nothing:
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
+    return wrong_without_the_slot(seat, calls, between=lambda _: None)
 
 
 def test_a_copy_that_does_not_wait_for_the_slot_is_found_out() -> None:

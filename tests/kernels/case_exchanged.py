@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 from tpfuse.errors import OpError, PeerTimeoutError
 from tpfuse.kernels.call import AddNormOut
 from tpfuse.kernels.call import Call as Operation
-from tpfuse.kernels.symmetric import copies
 from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.exchanged import exchanged
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
-from .copies_later import Later, copied_later
+from .copies_later import Later, copied_later, wrong_without_the_slot
 from .protocol import Seat, run
 
 CALLS = [
@@ -156,32 +154,8 @@ def test_what_cannot_be_exchanged_is_refused_with_the_reason() -> None:
 
 
 def hasty(seat: Seat, calls: list[Call]) -> int:
-    """Between calls that leave all rows to every rank, without the wait for the peer's slot, and with a reader that is
-    slow: how many of those results are wrong. (Exchanges of one size wait for what the peer did last in any case.)"""
-    receive, waiting = copies.Copies.receive, copies.Copies.waiting
-
-    def late(self: Any, chunk: int) -> None:
-        receive(self, chunk)
-        time.sleep(0.01)
-
-    def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
-        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
-
-    copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
-    if seat.ws.rank == 1:
-        copies.Copies.receive = late  # type: ignore[method-assign]
-    wrong = 0
-    for call in calls:
-        out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
-        exchanged(operands(call, seat), seat.ws).run()
-        expected, _ = call.expected(2)
-        wrong += not torch.allclose(out.y.double(), expected.y.double(), rtol=5e-2, atol=5e-2)
-    return wrong
-
-
-class _Nothing:
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
+    """Exchanges between other calls: those of one size alone wait for what the peer did last in any case."""
+    return wrong_without_the_slot(seat, calls, lambda call: exchanged(operands(call, seat), seat.ws).run())
 
 
 def test_a_copy_that_does_not_wait_for_the_slot_is_found_out() -> None:

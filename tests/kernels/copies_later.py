@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tpfuse.kernels.symmetric import copies
+from tpfuse.kernels.symmetric.copied import copied
 
+from .case_protocol import Call
 from .protocol import Seat
 
 
@@ -70,3 +72,32 @@ def copied_later(seat: Seat, longest: float) -> Iterator[Seat]:
         copies._InTurn = Later  # type: ignore[misc]
         yield replace(seat, ws=replace(seat.ws, remote=Remote(seat.ws.remote, seat, longest)))
     copies._InTurn = in_turn  # type: ignore[misc]
+
+
+def wrong_without_the_slot(seat: Seat, calls: list[Call], between: Callable[[Call], object]) -> int:
+    """Calls that leave all rows to both ranks, without the wait for the peer's slot, and with a second rank that is
+    slow to read: how many results are wrong. `between`: what is done behind each."""
+    receive, waiting = copies.Copies.receive, copies.Copies.waiting
+
+    def late(self: Any, chunk: int) -> None:
+        receive(self, chunk)
+        time.sleep(0.01)
+
+    def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
+        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
+
+    copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
+    if seat.ws.rank == 1:
+        copies.Copies.receive = late  # type: ignore[method-assign]
+    wrong = 0
+    for call in calls:
+        out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+        between(call)
+        expected, _ = call.expected(2)
+        wrong += not torch.allclose(out.y.double(), expected.y.double(), rtol=5e-2, atol=5e-2)
+    return wrong
+
+
+class _Nothing:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
