@@ -54,6 +54,6 @@ def test_exchanges_among_calls_of_all_kernels() -> None:
 
 
 def test_flags_of_an_exchange_that_are_up_too_early_are_found() -> None:
-    calls = draw_calls(1, 6, EXCHANGED, (1, 2, 3, 5))
+    calls = draw_calls(1, 30, EXCHANGED, (1, 2, 3, 5))
     _, (wrong,) = run(2, stressed, calls, "copy", 2, patience=20, rest=False)
     assert wrong > 0
