@@ -42,7 +42,7 @@ class Call(Options):
     x, residual: [..., H] of one shape; pre_bias, weight, bias: [H]; eps_tensor: 0-d, in place of `eps`; the options as
     in `Options`. `x` is this rank's part of the sum, or what is to be added and normalised where nothing is owed.
     `out`, `sum_out`: contiguous tensors to fill, else new. `product(first, stop)`: fills these rows of `x`, which holds
-    nothing before (`multiplied`).
+    nothing before (`multiplied`), and may be the memory of `out.y` then.
     """
 
     x: Tensor = field(kw_only=False)
@@ -116,11 +116,12 @@ class Call(Options):
         return q, torch.empty(how.scales_of(x.shape), dtype=how.scale_dtype, device=x.device)
 
     def multiplied(self) -> Call:
-        """The same call with its x there."""
+        """The same call with its x there, in memory of its own."""
         if self.product is None:
             return self
         self.product(0, self.rows)
-        return replace(self, product=None)
+        in_place = self.out is not None and self.out.y.data_ptr() == self.x.data_ptr()
+        return replace(self, x=self.x.clone() if in_place else self.x, product=None)
 
     @property
     def addends(self) -> tuple[Tensor | None, ...]:

@@ -106,8 +106,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
                 again, its_report = _compiled(copy_graph(spare), example_inputs, as_written, around)
         except private.restarts_tracing():
             # Run operation by operation, torch 2.11 loses gradients of what an autograd.Function made.
-            tensors = [*private.tensor_leaves(example_inputs), *spare.parameters()]
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if trained(spare, example_inputs):
                 raise PlanMismatchError(UNCOMPILED) from None
             warnings.warn(f"tpfuse runs a graph without a compiler: {UNCOMPILED}", stacklevel=2)
             again, its_report = copy_graph(spare), _uncompiled(report)
@@ -123,6 +122,10 @@ def _compiled(
 ) -> tuple[Callable[..., Any], Report]:
     """What the inner compiler makes of the graph, and the report on it, which is recorded and meets the options."""
     fusion, patches = assemble(options)
+    # Inductor holds a buffer that it will reuse. In a training step that can be the logits', through all of backward,
+    # and its own estimate, whether there is room, misses it. The CPU has no allocator that would keep it for reuse.
+    if any(tensor.device.type != "cpu" for tensor in trained(gm, example_inputs)):
+        patches.setdefault("allow_buffer_reuse", False)
     name = report_store.key(gm, example_inputs, fusion.uuid(), private.inductor_settings(patches))
     spare = copy_graph(gm)
     compiled = _INNER[options.inner](gm, example_inputs, fusion, patches)
@@ -139,6 +142,12 @@ def _compiled(
     record(report)
     check(report, options)
     return compiled, report
+
+
+def trained(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """Parameters and inputs that get gradients; none where gradients are off."""
+    tensors = (*private.tensor_leaves(example_inputs), *gm.parameters()) if torch.is_grad_enabled() else ()
+    return [tensor for tensor in tensors if tensor.requires_grad]
 
 
 def _uncompiled(report: Report) -> Report:

@@ -84,16 +84,24 @@ def define(library: torch.library.Library, name: str, run: Callable[[Call, Any],
         torch.library.register_fake(f"tpfuse::{full_name}", lambda *_, **__: None, lib=library)
 
 
+def room_for(dtype: torch.dtype, result: Tensor) -> Tensor:
+    """Where a product goes whose rows become those of `result`: into its memory, where that fits, since the factors are
+    still held, and two more buffers would be the most that a step needs."""
+    fits = dtype == result.dtype and result.is_contiguous()
+    return result if fits else torch.empty(result.shape, dtype=dtype, device=result.device)
+
+
 def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
     given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
     y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
-    x = torch.empty(y.shape, dtype=spec.operands[0], device=y.device)
+    large = y.numel() * spec.operands[0].itemsize >= FROM_BYTES
+    x = room_for(spec.operands[0], y) if large else torch.empty(y.shape, dtype=spec.operands[0], device=y.device)
     rows = x.view(-1, y.shape[-1])
 
     def multiply(first: int, stop: int) -> None:
         fill(slice(first, stop), rows[first:stop], *factors)
 
-    if x.nbytes < FROM_BYTES:
+    if not large:
         multiply(0, rows.shape[0])
         getattr(getattr(torch.ops.tpfuse, name), form)(x, *rest)
         return

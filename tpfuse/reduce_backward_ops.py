@@ -22,7 +22,7 @@ from torch import Tensor
 from ._torch_private import group_size
 from .kernels.entry import reduce_norm_backward as by_copies
 from .kernels.norm_backward import NormBackwardCall, NormBackwardOut, norm_backward
-from .product_ops import PRODUCTS
+from .product_ops import PRODUCTS, room_for
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")
 _c10d = torch.ops._c10d_functional
@@ -42,7 +42,7 @@ def _run(
 ) -> None:  # fmt: skip
     x, multiply = factors[0], None
     if product:
-        x, fill = torch.empty(dx.shape, dtype=dtype, device=dx.device), PRODUCTS[product]
+        x, fill = room_for(dtype, dx), PRODUCTS[product]
 
         def multiply(first: int, stop: int) -> None:
             fill(slice(first, stop), x[first:stop], *factors)
