@@ -10,9 +10,12 @@ import torch
 
 from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels.symmetric import copies
+from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.copies import chunks_of
+from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
+from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.words import COPIES
 
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
@@ -32,16 +35,24 @@ CALLS = [
 ]  # fmt: skip
 
 
-def multiplied(call: Call, seat: Seat) -> Any:
-    """The operands with an x that holds nothing before its rows are asked for."""
+#: What x of a rank may be: there, a product, or a product in the memory of y.
+AS_IT_IS, PRODUCT, IN_PLACE = "as it is", "product", "in place"
+
+
+def operands(call: Call, seat: Seat, what: str = AS_IT_IS) -> Any:
+    """The operands; but for AS_IT_IS with an x that holds nothing before its rows are asked for."""
     op = call.operands(seat.ws.rank)
-    x = torch.full_like(op.x, float("nan"))
+    if what == AS_IT_IS:
+        return op
+    given: dict[str, Any] = dict(zip(("out", "sum_out"), op.outputs(), strict=True)) if what == IN_PLACE else {}
+    x = given["out"].y if given else torch.empty_like(op.x)
+    x.fill_(float("nan"))
 
     def product(first: int, stop: int) -> None:
         seat.dawdle()
         x[first:stop] = op.x[first:stop]
 
-    return dataclasses.replace(op, x=x, product=product)
+    return dataclasses.replace(op, x=x, product=product, **given)
 
 
 def strided(seat: Seat, call: Call) -> Any:
@@ -57,11 +68,11 @@ def strided(seat: Seat, call: Call) -> Any:
     return bits(out.y)
 
 
-def play(seat: Seat, calls: list[Call], products: tuple[bool, bool]) -> list[Any]:
+def play(seat: Seat, calls: list[Call], products: tuple[str, str]) -> list[Any]:
     answers = []
     for call in calls:
         seat.dawdle()
-        op = multiplied(call, seat) if products[seat.ws.rank] else call.operands(seat.ws.rank)
+        op = operands(call, seat, products[seat.ws.rank])
         out, total = copied(op, seat.ws).run()
         expected, expected_sum = call.expected(2)
         close(out.y, expected.y)
@@ -76,18 +87,35 @@ def play(seat: Seat, calls: list[Call], products: tuple[bool, bool]) -> list[Any
     return answers
 
 
-@pytest.mark.parametrize("products", [(False, False), (True, True), (True, False)], ids=str)
-def test_every_norm_dtype_and_number_of_rows_is_right_and_equal_on_both_ranks(products: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize(
+    "products", [(AS_IT_IS, AS_IT_IS), (PRODUCT, IN_PLACE), (IN_PLACE, AS_IT_IS)], ids=", ".join
+)
+def test_every_norm_dtype_and_number_of_rows_is_right_and_equal_on_both_ranks(products: tuple[str, str]) -> None:
     equal_on_all_ranks(run(2, play, CALLS, products))
 
 
 def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
     calls = [Call(rows=1 + (5 * n) % 7, hidden=64, seed=n) for n in range(30)]
-    equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+    equal_on_all_ranks(run(2, play, calls, (PRODUCT, IN_PLACE), seed=3))
 
 
 def test_an_x_that_is_copied_first_is_multiplied_before() -> None:
     equal_on_all_ranks(run(2, strided, Call(rows=5, seed=1)))
+
+
+def without_copies(seat: Seat, calls: list[Call]) -> list[Any]:
+    answers = []
+    for n, call in enumerate(calls):
+        launch = (one_shot, two_shot, barrier)[n % 3](operands(call, seat, IN_PLACE), seat.ws)
+        assert launch.args[0].data_ptr() != launch.out.y.data_ptr()
+        out, _ = launch.run()
+        close(out.y, call.expected(2)[0].y, roundings=2)
+        answers.append((bits(out.y),))
+    return answers
+
+
+def test_kernels_that_take_no_product_read_x_elsewhere_than_where_they_write_y() -> None:
+    equal_on_all_ranks(run(2, without_copies, [Call(rows=3, hidden=128, seed=n) for n in range(6)]))
 
 
 class _Stream:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tpfuse.errors import OpError, PeerTimeoutError
-from tpfuse.kernels.call import AddNormOut
 from tpfuse.kernels.call import Call as Operation
 from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.exchanged import exchanged
 from tpfuse.kernels.symmetric.timeout import raise_if_late, set_timeout
 
+from .case_copied import AS_IT_IS, IN_PLACE, PRODUCT
+from .case_copied import operands as whole_operands
 from .case_protocol import BF16, F16, F32, Call, bits, close, equal_on_all_ranks, near
 from .copies_later import Later, copied_later, wrong_without_the_slot
 from .protocol import Seat, run
@@ -36,18 +37,18 @@ def own(call: Call, rank: int) -> slice:
     return slice(rank * call.rows // 2, (rank + 1) * call.rows // 2)
 
 
-def operands(call: Call, seat: Seat, product: bool = False, given: bool = False) -> Operation:
+def operands(call: Call, seat: Seat, what: str = AS_IT_IS, given: bool = False) -> Operation:
     """The operands of this rank: the residual of own rows; x as it is, or one that holds nothing before its rows are
-    asked for; results new, or given."""
+    asked for; results new, or given, as they are where x lies in them."""
     op = call.operands(seat.ws.rank)
     op = dataclasses.replace(op, residual=op.residual[own(call, seat.ws.rank)].clone())
-    if given and not op.stats:
-        out = AddNormOut(torch.empty_like(op.x), torch.empty_like(op.residual), None, None)
-        total = torch.empty_like(op.residual) if op.want_sum else None
-        op = dataclasses.replace(op, out=out, sum_out=total)
-    if not product:
+    if given or what == IN_PLACE:
+        out, total = dataclasses.replace(op, x=op.residual).outputs()  # of own rows, as all are but y
+        op = dataclasses.replace(op, out=dataclasses.replace(out, y=torch.empty_like(op.x)), sum_out=total)
+    if what == AS_IT_IS:
         return op
-    x = torch.full_like(op.x, float("nan"))
+    x = op.out.y if what == IN_PLACE else torch.empty_like(op.x)
+    x.fill_(float("nan"))
 
     def multiply(first: int, stop: int) -> None:
         seat.dawdle()
@@ -56,7 +57,7 @@ def operands(call: Call, seat: Seat, product: bool = False, given: bool = False)
     return dataclasses.replace(op, x=x, product=multiply)
 
 
-def play(seat: Seat, calls: list[Call], products: tuple[bool, bool], given: bool = False) -> list[Any]:
+def play(seat: Seat, calls: list[Call], products: tuple[str, str], given: bool = False) -> list[Any]:
     answers = []
     for call in calls:
         seat.dawdle()
@@ -78,19 +79,21 @@ def play(seat: Seat, calls: list[Call], products: tuple[bool, bool], given: bool
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["new results", "given results"])
-@pytest.mark.parametrize("products", [(False, False), (True, True), (True, False)], ids=str)
+@pytest.mark.parametrize(
+    "products", [(AS_IT_IS, AS_IT_IS), (PRODUCT, IN_PLACE), (IN_PLACE, AS_IT_IS)], ids=", ".join
+)
 def test_every_norm_dtype_and_number_of_rows_is_right_and_gathered_alike(
-    products: tuple[bool, bool], given: bool
+    products: tuple[str, str], given: bool
 ) -> None:
     equal_on_all_ranks(run(2, play, CALLS, products, given))
 
 
 def both(seat: Seat, calls: list[Call]) -> list[Any]:
-    return [each for call in calls for each in (*play(seat, [call], (True, True)), *whole(seat, call))]
+    return [each for call in calls for each in (*play(seat, [call], (PRODUCT, IN_PLACE)), *whole(seat, call))]
 
 
-def whole(seat: Seat, call: Call) -> list[Any]:
-    out, _ = copied(call.operands(seat.ws.rank), seat.ws).run()
+def whole(seat: Seat, call: Call, what: str = AS_IT_IS) -> list[Any]:
+    out, _ = copied(whole_operands(call, seat, what), seat.ws).run()
     close(out.y, call.expected(2)[0].y)
     return [(bits(out.y),)]
 
@@ -101,22 +104,25 @@ def test_calls_of_both_kinds_share_a_slot() -> None:
 
 def test_a_call_that_the_slot_does_not_hold_is_made_in_several() -> None:
     calls = [Call(rows=26, hidden=64, seed=n) for n in range(3)]
-    equal_on_all_ranks(run(2, play, calls, (True, False), slot_bytes=400))
+    equal_on_all_ranks(run(2, play, calls, (PRODUCT, IN_PLACE), slot_bytes=400))
 
 
 def test_calls_of_changing_sizes_never_read_rows_of_another_call() -> None:
     calls = [Call(rows=2 + 2 * ((5 * n) % 7), hidden=64, seed=n) for n in range(30)]
-    equal_on_all_ranks(run(2, play, calls, (True, False), seed=3))
+    equal_on_all_ranks(run(2, play, calls, (PRODUCT, IN_PLACE), seed=3))
 
 
-def later(seat: Seat, calls: list[Call], longest: tuple[float, float], behind: bool = True) -> list[Any]:
+def later(seat: Seat, calls: list[Call], longest: tuple[float, float], behind: str = "each") -> list[Any]:
     """Calls of both kinds, whose copies are made beside what the caller does; `longest`: by how many seconds later;
-    `behind`: whether the caller waits for them."""
-    if not behind:
+    `behind`: which copies the caller waits for, "each" of them before it finishes their rows, the "last" at the end of
+    a call, or "none"."""
+    if behind != "each":
         Later.behind = lambda *_: None  # type: ignore[method-assign]
+    if behind == "last":
+        Later.__exit__ = lambda self, *_: self.last and self.last.result()  # type: ignore[method-assign]
     with copied_later(seat, longest[seat.ws.rank]) as seat:
         return [each for n, call in enumerate(calls) for each in
-                (whole(seat, call) if n % 3 == 2 else play(seat, [call], (True, False)))]  # fmt: skip
+                (whole(seat, call, IN_PLACE) if n % 3 == 2 else play(seat, [call], (IN_PLACE, PRODUCT)))]  # fmt: skip
 
 
 def test_copies_that_lag_behind_the_caller() -> None:
@@ -126,9 +132,11 @@ def test_copies_that_lag_behind_the_caller() -> None:
     equal_on_all_ranks(run(2, later, cut, (1e-3, 8e-3), slot_bytes=400))
 
 
-def test_a_caller_that_does_not_wait_for_its_copies_is_found_out() -> None:
+@pytest.mark.parametrize(("behind", "calls"), [("none", 8), ("last", 3)])
+def test_a_caller_that_does_not_wait_for_its_copies_is_found_out(behind: str, calls: int) -> None:
+    """Not before rows that lie where they are sent from are finished, or not at all."""
     with pytest.raises(RuntimeError, match="not close"):
-        run(2, later, [Call(rows=10, hidden=64, seed=n) for n in range(8)], (5e-2, 0.0), False)
+        run(2, later, [Call(rows=10, hidden=64, seed=n) for n in range(calls)], (5e-2, 0.0), behind)
 
 
 def refused(seat: Seat) -> list[str]:

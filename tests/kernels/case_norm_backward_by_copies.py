@@ -11,6 +11,7 @@ from tests.graphs import relative_error
 from tpfuse.kernels.norm_backward import NormBackwardCall, norm_backward_reference
 from tpfuse.kernels.symmetric.norm_backward_by_copies import norm_backward_by_copies
 
+from .case_copied import AS_IT_IS, IN_PLACE, PRODUCT
 from .protocol import Seat, run
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -38,7 +39,7 @@ def exact(parts: list[torch.Tensor], given: dict[str, torch.Tensor], norm: str, 
     return total, norm_backward_reference(call)
 
 
-def play(seat: Seat, calls: list[tuple], products: tuple[bool, bool], scattered: bool) -> list[float]:
+def play(seat: Seat, calls: list[tuple], products: tuple[str, str], scattered: bool) -> list[float]:
     errors = []
     for seed, (rows, dtype, norm, want_sum) in enumerate(calls):
         rank, share = seat.ws.rank, rows // 2
@@ -46,9 +47,9 @@ def play(seat: Seat, calls: list[tuple], products: tuple[bool, bool], scattered:
         own = slice(rank * share, (rank + 1) * share) if scattered else slice(None)
         x, gathered = parts[rank].clone(), torch.full_like(parts[rank], float("nan"))
         total = torch.empty_like(x[own]) if want_sum else None
-        product = None
-        if products[rank]:
-            filled, x = x, torch.full_like(x, float("nan"))
+        product, what = None, products[rank]
+        if what != AS_IT_IS:
+            filled, x = x, gathered if what == IN_PLACE else torch.full_like(x, float("nan"))
 
             def product(first: int, stop: int, x: Any = x, filled: Any = filled) -> None:
                 seat.dawdle()
@@ -77,11 +78,11 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("products", [(False, False), (True, True), (False, True)], ids=str)
+@pytest.mark.parametrize("products", [(AS_IT_IS, AS_IT_IS), (PRODUCT, IN_PLACE), (IN_PLACE, AS_IT_IS)], ids=", ".join)
 @pytest.mark.parametrize("slot_bytes", [1 << 16, 2048])
 @pytest.mark.parametrize("scattered", [True, False], ids=["own rows", "all rows"])
 def test_gradients_are_right_whatever_is_multiplied_and_however_calls_are_cut(
-    products: tuple[bool, bool], slot_bytes: int, scattered: bool
+    products: tuple[str, str], slot_bytes: int, scattered: bool
 ) -> None:
     for answers in run(2, play, CALLS, products, scattered, slot_bytes=slot_bytes):
         assert all(error < 5e-3 for error in answers[0]), answers  # NaN is not
