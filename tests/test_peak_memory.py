@@ -11,6 +11,7 @@ import torch
 import torch._inductor.config
 from torch.distributed.device_mesh import init_device_mesh
 
+from tpfuse import _torch_private as private
 from tpfuse.passes.plan.sites import DEFAULT_REWRITES, REWRITES
 
 from . import sequence_models as models
@@ -42,6 +43,32 @@ def test_what_is_held_is_counted(peaks):
         peak = peaks.peak_of(torch.nn.Sequential(w, torch.nn.ReLU()), torch.randn(128, 64), backend="inductor")
     y, mask, dw = 4 * 128 * 32, 128 * 32, 4 * 32 * 64
     assert peak.kept in (y, y + mask) and peak.whole == y + dw
+
+
+@pytest.mark.parametrize(
+    ("device", "trains", "given", "told"),
+    [
+        ("meta", True, {}, False),
+        ("meta", True, {"allow_buffer_reuse": True}, True),
+        ("meta", False, {}, None),
+        ("cpu", True, {}, None),
+    ],
+    ids=["a training step", "told to", "inference", "CPU"],
+)
+def test_inductor_is_told_to_reuse_no_buffers_of_a_training_step(device, trains, given, told, monkeypatch):
+    """On whatever device that is not the CPU, unless the user says otherwise."""
+    patches: list = []
+
+    def as_it_is(gm, _, its_patches):
+        patches.append(its_patches)
+        return gm.forward
+
+    monkeypatch.setattr(private, "compile_with_inductor", as_it_is)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(trains):
+        compiled = torch.compile(torch.nn.Linear(4, 4, device=device), backend="tpfuse", options={"inductor": given})
+        compiled(torch.ones(2, 4, device=device))
+    assert [each.get("allow_buffer_reuse") for each in patches] == [told]
 
 
 @pytest.mark.parametrize(

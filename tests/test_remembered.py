@@ -33,7 +33,7 @@ ELSEWHERE = {
     ("kernels.rendezvous", "CAPTURED"): "as above",
     ("kernels.rendezvous", "_LOCKS"): "as above",
     ("tpfuse.product_ops", "_spec"): "a cache of a pure function",
-    ("kernels.symmetric.copies", "_STREAMS"): "a stream for each workspace, which goes with it",
+    ("kernels.symmetric.copies", "_LANES"): "a stream and events for each workspace, which go with it",
     ("kernels.symmetric.operands", "COMPILED_REGISTRY"): "compiled kernels, beside the code that launches them",
 }
 

@@ -94,8 +94,10 @@ def room_for(dtype: torch.dtype, result: Tensor) -> Tensor:
 def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
     given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
     y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
-    large = y.numel() * spec.operands[0].itemsize >= FROM_BYTES
-    x = room_for(spec.operands[0], y) if large else torch.empty(y.shape, dtype=spec.operands[0], device=y.device)
+    dtype = spec.operands[0]
+    assert dtype is not None, "of x, which there always is"
+    large = y.numel() * dtype.itemsize >= FROM_BYTES
+    x = room_for(dtype, y) if large else torch.empty(y.shape, dtype=dtype, device=y.device)
     rows = x.view(-1, y.shape[-1])
 
     def multiply(first: int, stop: int) -> None:

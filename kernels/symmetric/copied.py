@@ -10,7 +10,9 @@ product (`Call.product`). The protocol is that of `copies.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from ..words import POISON
 from .copies import RANKS, READY, Copies, Finish, InCalls, Step, chunks_of, launch, slot
 from .copies import refusal as _refusal
 from .kernel import Kernel
-from .operands import Launch, lies_ready, prepare
+from .operands import Launch, key_of, lies_ready, prepare
 from .workspace import Workspace
 
 _NAN = tl.constexpr(POISON)
@@ -90,21 +92,21 @@ class CopiedLaunch(Launch):
     scalars: tuple
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
-        call, x = self.call, self.inputs[0]
-
-        def finish(first: int, stop: int) -> None:
-            launch(self._finishing(first), stop - first, x.device)
-
-        Whole(self.ws, x.view(call.rows, call.hidden), call.product).run(lambda *_: finish)
+        x = self.inputs[0].view(self.call.rows, self.call.hidden)
+        Whole(self.ws, x, self.call.product).run(lambda *_: self.finish)
         return self.out, self.sum
+
+    def finish(self, first: int, stop: int) -> None:
+        """These rows of x, of which the peer's are there."""
+        launch(self._finishing(first), stop - first, self.call.x.device)
 
     def load(self) -> Any:
         """Compile and load the kernels; the last of them."""
         loaded = None
         copies = Copies(self.ws, self._words)
         with on_device_of(self.inputs[0]):
-            for kernel, args, options in (copies.beginning(), copies.waiting(READY, 0, 4), self._finishing(0)):
-                loaded = kernel.warmup(*args, grid=(1,), **options)
+            for step in (copies.beginning(), copies.waiting(READY, 0, 4), self._finishing(0)):
+                loaded = step.kernel.warmup(*step.args, grid=(1,), **step.options)
                 loaded._init_handles()
         return loaded
 
@@ -113,21 +115,25 @@ class CopiedLaunch(Launch):
         words: Tensor = self.inputs[0].view(-1).view(torch.int32)
         return words
 
-    def _finishing(self, first: int) -> Step:
-        return finishing(self.call, self.inputs, self.out, self.sum, self.scalars, self.ws, first,
+    @cached_property
+    def _finishing(self) -> Callable[[int], Step]:
+        return finishing(self.call, self.inputs, self.out, self.sum, self.scalars, self.ws,
                          {**self.constants, **self.last})  # fmt: skip
 
 
 def finishing(
-    call: Call, inputs: tuple, out: AddNormOut, total: Tensor | None, scalars: tuple, ws: Workspace, first: int,
+    call: Call, inputs: tuple, out: AddNormOut, total: Tensor | None, scalars: tuple, ws: Workspace,
     quant: dict[str, Any],
-) -> Step:  # fmt: skip
-    """The step that finishes rows of x, `first` and those behind it, with the peer's rows at the start of the slot."""
+) -> Callable[[int], Step]:  # fmt: skip
+    """The step that finishes rows of x, a first one and those behind it, with the peer's rows at the start of the slot,
+    by the first one's number."""
     theirs = slot(ws, 0, call.x.dtype)
-    args = (*inputs, out.y, out.residual_out, total, out.mean, out.rstd, *scalars, theirs, ws.state, first)
+    args = (*inputs, out.y, out.residual_out, total, out.mean, out.rstd, *scalars, theirs, ws.state)
     warps = max(4, min(16, next_power_of_2(call.hidden) // 512))
     constants = {"H": call.hidden, "EL": next_power_of_2(call.hidden), "NORM": NORMS[call.norm], "POST": call.post}
-    return _finish_kernel, args, {**constants, **quant, "num_warps": warps}
+    options = {**constants, **quant, "num_warps": warps}
+    key = key_of(_finish_kernel, args, options, call.x.device.index)
+    return lambda first: Step(_finish_kernel, (*args, first), options, key)
 
 
 def copied(call: Call, ws: Workspace, split: int = 1, warps: int = 0, registers: int = 0) -> CopiedLaunch:

@@ -28,10 +28,11 @@ slot that is written too early or too late then holds the right numbers or NaN. 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ FROM_BYTES = 32 << 20
 RANKS = 2
 _POLLS, _NAN, _COPIES = tl.constexpr(POLLS), tl.constexpr(POISON), tl.constexpr(COPIES)
 _WAITING, _BLOCK = 8, 1024  # programs that wait in front of a send, and make words NaN where it comes to that
+_BEGIN: dict[str, Any] = {"FLAGS": COPY_FLAGS, "num_warps": 1}
+_WAIT: dict[str, Any] = {"BLOCK": _BLOCK, "num_warps": 4}
 
 
 @triton.jit
@@ -96,17 +99,31 @@ def _wait_kernel(x_ptr, flag_ptr, state_ptr, watch_ptr, first, words, other, BLO
             block += tl.num_programs(0) * BLOCK
 
 
-#: A kernel, its arguments and its options.
-Step = tuple[Any, tuple, dict[str, Any]]
+class Step(NamedTuple):
+    """A kernel, its arguments and its options; and what it is compiled for, where that is known (`key_of`)."""
+
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+    key: tuple | None = None
 
 
 def launch(step: Step, programs: int, device: torch.device) -> None:
-    kernel, args, options = step
-    launch_again(kernel, programs, args, options, device.index)
+    launch_again(step.kernel, programs, step.args, step.options, device.index, step.key)
 
 
-#: The stream of each workspace's copies. One each: in a shared one, copies of a group would wait behind another's.
-_STREAMS: weakref.WeakKeyDictionary[Workspace, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Lane:
+    """The stream of a workspace's copies, and the events by which it and the callers' streams wait for each other. An
+    event may be recorded again at once: who was told to wait for it waits for what it was then."""
+
+    stream: torch.cuda.Stream
+    asked: torch.cuda.Event
+    sent: dict[int, torch.cuda.Event] = field(default_factory=lambda: defaultdict(torch.cuda.Event))
+
+
+#: One each: in a shared stream, copies of a group would wait behind another's.
+_LANES: weakref.WeakKeyDictionary[Workspace, _Lane] = weakref.WeakKeyDictionary()
 
 
 class _InTurn:
@@ -133,29 +150,32 @@ class _Beside(_InTurn):
     """The stream of copies, beside the caller's."""
 
     def __init__(self, ws: Workspace, device: torch.device) -> None:
-        self.main = torch.cuda.current_stream(device)
-        found = _STREAMS.get(ws)
-        self.copies = found if found is not None else _STREAMS.setdefault(ws, torch.cuda.Stream(device))
-        self.sent: dict[int, torch.cuda.Event] = {}
+        self.main = torch.cuda.current_stream(device.index)
+        found = _LANES.get(ws)
+        self.lane = found or _LANES.setdefault(ws, _Lane(torch.cuda.Stream(device), torch.cuda.Event()))
 
     def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
         """A call that raises leaves copies under way: until they are made its x must not be used for something else,
         nor may the count go on, which they send behind them."""
         if failed is not None:
-            self.main.wait_stream(self.copies)
+            self.main.wait_stream(self.lane.stream)
 
     def follow(self) -> None:
-        self.copies.wait_stream(self.main)
+        self.lane.asked.record(self.main)
+        self.lane.stream.wait_event(self.lane.asked)
 
     @contextmanager
     def sending(self, chunk: int) -> Iterator[None]:
-        with torch.cuda.stream(self.copies):
+        torch.cuda.set_stream(self.lane.stream)  # at a fraction of the cost of torch.cuda.stream
+        try:
             yield
-            self.sent[chunk] = self.copies.record_event()
+            self.lane.sent[chunk].record(self.lane.stream)
+        finally:
+            torch.cuda.set_stream(self.main)
 
     def behind(self, chunk: int) -> None:
         """The caller's stream goes on once the chunk is sent."""
-        self.main.wait_event(self.sent[chunk])
+        self.main.wait_event(self.lane.sent[chunk])
 
 
 class Copies:
@@ -164,6 +184,7 @@ class Copies:
     def __init__(self, ws: Workspace, words: Tensor) -> None:
         self.ws, self.words = ws, words
         self._flags = ws.copies_offset + ws.copy_words
+        self._count = ws.state[COPIES : COPIES + 1]
         self._beside: _InTurn = _InTurn()
 
     def __enter__(self) -> Copies:
@@ -190,7 +211,7 @@ class Copies:
         self._beside.follow()
         with self._beside.sending(chunk):
             there[at : at + words.numel()].copy_(words, non_blocking=True)
-            there[flag : flag + 1].copy_(self.ws.state[COPIES : COPIES + 1], non_blocking=True)
+            there[flag : flag + 1].copy_(self._count, non_blocking=True)
 
     def receive(self, chunk: int) -> None:
         self._beside.behind(chunk)
@@ -199,12 +220,13 @@ class Copies:
     def beginning(self) -> Step:
         flags = self.ws.buffer[self._flags :]
         args = self.ws.state, flags, self.ws.peers, self._flags + READY, 1 - self.ws.rank
-        return _begin_kernel, args, {"FLAGS": COPY_FLAGS, "num_warps": 1}
+        return Step(_begin_kernel, args, _BEGIN, (_begin_kernel, flags.get_device()))
 
     def waiting(self, flag: int, first: int, words: int) -> Step:
         awaited = self.ws.buffer[self._flags + flag :]
         args = self.words, awaited, self.ws.state, self.ws.watch, first, words, 1 - self.ws.rank
-        return _wait_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+        key = (_wait_kernel, awaited.get_device(), self.words.data_ptr() % 16)
+        return Step(_wait_kernel, args, _WAIT, key)
 
 
 #: Finishes rows [first, stop) of a call of the protocol.

@@ -36,6 +36,7 @@ from .workspace import Workspace
 
 _NAN = tl.constexpr(POISON)
 _BLOCK = 1024
+_TAKE = {"BLOCK": _BLOCK, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["quads"])
@@ -85,16 +86,14 @@ class Exchange(InCalls):
         x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
         copies = Copies(self.ws, x)
         with on_device_of(x):
-            for kernel, args, options in (
-                copies.beginning(), copies.waiting(READY, 0, 4), step, self._taking(y, 0, 0, 4)
-            ):  # fmt: skip
-                loaded = kernel.warmup(*args, grid=(1,), **options)
+            for each in (copies.beginning(), copies.waiting(READY, 0, 4), step, self._taking(y, 0, 0, 4)):
+                loaded = each.kernel.warmup(*each.args, grid=(1,), **each.options)
                 loaded._init_handles()
         return loaded
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
         args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words // 4
-        return _take_kernel, args, {"BLOCK": _BLOCK, "num_warps": 4}
+        return Step(_take_kernel, args, _TAKE, (_take_kernel, y.get_device(), *(t.data_ptr() % 16 for t in args[:2])))
 
 
 def halves_of(rows: int) -> list[tuple[int, int]]:
@@ -114,13 +113,14 @@ class ExchangedLaunch(Launch):
     exchange: Exchange
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
-        self.exchange.run(self._finishing)
+        self.exchange.run(self.finisher)
         return replace(self.out, y=self.gathered), self.sum
 
     def load(self) -> Any:
         return self.exchange.load(self._step(0, self.call.rows // 2)(0)) if self.call.rows else None
 
-    def _finishing(self, start: int, stop: int) -> Finish:
+    def finisher(self, start: int, stop: int) -> Finish:
+        """What finishes some of these rows of the own half, `start` of it and those behind."""
         step, device = self._step(start, stop), self.call.x.device
         return lambda first, last: launch(step(first), last - first, device)
 
@@ -135,7 +135,7 @@ class ExchangedLaunch(Launch):
         y, hidden, mean, rstd = map(rows, (self.out.y, self.out.residual_out, self.out.mean, self.out.rstd))
         assert y is not None, "it always is there"
         out = AddNormOut(y, hidden, mean, rstd)
-        return lambda first: finishing(self.call, inputs, out, total, self.scalars, self.ws, first, {})
+        return finishing(self.call, inputs, out, total, self.scalars, self.ws, {})
 
 
 def exchanged(call: Call, ws: Workspace) -> ExchangedLaunch:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._torch_private import raw_stream
 from ..add_norm import on_device_of, quantised_tensors, scales, split_eps
 from ..call import NORMS, AddNormOut, Call
 from ..compat import INTERPRETED, next_power_of_2
@@ -79,19 +80,30 @@ def _marks(args: Iterable[Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def launch_again(kernel: Any, programs: int, args: tuple, options: dict[str, Any], device: int | None) -> None:
+def launch_again(
+    kernel: Any, programs: int, args: tuple, options: dict[str, Any], device: int | None, key: tuple | None = None
+) -> None:  # fmt: skip
     """As `kernel[(programs,)](*args, **options)`, but what was compiled before is launched at once. For a call of many
-    kernels, which is no `Launch`. `options`: constexprs, tensors behind them, and Triton's own."""
-    tensors = [value for value in options.values() if isinstance(value, Tensor)]
-    named = [(name, value) for name, value in options.items() if not isinstance(value, Tensor)]
-    key = (kernel, device, *named, *_marks((*args, *tensors)))
+    kernels, which is no `Launch`. `options`: constexprs, tensors behind them, and Triton's own. `key`: `key_of` the
+    rest, where the caller knows it."""
+    key = key or key_of(kernel, args, options, device)
     known = COMPILED_REGISTRY.get(key)
     if known is not None:
-        known[0][(programs, 1, 1)](*args, *(options.get(name) for name in known[1]))
+        stream = None if device is None else raw_stream(device)
+        known[0][(programs, 1, 1)](*args, *(options.get(name) for name in known[1]), stream=stream)
         return
     compiled = kernel[(programs,)](*args, **options)
     if compiled is not None:  # the interpreter compiles nothing
         COMPILED_REGISTRY[key] = compiled, kernel.arg_names[len(args) :]
+
+
+def key_of(kernel: Any, args: tuple, options: dict[str, Any], device: int | None) -> tuple:
+    """All that Triton compiles a kernel for, as `Launch` has it. To find that out costs the host more than the launch:
+    a caller that launches a kernel several times, and changes nothing but numbers for which none is compiled, asks
+    once."""
+    tensors = [value for value in options.values() if isinstance(value, Tensor)]
+    named = [(name, value) for name, value in options.items() if not isinstance(value, Tensor)]
+    return (kernel, device, *named, *_marks((*args, *tensors)))
 
 
 def launch_options(warps: int, registers: int) -> dict[str, int]:

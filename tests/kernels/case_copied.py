@@ -127,13 +127,13 @@ class _Stream:
 
 def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
     beside = object.__new__(copies._Beside)
-    beside.main, beside.copies = _Stream(), _Stream()
+    beside.main, beside.lane = _Stream(), copies._Lane(_Stream(), None)
     with beside:
         pass
     assert beside.main.waited is None  # each chunk was waited for
     with pytest.raises(ZeroDivisionError), beside:
         raise ZeroDivisionError
-    assert beside.main.waited is beside.copies
+    assert beside.main.waited is beside.lane.stream
 
 
 def hasty(seat: Seat, calls: list[Call]) -> int:

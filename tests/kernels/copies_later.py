@@ -84,7 +84,7 @@ def wrong_without_the_slot(seat: Seat, calls: list[Call], between: Callable[[Cal
         time.sleep(0.01)
 
     def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
-        return (_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
+        return copies.Step(_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
 
     copies.Copies.waiting = without_the_slot  # type: ignore[method-assign]
     if seat.ws.rank == 1:

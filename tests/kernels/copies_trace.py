@@ -94,8 +94,8 @@ class Trace:
         assert words.start == self.slot + (room + self.chunks[chunk][0]) * ROW, "another place in the slot"
         return self.note("rows", chunk + of_y * len(self.chunks))
 
-    def launch(self, step: tuple, programs: int, device: Any) -> None:
-        kernel, args, _ = step
+    def launch(self, step: copies.Step, programs: int, device: Any) -> None:
+        kernel, args = step.kernel, step.args
         if kernel is copies._begin_kernel:
             self.call += 1
             self.note("begin", 0)
