@@ -70,19 +70,46 @@ def overlap_ways() -> str:
 
 
 def overlap_prefill() -> str:
-    """A prefill step with its products overlapped, beside Inductor's."""
+    """Prefill steps with their products overlapped, beside Inductor's."""
     records = records_of("end_to_end_overlap_h200_x2.json")
-    by = {r["provider"]: r for r in records}
     lines = []
-    for name in (name for name in by if "CUDA graph" not in name):
-        cells = []
-        for way in ("", " + CUDA graph"):
-            theirs, this = by[f"inductor{way}"], by[name + way]
-            cells += [f"{this['ms']:.2f} ({this['spread']:.2f})", f"{theirs['ms'] / this['ms']:.3f}"]
-        lines.append([name.replace("inductor", "Inductor"), *cells])
-    head = [f"{records[0]['phase']} {records[0]['size']}", "from Python (quartiles apart)", "Inductor / this",
-            "CUDA graph (quartiles apart)", "Inductor / this"]  # fmt: skip
+    for size in dict.fromkeys(r["size"] for r in records):
+        by = {r["provider"]: r for r in records if r["size"] == size}
+        for name in (name for name in by if "CUDA graph" not in name):
+            cells = []
+            for way in ("", " + CUDA graph"):
+                theirs, this = by[f"inductor{way}"], by[name + way]
+                cells += [f"{this['ms']:.2f} ({this['spread']:.2f})", f"{theirs['ms'] / this['ms']:.3f}"]
+            lines.append([f"{size:,}", name.replace("inductor", "Inductor"), *cells])
+    head = ["tokens", "", "from Python (quartiles apart)", "Inductor / this", "CUDA graph (quartiles apart)",
+            "Inductor / this"]  # fmt: skip
     return table(head, lines)
 
 
-TABLES = {f.__name__: lambda _, f=f: f() for f in (overlap, overlap_scattered, overlap_ways, overlap_prefill)}
+def overlap_power() -> str:
+    """Parts of an overlap, and what follows it, under load."""
+    records = [r for r in records_of("overlap_power_h200_x2.json") if r["product"] != "prefill"]
+    sizes = list(dict.fromkeys((r["product"], r["rows"]) for r in records))
+    lines = []
+    for way in dict.fromkeys(r["provider"] for r in records):
+        found = {(r["product"], r["rows"]): r for r in records if r["provider"] == way}
+        lines.append([way, *(f"{found[size]['us']:.0f} ({found[size]['mhz'] / 1000:.2f})" for size in sizes)])
+    return table(["", *(f"{product}, {rows} rows" for product, rows in sizes)], lines)
+
+
+def overlap_power_prefill() -> str:
+    """Prefill steps under load, and one that sends nothing."""
+    records = [r for r in records_of("overlap_power_h200_x2.json") if r["product"] == "prefill"]
+    theirs = records[0]["us"]
+    lines = [
+        [f"{r['rows']:,}", r["provider"], f"{r['us'] / 1000:.2f} ({r['spread'] / 1000:.2f})",
+         f"{theirs / r['us']:.3f}", f"{r['watts']:.0f}", f"{r['mhz']:,.0f}"]
+        for r in records
+    ]  # fmt: skip
+    return table(["tokens", "", "ms (turns apart)", "Inductor / this", "W", "MHz"], lines)
+
+
+TABLES = {
+    f.__name__: lambda _, f=f: f()
+    for f in (overlap, overlap_scattered, overlap_ways, overlap_prefill, overlap_power, overlap_power_prefill)
+}

@@ -29,7 +29,8 @@ class Options:
         and does not raise (`Boundary.demanded`); at rows that are only assumed, for want of `max_rows`, it raises.
     inner: who compiles the rewritten graph, "inductor" or "aot_eager".
     mode: one of torch.compile's modes; torch forbids its own mode= beside options=.
-    inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them.
+    inductor: Inductor's own options, as `torch.compile(backend="inductor", options=...)` takes them. A training step on
+        a GPU is compiled with `allow_buffer_reuse` False unless it is given: a buffer kept for reuse can be its peak.
     rewrites: the rewrites that may be used; all but "norm_backward", "quantised_outputs" and "overlap_all_reduce_norm"
         unless it is given. The last is named on every rank or on none: it decides which kernel runs.
     batch_invariant: a row's result at a boundary is bitwise the same whatever the other rows are and however many: one
