@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/stress.py --calls 1000000             linked GPUs, one process each
     torchrun --nproc-per-node 2 benchmarks/stress.py --calls 10000 --plant slot  a fault, to be found
     torchrun ... --calls 10000 --kernels copied exchanged [--plant copy]         of copies alone, on 2 GPUs
+    torchrun ... --calls 10000 --kernels backward backward_scattered [--plant copy]    norms' backward, on 2 GPUs
     python benchmarks/stress.py --virtual 2 --calls 100000                       virtual ranks on one GPU
     python benchmarks/stress.py --interpret --calls 200                          Triton's interpreter, no GPU
 
@@ -27,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "benchmarks" / "results" / "stress.jsonl"
+KERNELS = "one_shot", "two_shot", "barrier", "copied", "exchanged", "backward", "backward_scattered"
 
 
 def parsed() -> argparse.Namespace:
@@ -36,8 +38,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--calls-a-graph", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plant", choices=("slot", "epoch", "flag", "copy"), help="the last rank is given this fault")
-    parser.add_argument("--kernels", nargs="+", choices=("one_shot", "two_shot", "barrier", "copied", "exchanged"),
-                        help="calls of these alone")  # fmt: skip
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="calls of these alone")
     parser.add_argument("--timeout", type=float, help="seconds that a kernel waits for a peer (30; with --plant 0.5)")
     parser.add_argument("--out", type=Path, default=OUT, help="'-': nowhere")
     parser.add_argument("--virtual", type=int, metavar="RANKS", help="so many ranks on one GPU")
@@ -59,10 +60,11 @@ from tpfuse.kernels.bench.overlap import (  # noqa: E402
     ROWS,
     TINY_RECIPES,
     Batch,
-    Ledger,
     draw_calls,
     make_batch,
+    usable,
 )
+from tpfuse.kernels.bench.overlap_steps import Ledger  # noqa: E402
 from tpfuse.kernels.symmetric.timeout import late_ranks, set_timeout  # noqa: E402
 from tpfuse.kernels.symmetric.workspace import Workspace  # noqa: E402
 
@@ -72,7 +74,9 @@ Answer = dict[str, Any]
 def batches_of(ws: Workspace, ledger: Ledger, args: argparse.Namespace) -> list[Batch]:
     """This rank's part of every graph. The fault, if there is one, is in the first two of the last rank's."""
     recipes, rows = (TINY_RECIPES, (0, 1, 2, 3, 5)) if args.interpret else (RECIPES, ROWS)
-    recipes = [recipe for recipe in recipes if not args.kernels or recipe.kernel in args.kernels]
+    recipes = [recipe for recipe in usable(recipes, ws) if not args.kernels or recipe.kernel in args.kernels]
+    if not recipes:
+        raise SystemExit(f"{ws.world} ranks make no calls of {', '.join(args.kernels)}")
     batches = []
     for n in range(args.graphs):
         calls = draw_calls(args.seed * 1000 + n, args.calls_a_graph, recipes, rows)

@@ -39,6 +39,20 @@ def fill_kernel(x_ptr, residual_ptr, y_ptr, residual_out_ptr, clock_ptr, index, 
     tl.store(residual_out_ptr + owned, nan.to(residual_out_ptr.dtype.element_ty), mask=own)
 
 
+@triton.jit
+def _tell(tally_ptr, wrong, call):
+    bad = tl.sum(wrong.to(tl.int32), axis=0)
+    if bad > 0:
+        tl.atomic_add(tally_ptr, (bad > 0).to(tl.int64))
+        tl.atomic_min(tally_ptr + 1, call.to(tl.int64))
+
+
+@triton.jit
+def _mark(tally_ptr, y, places):
+    bits = y.to(tl.int32, bitcast=True)
+    tl.atomic_add(tally_ptr + 2, tl.sum(bits.to(tl.int64) * places.to(tl.int64), axis=0))
+
+
 @triton.jit(do_not_specialize=["index", "first", "stop"])
 def check_kernel(y_ptr, residual_out_ptr, weight_ptr, clock_ptr, index, first, stop, tally_ptr, H: tl.constexpr,
                   BLOCK: tl.constexpr, WORLD: tl.constexpr, NORM: tl.constexpr, TOLERANCE: tl.constexpr):  # fmt: skip
@@ -66,12 +80,102 @@ def check_kernel(y_ptr, residual_out_ptr, weight_ptr, clock_ptr, index, first, s
     own = mask & (row >= first) & (row < stop)
     h_there = tl.load(residual_out_ptr + at - first * H, mask=own, other=0.0).to(tl.float32)
     right = ((own == 0) | (h_there == h)) & (tl.abs(y - want) <= TOLERANCE * (tl.abs(want) + 0.01))
-    bad = tl.sum((mask & (right == 0)).to(tl.int32), axis=0)  # a NaN is not right
-    if bad > 0:
-        tl.atomic_add(tally_ptr, (bad > 0).to(tl.int64))
-        tl.atomic_min(tally_ptr + 1, call.to(tl.int64))
-    bits = y.to(tl.int32, bitcast=True)
-    tl.atomic_add(tally_ptr + 2, tl.sum(bits.to(tl.int64) * (cols + 1 + row + call).to(tl.int64), axis=0))
+    _tell(tally_ptr, mask & (right == 0), call)  # a NaN is not right
+    _mark(tally_ptr, y, cols + 1 + row + call)
+
+
+@triton.jit
+def _normed(call, at, mask, H: tl.constexpr, NORM: tl.constexpr):
+    """(h of a row that a backward call gets, its mean, its rstd)."""
+    h = tl.where(mask, _value(call, 98, at, 3), 0.0)
+    mean = tl.sum(h, axis=0) * 0.0
+    if NORM == 1:
+        mean = tl.sum(h, axis=0) / H
+    d = tl.where(mask, h - mean, 0.0)
+    return h, mean, tl.rsqrt(tl.sum(d * d, axis=0) / H + _EPS)
+
+
+@triton.jit
+def _sum(call, at, WORLD: tl.constexpr):
+    """Of what all ranks sent."""
+    s = _value(call, 0, at, 7)
+    for q in tl.static_range(1, WORLD):
+        s += _value(call, q, at, 7)
+    return s
+
+
+@triton.jit(do_not_specialize=["index", "first"])
+def fill_norm_kernel(h_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, clock_ptr, index, first, H: tl.constexpr,
+                     BLOCK: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """What a backward call gets besides the inputs of `fill_kernel`, of one row behind `first`; its gradients of
+    vectors become NaN."""
+    row = tl.program_id(0)
+    call = tl.load(clock_ptr) + index
+    cols = tl.arange(0, BLOCK)
+    mask = cols < H
+    h, mean, rstd = _normed(call, (row + first) * H + cols, mask, H, NORM)
+    tl.store(h_ptr + row * H + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    if row == 0:
+        nan = tl.full([BLOCK], float("nan"), tl.float32)
+        tl.store(dweight_ptr + cols, nan, mask=mask)
+        tl.store(dbias_ptr + cols, nan, mask=mask)
+
+
+@triton.jit(do_not_specialize=["index", "first", "stop"])
+def check_dx_kernel(dx_ptr, total_ptr, weight_ptr, clock_ptr, index, first, stop, tally_ptr, H: tl.constexpr,
+                    BLOCK: tl.constexpr, WORLD: tl.constexpr, NORM: tl.constexpr, TOLERANCE: tl.constexpr):  # fmt: skip
+    """One row of a backward call's results: dx, and the sum of rows [first, stop). `tally`: as in `check_kernel`."""
+    row = tl.program_id(0)
+    call = tl.load(clock_ptr) + index
+    cols = tl.arange(0, BLOCK)
+    mask = cols < H
+    at = row * H + cols
+    s = tl.where(mask, _sum(call, at, WORLD), 0.0)
+    h, mean, rstd = _normed(call, at, mask, H, NORM)
+    n = tl.where(mask, h - mean, 0.0) * rstd
+    g = s * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    want = g - n * (tl.sum(g * n, axis=0) / H)
+    if NORM == 1:
+        want -= tl.sum(g, axis=0) / H
+    want = want * rstd + _value(call, 99, at, 63)
+    dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    own = mask & (row >= first) & (row < stop)
+    total = tl.load(total_ptr + at - first * H, mask=own, other=0.0).to(tl.float32)
+    right = ((own == 0) | (total == s)) & (tl.abs(dx - want) <= TOLERANCE * tl.abs(want) + 1e-4)
+    _tell(tally_ptr, mask & (right == 0), call)
+    _mark(tally_ptr, dx, cols + 1 + row + call)
+
+
+@triton.jit(do_not_specialize=["index", "first", "stop"])
+def check_vectors_kernel(dweight_ptr, dbias_ptr, mean_ptr, rstd_ptr, clock_ptr, index, first, stop, tally_ptr,
+                         H: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Some columns of the gradients of weight and bias, which are sums over rows [first, stop); wrong ones count as one
+    row. The order of the sum changes the first by a few roundings, and no bit of the second, of whole numbers."""
+    call = tl.load(clock_ptr) + index
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < H
+    of_weight = tl.zeros([BLOCK], tl.float32)
+    of_bias = tl.zeros([BLOCK], tl.float32)
+    size = tl.zeros([BLOCK], tl.float32)
+    row = first
+    while row < stop:
+        at = row * H + cols
+        s = _sum(call, at, WORLD)
+        h = _value(call, 98, at, 3)
+        if NORM == 1:
+            h -= tl.load(mean_ptr + row - first)
+        part = s * (h * tl.load(rstd_ptr + row - first))
+        of_weight += part
+        size += tl.abs(part)
+        of_bias += s
+        row += 1
+    dweight = tl.load(dweight_ptr + cols, mask=mask, other=0.0)
+    right = tl.abs(dweight - of_weight) <= 2e-5 * size + 1e-6
+    if dbias_ptr is not None:
+        right = right & (tl.load(dbias_ptr + cols, mask=mask, other=0.0) == of_bias)
+    _tell(tally_ptr, mask & (right == 0), call)
 
 
 @triton.jit

@@ -53,14 +53,16 @@ def test_overlapping_calls_of_linked_gpus(tmp_path) -> None:
 
 
 @pytest.mark.skipif(LINKED != 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("kernels", [("copied",), ("exchanged",), ("copied", "exchanged")], ids=" ".join)
+@pytest.mark.parametrize("kernels", [
+    ("copied",), ("exchanged",), ("copied", "exchanged"), ("backward", "backward_scattered"),
+], ids=" ".join)  # fmt: skip
 def test_calls_by_copy_engines_alone(kernels: tuple[str, ...], tmp_path) -> None:
     said = stress(tmp_path, True, "--calls", "5000", "--seed", "8", "--kernels", *kernels)
     assert said["calls"] >= 5000 and said["wrong_rows"] == 0
 
 
 @pytest.mark.skipif(LINKED != 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("kernel", ["copied", "exchanged"])
+@pytest.mark.parametrize("kernel", ["copied", "exchanged", "backward", "backward_scattered"])
 def test_a_flag_that_is_up_before_the_copy_is_found(kernel: str, tmp_path) -> None:
     assert stress(tmp_path, True, "--calls", "10000", "--plant", "copy", "--kernels", kernel)["as_expected"]
 
