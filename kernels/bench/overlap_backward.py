@@ -57,8 +57,8 @@ class BackwardLaunch:
             return
         copies = Copies(self.ws, self.x.view(-1).view(torch.int32))
         with on_device_of(self.x):
-            for kernel, args, options in (copies.beginning(), copies.waiting(READY, 0, 4)):
-                kernel.warmup(*args, grid=(1,), **options)._init_handles()
+            for step in (copies.beginning(), copies.waiting(READY, 0, 4)):
+                step.kernel.warmup(*step.args, grid=(1,), **step.options)._init_handles()
             if self.scattered:  # and what takes the peer's rows
                 Exchange(self.ws, self.x, self.product, self.dx).load(copies.beginning())
             rows, chunks_of_rows = len(self.total), halves_of if self.scattered else chunks_of
