@@ -18,10 +18,12 @@ from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.bench.linked import LinkedRanks
 from tpfuse.kernels.call import AddNormOut, Call
+from tpfuse.kernels.norm_backward import NormBackwardCall, norm_backward_reference
 from tpfuse.kernels.rendezvous import workspace_of
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.copied import copied
 from tpfuse.kernels.symmetric.exchanged import ExchangedLaunch, exchanged
+from tpfuse.kernels.symmetric.norm_backward_by_copies import norm_backward_by_copies
 from tpfuse.kernels.symmetric.one_shot import fits as one_shot_fits
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.timeout import late_ranks
@@ -33,6 +35,8 @@ pytestmark = pytest.mark.gpu
 WORLD = min(torch.cuda.device_count(), MOST_RANKS)
 BF16, F32 = torch.bfloat16, torch.float32
 KERNELS = ("one_shot", "one_shot/4", "two_shot", "barrier", *(["copied", "exchanged"] if WORLD == 2 else []))
+#: The backward of a norm by copies, of all rows and of scattered ones.
+BACKWARD = ("backward", "backward_scattered") if WORLD == 2 else ()
 
 
 def _group(rank: int) -> dist.ProcessGroup:
@@ -84,9 +88,46 @@ def _off(out: AddNormOut, truth: Call) -> float:
         Call(*wide, None, truth.weight.float(), eps=truth.eps, norm=truth.norm, out_dtype=F32, hidden_dtype=F32)
     )
     own = slice(None) if len(out.residual_out) == len(out.y) else _own(truth, dist.get_rank())
-    pairs = ((out.y, right.y), (out.residual_out, right.residual_out[own]))
+    return _worst([(out.y, right.y), (out.residual_out, right.residual_out[own])])
+
+
+def _worst(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     errors = torch.stack([(a.float() - b).norm() / b.norm().clamp_min(1e-9) for a, b in pairs])
     return errors.nan_to_num(float("inf")).max().item()  # max() of Python's numbers passes over a NaN
+
+
+class _Backward:
+    """One call of BACKWARD: the ranks' x are the parts of a gradient; the residual is what was normalised, and what is
+    added. `in_place`: x is a product, in the memory of dx."""
+
+    def __init__(self, kernel: str, op: Call, truth: Call, ws, in_place: bool) -> None:
+        self.ws, self.scattered, self.truth = ws, kernel == "backward_scattered", truth
+        self.own = _own(op, ws.rank) if self.scattered else slice(None)
+        self.dx, self.total = torch.empty_like(op.x), torch.empty_like(op.x[self.own])
+        self.x, self.product = (self.dx, self._multiply) if in_place else (op.x, None)
+        self.factor = op.x
+        self.call = self._call(replace(op, x=self.x), self.own)
+
+    def _multiply(self, first: int, stop: int) -> None:
+        torch.mul(self.factor[first:stop], 1, out=self.dx[first:stop])
+
+    @staticmethod
+    def _call(op: Call, rows: slice) -> NormBackwardCall:
+        h = op.residual[rows]
+        return NormBackwardCall(op.x[rows], h, weight=op.weight, residual=h, norm=op.norm, eps=op.eps,
+                                out_dtype=op.x.dtype, want_weight=True, want_bias=op.norm == "layer_norm")  # fmt: skip
+
+    def run(self) -> None:
+        self.out = norm_backward_by_copies(
+            self.x, self.dx, self.call, self.ws, self.product, self.total, self.scattered
+        )  # fmt: skip
+
+    def off(self) -> float:
+        """As `_off`, of dx, the sum, and the gradients of weight and bias."""
+        truth = replace(self.truth, residual=self.truth.residual.float(), weight=self.truth.weight.float())
+        right, own = (norm_backward_reference(self._call(truth, rows)) for rows in (slice(None), self.own))
+        pairs = [(self.dx, right.dx), (self.total, truth.x[self.own]), (self.out.dweight, own.dweight)]
+        return _worst(pairs if own.dbias is None else [*pairs, (self.out.dbias, own.dbias)])
 
 
 def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]]:
@@ -99,23 +140,27 @@ def _stress(rank: int, calls: int) -> tuple[list[str], list[int], dict[int, int]
     same, mine = random.Random(0), random.Random(rank + 1)
     wrong, marks = [], []
     for call in range(calls):
-        kernel, rows = same.choice(KERNELS), same.choice([0, 1, 2, 5, 8, 33, 150, 280])
+        kernel, rows = same.choice(KERNELS + BACKWARD), same.choice([0, 1, 2, 5, 8, 33, 150, 280])
         hidden, norm = same.choice([1024, 4096, 7168]), same.choice(["rms_norm", "layer_norm"])
         dtype = same.choice([BF16, F32])
-        rows *= 2 if kernel == "exchanged" else 1
-        op, truth = _operands(call, rank, rows, hidden, norm, dtype)
-        launch = _launch(kernel, op, same.choice(spaces))
-        out = _result(launch)
-        out.y.fill_(float("nan"))
+        rows *= 2 if kernel in ("exchanged", "backward_scattered") else 1
+        (op, truth), space = _operands(call, rank, rows, hidden, norm, dtype), same.choice(spaces)
+        if kernel in BACKWARD:
+            launch = _Backward(kernel, op, truth, space, in_place=mine.random() < 0.5)
+            y = launch.dx
+        else:
+            launch = _launch(kernel, op, space)
+            y = _result(launch).y
+        y.fill_(float("nan"))
         if mine.random() < 0.4:
             torch.cuda._sleep(mine.randrange(1000, 200_000))
         launch.run()
         if rows:
-            off = _off(out, truth)
+            off = launch.off() if kernel in BACKWARD else _off(_result(launch), truth)
             if not off < (1e-5 if dtype == F32 else 6e-3):
-                bad = int(out.y.isnan().any(-1).sum())
+                bad = int(y.isnan().any(-1).sum())
                 wrong.append(f"call {call}: {kernel}, {rows} x {hidden}, {dtype}, {norm}: off {off:.1e}, {bad} NaN")
-        marks.append(int(out.y.view(torch.int16).to(torch.int64).sum()) if rows else 0)
+        marks.append(int(y.view(torch.int16).to(torch.int64).sum()) if rows else 0)
     torch.cuda.synchronize()
     return wrong, marks, late_ranks(ws.watch)
 
