@@ -145,7 +145,7 @@ def training_steps(file: str) -> str:
     records = records_of(file)
     theirs = {(r["world"], r["phase"], r["size"]): r["ms"] for r in records if r["provider"] == "inductor"}
     names = {"inductor": "Inductor", "norm_backward": "tpfuse, `norm_backward` named", "micro_pipeline": "async TP",
-             "no_reuse": "tpfuse, buffers not reused", "overlap": "tpfuse, `overlap_all_reduce_norm` named",
+             "reuse": "tpfuse, buffers reused", "overlap": "tpfuse, `overlap_all_reduce_norm` named",
              "all_named": "tpfuse, both named"}  # fmt: skip
     lines = [
         [f"{r['world']}", r["phase"], names.get(r["provider"], r["provider"]), f"{r['ms']:.1f}",

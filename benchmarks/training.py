@@ -6,7 +6,7 @@
                                                                                         PyTorch's async TP
     ... --providers inductor tpfuse overlap all_named                                   overlap_all_reduce_norm named;
                                                                                         norm_backward as well
-    ... --providers inductor tpfuse no_reuse                                            tpfuse, and Inductor reuses no
+    ... --providers inductor tpfuse reuse                                               tpfuse, and Inductor reuses
                                                                                         buffers (peak_memory.py)
     torchrun --nproc-per-node 2 benchmarks/training.py --tiny                           tiny sizes on the CPU
 
@@ -70,7 +70,7 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "norm_backward": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward"]}},
     "overlap": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, OVERLAP]}},
     "all_named": {"backend": tpfuse_backend, "options": {"rewrites": [*DEFAULT_REWRITES, "norm_backward", OVERLAP]}},
-    "no_reuse": {"backend": tpfuse_backend, "options": {"inductor": {"allow_buffer_reuse": False}}},
+    "reuse": {"backend": tpfuse_backend, "options": {"inductor": {"allow_buffer_reuse": True}}},
     "micro_pipeline": {"backend": "inductor", "options": {"_micro_pipeline_tp": True}},
 }
 #: How far apart losses may be, by dtype: they are about log(vocabulary).
