@@ -60,7 +60,7 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     if copies and ws.copy_words:
         chosen = replace(chosen, kernel="copied")
     # No record of a call that may be made by copies once there is a slot for them: its peer may find one sooner.
-    ran = None if site is None or copies else lambda launch: site.leave(launch, call, ws, table)
+    ran = None if site is None or copies else lambda launches: site.leave(launches, call, ws, table)
     return run(chosen, call, ws, ran)
 
 

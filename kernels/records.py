@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,12 @@ from .symmetric.workspace import Workspace
 MOST = 4096
 #: Of a kernel's arguments: x, residual, pre_bias, weight, bias, y, hidden, total, mean, rstd, eps.
 TENSORS = 11
+_VECTORS = (2, 3, 4, 10)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One launch. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
+    """One call. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
     scale where it quantises; `late`: words of the host's memory, one for
     each workspace of the group, that are not 0 once a kernel gave up waiting for a peer."""
 
@@ -65,23 +66,57 @@ class Records:
             self.known.clear()
 
 
+@dataclass(frozen=True)
+class _InPieces:
+    """A call that is several launches, each of some rows. `each`: a launch, by how many bytes its tensors lie behind
+    the call's (in the order of TENSORS), and its other arguments."""
+
+    each: tuple[tuple[Callable[..., Any], tuple[int, ...], tuple], ...]
+
+    def __call__(self, *addresses: int | None, stream: int) -> None:
+        for launch, behind, rest in self.each:
+            own = [at if at is None else at + by for at, by in zip(addresses, behind, strict=True)]
+            launch(*own, *rest, stream=stream)
+
+
 def record_of(
-    launch: Launch, tensors: tuple[Tensor | None, ...], ws: Workspace, table: Table, workspaces: tuple[Workspace, ...]
-) -> Record | None:
-    """The record of a launch that was just made for a call with these tensors (in the order of TENSORS), or None where
-    it cannot be made again with others: inputs were copied, a tensor does not lie on 16 bytes, or nothing compiled was
-    launched. `workspaces`: all that kernels of the group may still run on."""
-    ready = launch.args[:TENSORS]
-    if launch.kernel is None or any(a is not b for a, b in zip(ready, tensors, strict=True)):
-        return None
-    if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *launch.last.values())):
+    launches: Sequence[Launch], tensors: tuple[Tensor | None, ...], ws: Workspace, table: Table,
+    workspaces: tuple[Workspace, ...],
+) -> Record | None:  # fmt: skip
+    """The record of a call that was just made with these tensors (in the order of TENSORS) by one launch or by several,
+    each of the rows behind those of the one before; or None where it cannot be made again with others: inputs were
+    copied, a tensor does not lie on 16 bytes, nothing compiled was launched, or several launches quantise.
+    `workspaces`: all that kernels of the group may still run on."""
+    if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *launches[0].last.values())):
         # of eps's place no kernel is compiled for
         return None
-    found = launch.compiled()
-    if found is None:
-        return None
-    compiled, constexprs = found
-    # The watch is pinned memory of the host: only the launcher knows the device's address of it.
-    rest = [a.data_ptr() if isinstance(a, Tensor) and a is not ws.watch else a for a in launch.args[TENSORS:]]
+    pieces, first = [], 0
+    for launch in launches:
+        found = launch.compiled()
+        behind = tuple(first * each for each in _row_bytes(tensors))
+        if found is None or not _lie_behind(launch.args[:TENSORS], tensors, behind):
+            return None
+        compiled, constexprs = found
+        # The watch is pinned memory of the host: only the launcher knows the device's address of it.
+        rest = [a.data_ptr() if isinstance(a, Tensor) and a is not ws.watch else a for a in launch.args[TENSORS:]]
+        pieces.append((compiled[(launch.programs, 1, 1)], behind, (*rest, *constexprs)))
+        first += launch.out.y.numel() // launch.out.y.shape[-1]
     late = tuple(ctypes.c_int32.from_address(each.watch.data_ptr() + 4 * GONE) for each in workspaces)
-    return Record(ws, table, compiled[(launch.programs, 1, 1)], (*rest, *constexprs), late)
+    if len(pieces) == 1:
+        return Record(ws, table, pieces[0][0], pieces[0][2], late)
+    return None if launches[0].last else Record(ws, table, _InPieces(tuple(pieces)), (), late)
+
+
+def _row_bytes(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """Of each tensor, in the order of TENSORS: x, residual, and what is filled have rows; vectors and eps have none."""
+    return [
+        0 if t is None or index in _VECTORS else t.shape[-1] * t.element_size() for index, t in enumerate(tensors)
+    ]
+
+
+def _lie_behind(given: tuple, tensors: tuple[Tensor | None, ...], behind: tuple[int, ...]) -> bool:
+    """Whether a launch was given the call's own tensors, from so many bytes on, and no copies of them."""
+    return all(
+        a is t if a is None or t is None else a.data_ptr() == t.data_ptr() + by
+        for a, t, by in zip(given, tensors, behind, strict=True)
+    )

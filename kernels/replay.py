@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ class Site:
     def __init__(self, group_name: str) -> None:
         self.group_name = group_name
 
-    def leave(self, launch: Launch, call: Call, ws: Workspace, table: Table) -> None:
+    def leave(self, launches: Sequence[Launch], call: Call, ws: Workspace, table: Table) -> None:
         """Leave a record of a call that was just launched, where it can be launched again and still may."""
         member = WORKSPACE_REGISTRY.get(self.group_name)
         if member is None or member.workspace is not ws or call.out is None:
             return
         tensors = (call.x, call.residual, call.pre_bias, call.weight, call.bias, call.out.y, call.out.residual_out,
                    call.sum_out, call.out.mean, call.out.rstd, call.eps_tensor)  # fmt: skip
-        record = record_of(launch, tensors, ws, table, member.workspaces)
+        record = record_of(launches, tensors, ws, table, member.workspaces)
         if record is not None:
             member.records.keep((self, call.x.shape, call.x.get_device()), record)
 

@@ -19,15 +19,15 @@ from .workspace import Workspace
 
 
 def run(
-    entry: Entry, call: Call, ws: Workspace, ran: Callable[[Launch], None] | None = None
+    entry: Entry, call: Call, ws: Workspace, ran: Callable[[list[Launch]], None] | None = None
 ) -> tuple[AddNormOut, Tensor | None] | None:
     """What `bind(entry, call, ws)` gives, run; in pieces where it is too large. None for the functional
-    path. `ran` is told of a call that was one launch."""
+    path. `ran` is told of the launches, in the order of their rows."""
     launch = bind(entry, call, ws)
     if launch is not None:
         done = launch.run()
         if ran is not None:
-            ran(launch)
+            ran([launch])
         return done
     most = most_rows("one_shot" if call.batch_invariant else entry.kernel, call, ws)
     if most == 0:
@@ -35,11 +35,15 @@ def run(
     out, total = call.outputs()
     count = -(-call.rows // most)
     each = -(-call.rows // count)
+    launches = []
     for start in range(0, call.rows, each):
         piece = bind(entry, _rows(call, out, total, start, start + each), ws)
         if piece is None:  # the same for every piece and on every rank: nothing has been launched yet
             return None
         piece.run()
+        launches.append(piece)
+    if ran is not None:
+        ran(launches)
     return out, total
 
 

@@ -43,6 +43,9 @@ def kernel(monkeypatch):
     dispatch.choose.cache_clear()
 
 
+MOST_ROWS = (1 << 16) // (2 * H * 4)  # of float32, in a slot for two ranks
+
+
 def spec(group: str = "0", dtype: torch.dtype = F32, **changed: Any) -> BoundarySpec:
     given: dict[str, Any] = {
         "norm": "rms_norm", "eps": 1e-6, "weight_offset": 0.0, "alpha": 1.0, "post": False, "out_dtype": dtype,
@@ -147,6 +150,19 @@ def test_a_quantised_call_is_launched_again_into_its_own_rows_and_scales(kernel:
     assert not again(dtype=BF16), "a plain call is another one"
 
 
+def test_a_quantised_call_in_pieces_leaves_no_record(kernel: StubKernel) -> None:
+    """Where q and scale of a piece lie is not in one."""
+    text = spec(dtype=BF16, quant=recognised(float8_per_row).text()).text()
+    rows = 2 * MOST_ROWS + 1
+    for made in (2, 4):
+        call = Call(rows, dtype=BF16)
+        q, scale = torch.empty(rows, H, dtype=torch.float8_e4m3fn), torch.empty(rows, 1)
+        torch.ops.tpfuse.all_reduce_norm.quantised(
+            call.x, call.y, text, call.residual, call.weight, call.hidden, q, scale
+        )
+        assert len(kernel.launches) == made and not WORKSPACE_REGISTRY["0"].records.known
+
+
 def test_without_rows_nothing_is_launched_or_kept(kernel: StubKernel) -> None:
     assert [again(0), again(0)] == [False, False]
     assert not kernel.launches
@@ -239,12 +255,25 @@ def test_a_captured_launch_keeps_its_workspace(kernel: StubKernel, monkeypatch) 
     assert again() and [WORKSPACE_REGISTRY["0"].workspace] == groups.CAPTURED
 
 
-def test_calls_in_pieces_and_on_the_functional_path_leave_no_record(kernel: StubKernel) -> None:
-    many = (1 << 16) // (2 * H * 4) + 1  # one row more than a slot holds
-    assert not again(many) and not again(many)
-    assert len(kernel.launches) == 4
+def test_calls_on_the_functional_path_leave_no_record(kernel: StubKernel) -> None:
+    again()
     WORKSPACE_REGISTRY["0"].workspace = None  # what a group that cannot share memory has
-    assert not again() and not again() and len(kernel.launches) == 4
+    assert not again() and not again() and len(kernel.launches) == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+def test_a_call_in_pieces_is_launched_again_piece_by_piece(kernel: StubKernel, pieces: int, dtype: torch.dtype) -> None:
+    """In pieces of one size, but for the last one."""
+    most = MOST_ROWS * 4 // dtype.itemsize
+    rows = (pieces - 1) * most + 3
+    assert [again(rows, dtype=dtype) for _ in range(3)] == [False, True, True]
+    assert len(kernel.launches) == 3 * pieces and len(WORKSPACE_REGISTRY["0"].records.known) == 1
+    counts = [args[18] for args in kernel.launches]
+    assert counts[:pieces] == counts[pieces : 2 * pieces] == counts[2 * pieces :] and sum(counts) == 3 * rows
+    # What is in pieces for a small workspace is one launch in a larger one.
+    assert workspace_of("0", CPU, 1 << 20) is not None
+    assert not again(rows, dtype=dtype) and again(rows, dtype=dtype) and len(kernel.launches) == 3 * pieces + 2
 
 
 def test_no_more_records_are_kept_than_allowed(kernel: StubKernel, monkeypatch) -> None:
@@ -301,20 +330,25 @@ def test_threads_that_call_while_the_group_grows_never_get_a_wrong_result(kernel
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
-def test_a_replayed_call_with_every_operand_and_output_is_the_first_call(kernel: StubKernel, norm: str) -> None:
+@pytest.mark.parametrize(("rows", "pieces"), [(6, 1), (2 * MOST_ROWS + 2, 3)], ids=["one launch", "pieces"])
+def test_a_replayed_call_with_every_operand_and_output_is_the_first_call(
+    kernel: StubKernel, norm: str, rows: int, pieces: int
+) -> None:
+    """Of 258 rows in three pieces, means of the second one do not lie on 16 bytes."""
     operands = tuple([F32] * 6)
     text = spec(norm=norm, operands=operands, want_sum=True, stats=True, weight_offset=1.0, alpha=0.5).text()
-    x, residual = torch.randn(2, 3, H), torch.randn(2, 3, H)
+    x, residual = torch.randn(2, rows // 2, H), torch.randn(2, rows // 2, H)
     pre_bias, weight, bias, eps = torch.randn(H), torch.randn(H), torch.randn(H), torch.tensor(1e-3)
     found = []
     for _ in range(2):
         y, hidden, total = (torch.full_like(x, -1.0) for _ in range(3))
-        rstd, mean = torch.zeros(2, 3, 1), torch.zeros(2, 3, 1) if norm == "layer_norm" else None
+        rstd = torch.zeros(2, rows // 2, 1)
+        mean = torch.zeros_like(rstd) if norm == "layer_norm" else None
         torch.ops.tpfuse.all_reduce_norm.full(
             x, y, text, residual, weight, hidden, rstd, bias, mean, pre_bias, total, eps
         )
         found.append([t for t in (y, hidden, total, mean, rstd) if t is not None])
-    assert len(kernel.launches) == 2 and len(WORKSPACE_REGISTRY["0"].records.known) == 1
+    assert len(kernel.launches) == 2 * pieces and len(WORKSPACE_REGISTRY["0"].records.known) == 1
     exact = add_norm_reference(
         Operation(
             x,
@@ -356,7 +390,8 @@ def test_a_launch_on_other_tensors_than_the_calls_leaves_no_record(kernel: StubK
     launch.run()
     tensors = launch.args[: records.TENSORS]
     table = dispatch.default_table()
-    assert records.record_of(launch, tensors, ws, table, (ws,)) is not None
+    assert records.record_of([launch], tensors, ws, table, (ws,)) is not None
     for index, other in ((0, call.x.clone()), (10, torch.tensor(1e-6))):
         changed = (*tensors[:index], other, *tensors[index + 1 :])
-        assert records.record_of(launch, changed, ws, table, (ws,)) is None
+        assert records.record_of([launch], changed, ws, table, (ws,)) is None
+        assert records.record_of([launch, launch], tensors, ws, table, (ws,)) is None  # the second one of other rows
