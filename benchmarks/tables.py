@@ -23,6 +23,7 @@ import loss_curves
 import model_tables
 import overlap_tables
 import policy_families
+import training_tables
 from md import RESULTS, records_of, table
 from records import documents
 
@@ -377,16 +378,13 @@ TABLES: dict[str, Callable[[Card], str]] = {f.__name__: f for f in (
     "from_python": lambda _: model_tables.models_from_python("end_to_end_python_h200_x2.json"),
     "models_four": lambda _: model_tables.models_from_python("end_to_end_h200_x4.json"),
     "own_rows": lambda _: model_tables.models_from_python("own_rows_h200_x2.json"),
-    "training_overlap": lambda _: model_tables.training_steps("training_overlap_h200_x2.json"),
-    "training_steps": lambda _: model_tables.training_steps("training_h200_x2.json"),
-    "training_peaks": lambda _: model_tables.training_peaks("peak_memory.jsonl"),
     "before_after": lambda _: model_tables.before_after("graphs_before_after_h200_x2.json"),
     "quantised_steps": lambda _: model_tables.quantised_steps("end_to_end_fp8_h200_x2.json"),
     "generate": lambda _: model_tables.generate("generate_h200.json"),
     "batching": lambda _: model_tables.batching("continuous_batching_h200_x2.json"),
     "loss_curves": lambda _: loss_curves.markdown(),
     "policy_families": lambda _: policy_families.markdown(),
-} | overlap_tables.TABLES  # fmt: skip
+} | overlap_tables.TABLES | training_tables.TABLES  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
