@@ -40,8 +40,8 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     x, residual: [..., H], the same shape on every rank of the group; H a multiple of 8 up to 16384; float16, bfloat16
     or float32. All results are bitwise equal on all ranks. None when this group, device, size or dtype cannot use the
     symmetric-memory kernels, on all ranks alike. The group's first call is collective and allocates; later ones do
-    neither. Without rows nobody is waited for and nothing is touched. `site`: where a call that is one launch leaves a
-    record of it.
+    neither. Without rows nobody is waited for and nothing is touched. `site`: where a call leaves a record of its
+    launches.
     """
     x, group_name = call.x, call.group_name
     if not (on_gpu(x) and call.supported()):

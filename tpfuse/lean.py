@@ -12,7 +12,7 @@ them, and an allocation in here more than one in the graph's own code, so this i
 once it is split (passes/rewrite/lower.py). Formulas, shapes and dtypes are those of ops.py; `spec` says what is filled.
 
 A call first looks for the record of one like it (kernels/records.py) and launches that again; without one, the call is
-made as the functional operator makes it, and leaves a record where it was a single launch on the tensors given.
+made as the functional operator makes it, and leaves a record where its launches were on the tensors given.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Whole(InCalls):
 
 @dataclass(frozen=True)
 class CopiedLaunch(Launch):
-    """As `Launch`, of several kernels and copies; it leaves no record, since large calls do not need one."""
+    """As `Launch`, of several kernels and copies; it leaves no record, which is of launches alone."""
 
     call: Call
     ws: Workspace

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..call import AddNormOut, Call
 from .dispatch import Entry, bind
-from .operands import Launch
+from .operands import Launch, lies_ready
 from .registry import KERNELS
 from .workspace import Workspace
 
@@ -22,7 +23,8 @@ def run(
     entry: Entry, call: Call, ws: Workspace, ran: Callable[[list[Launch]], None] | None = None
 ) -> tuple[AddNormOut, Tensor | None] | None:
     """What `bind(entry, call, ws)` gives, run; in pieces where it is too large. None for the functional
-    path. `ran` is told of the launches, in the order of their rows."""
+    path. `ran` is told of the launches, in the order of their rows, but of no pieces whose rows are copied first: no
+    record could be made of those, and to keep them would hold copies of all rows at once."""
     launch = bind(entry, call, ws)
     if launch is not None:
         done = launch.run()
@@ -35,13 +37,18 @@ def run(
     out, total = call.outputs()
     count = -(-call.rows // most)
     each = -(-call.rows // count)
+    if not all(t is None or lies_ready(t) for t in (call.x, call.residual)):
+        ran = None
+    # Once: of rows that no view gives, each piece would copy all.
+    call = dataclasses.replace(call, x=_by_rows(call.x), residual=_by_rows(call.residual))
     launches = []
     for start in range(0, call.rows, each):
         piece = bind(entry, _rows(call, out, total, start, start + each), ws)
         if piece is None:  # the same for every piece and on every rank: nothing has been launched yet
             return None
         piece.run()
-        launches.append(piece)
+        if ran is not None:
+            launches.append(piece)
     if ran is not None:
         ran(launches)
     return out, total
@@ -51,6 +58,10 @@ def most_rows(kernel: str, call: Call, ws: Workspace) -> int:
     """How many rows of such a call the workspace holds for `kernel`."""
     found = KERNELS.get(kernel)
     return found.most_rows(call, ws) if found is not None else 0
+
+
+def _by_rows(t: Tensor | None) -> Any:
+    return None if t is None else t.reshape(-1, t.shape[-1])
 
 
 def _rows(call: Call, out: AddNormOut, total: Tensor | None, start: int, stop: int) -> Call:
