@@ -15,7 +15,8 @@ products that read the result: gate and up behind o_proj, q, k and v behind down
     exchanged, readers of halves                the same, but they begin with the rank's own half, while the other comes
 
 and a prefill of 8192 tokens, Llama with 4 layers, by end_to_end.py's model: Inductor; tpfuse; tpfuse, overlapped; and
-Inductor's own step with every all-reduce left out, which is wrong and sends nothing: what no overlap can go below.
+Inductor's own step with every all-reduce left out, which is wrong and sends nothing: what it would give to hide
+all that is sent.
 
 Ways are CUDA graphs, replayed one behind the other for as long as --seconds says, in --rounds turns: a step of a model
 is that long under load, and so is not measured cool. us: the slower rank's, medians of the turns; watts and mhz: of the
