@@ -43,10 +43,24 @@ def call(rank: int, world: int, take: slice) -> tuple[Call, torch.Tensor]:
     return op, xs[:, take].float().sum(0)
 
 
-def answer(seat: Seat, entry: Entry, take: slice, batch_invariant: bool = False) -> list[torch.Tensor]:
+def in_memory_of_y(op: Call) -> Call:
+    """The same call, whose x is a product that lies where y will."""
+    out, total = op.outputs()
+    x = out.y.fill_(float("nan"))
+
+    def product(first: int, stop: int) -> None:
+        x[first:stop] = op.x[first:stop]
+
+    return dataclasses.replace(op, x=x, product=product, out=out, sum_out=total)
+
+
+def answer(
+    seat: Seat, entry: Entry, take: slice, batch_invariant: bool = False, in_place: bool = False
+) -> list[torch.Tensor]:
     op, total = call(seat.ws.rank, seat.ws.world, take)
     seat.dawdle()
-    done = run(entry, dataclasses.replace(op, batch_invariant=batch_invariant), seat.ws)
+    given = in_memory_of_y(op) if in_place else op
+    done = run(entry, dataclasses.replace(given, batch_invariant=batch_invariant), seat.ws)
     assert done is not None
     out, summed = done
     right = add_norm_reference(
@@ -64,13 +78,13 @@ def in_pieces(seat: Seat, kernel: str) -> Any:
     entry = Entry("H", seat.ws.world, HIDDEN, ROWS, kernel)
     op, _ = call(0, seat.ws.world, slice(None))
     assert 1 < most_rows(kernel, op, seat.ws) < ROWS  # else this tests nothing
-    return [answer(seat, entry, slice(None)) for _ in range(2)]
+    return [answer(seat, entry, slice(None), in_place=in_place) for in_place in (False, True, False)]
 
 
-@pytest.mark.parametrize(("world", "kernel"), [(2, "two_shot"), (2, "barrier"), (3, "two_shot")])
+@pytest.mark.parametrize(("world", "kernel"), [(2, "two_shot"), (2, "barrier"), (2, "copied"), (3, "two_shot")])
 def test_a_call_that_the_workspace_does_not_hold_runs_in_pieces(world: int, kernel: str) -> None:
     """A row does not divide into three equal chunks, so it takes more of a slot."""
-    room = {"two_shot": 4, "barrier": 8}[kernel]
+    room = {"two_shot": 4, "barrier": 8, "copied": 1}[kernel]
     answers = protocol.run(world, in_pieces, kernel, slot_bytes=room * 2 * HIDDEN * 2, max_blocks=3)
     first = answers[0][0][0]
     for (calls,) in answers:
