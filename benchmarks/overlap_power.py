@@ -1,7 +1,7 @@
 """What stands in the way of an overlap: parts of it left out, and the power that each way draws, on 2 linked GPUs.
 
     torchrun --nproc-per-node 2 benchmarks/overlap_power.py --out results.json
-    ... --products o_proj --rows 8192 --no-prefill          a slice of it
+    ... --products o_proj --rows 8192 --prefill             a slice of it, without a prefill
 
 Needs the package nvidia-ml-py. The products and boundaries of `overlap.py`, Llama 3 8B's sizes, and with them the
 products that read the result: gate and up behind o_proj, q, k and v behind down_proj.
@@ -18,9 +18,9 @@ and a prefill of 8192 tokens, Llama with 4 layers, by end_to_end.py's model: Ind
 Inductor's own step with every all-reduce left out, which is wrong and sends nothing: what it would give to hide
 all that is sent.
 
-Ways are CUDA graphs, replayed one behind the other for as long as --seconds says, in --rounds turns: a step of a model
-is that long under load, and so is not measured cool. us: the slower rank's, medians of the turns; watts and mhz: of the
-rank that draws more.
+Ways are CUDA graphs, each replayed for as long as --seconds says without a pause, in --rounds turns, so that the device
+is as warm as in a model that is served. us: the slower rank's, medians of the turns; watts and mhz: of the rank that
+draws more. Results are not compared: overlap.py does so for the ways that are shipped.
 """
 
 from __future__ import annotations
@@ -119,11 +119,7 @@ class Read(Layer):
         x, y = (t.view(-1).view(torch.int32) for t in (self.x, launch.gathered))
         with Copies(self.ws, x) as copies:
             copies.begin()
-            for i, (first, stop) in enumerate(halves_of(share)):
-                begin, end = self.theirs.start + first, self.theirs.start + stop
-                self.multiply(begin, end)
-                copies.ready(begin * row, end * row)
-                copies.send(i, x[begin * row : end * row], first * row)
+            launch.exchange.send(copies, halves_of(share), self.theirs.start)
             self.multiply(self.own.start, self.own.stop)
             for i in range(2):
                 copies.receive(i)

@@ -13,7 +13,7 @@ def training_steps(file: str) -> str:
     theirs = {(r["world"], r["phase"], r["size"]): r["ms"] for r in records if r["provider"] == "inductor"}
     names = {"inductor": "Inductor", "norm_backward": "tpfuse, `norm_backward` named", "micro_pipeline": "async TP",
              "reuse": "tpfuse, buffers reused", "overlap": "tpfuse, `overlap_all_reduce_norm` named",
-             "all_named": "tpfuse, both named"}  # fmt: skip
+             "all_named": "tpfuse, both named", "all_named, reuse": "tpfuse, both named, buffers reused"}  # fmt: skip
     lines = [
         [f"{r['world']}", r["phase"], names.get(r["provider"], r["provider"]), f"{r['ms']:.1f}",
          f"{theirs[r['world'], r['phase'], r['size']] / r['ms']:.3f}", f"{r['tokens_per_s']:,}", f"{r['peak_mb']:,.0f}",

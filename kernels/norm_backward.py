@@ -13,7 +13,7 @@ reach, it runs `norm_backward_reference`: the same formula in plain torch operat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ STAGES = 3
 #: Programs to a multiprocessor, where the rows under way fit its shared memory. Each leaves a row of partial sums
 #: behind, which more programs than these do not earn.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+_WITH_ROWS = "dy", "h", "mean", "rstd", "residual"
 _PARTS, _COLUMNS = 64, 16  # of the partial sums, what one program of the second kernel adds at once
 
 
@@ -61,6 +62,11 @@ class NormBackwardCall:
         """In which all is computed, and gradients of vectors are given."""
         given = (self.dy, self.h, self.weight, self.residual)
         return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
+
+    def of_rows(self, first: int, stop: int) -> NormBackwardCall:
+        """The call on these rows alone."""
+        cut = {name: t[first:stop] for name in _WITH_ROWS if (t := getattr(self, name)) is not None}
+        return replace(self, **cut)
 
     def kernel_takes(self) -> bool:
         rows, hidden = self.dy.shape

@@ -27,16 +27,17 @@ from .symmetric.workspace import Workspace
 
 #: Records of one group at most. With more the program asks for ever new shapes, and all begin anew.
 MOST = 4096
-#: Of a kernel's arguments: x, residual, pre_bias, weight, bias, y, hidden, total, mean, rstd, eps.
-TENSORS = 11
-_VECTORS = (2, 3, 4, 10)
+_NAMES = "x", "residual", "pre_bias", "weight", "bias", "y", "hidden", "total", "mean", "rstd", "eps"
+_WITHOUT_ROWS = {"pre_bias", "weight", "bias", "eps"}
+#: How many of a kernel's arguments, the first ones, are tensors of the call, in the order of _NAMES.
+TENSORS = len(_NAMES)
 
 
 @dataclass(frozen=True)
 class Record:
     """One call. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
-    scale where it quantises; `late`: words of the host's memory, one for
-    each workspace of the group, that are not 0 once a kernel gave up waiting for a peer."""
+    scale where it quantises; `late`: words of the host's memory, one for each workspace of the group, that are not 0
+    once a kernel gave up waiting for a peer."""
 
     workspace: Workspace
     table: Table
@@ -90,10 +91,10 @@ def record_of(
     if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *launches[0].last.values())):
         # of eps's place no kernel is compiled for
         return None
-    pieces, first = [], 0
+    pieces, first, row_bytes = [], 0, _row_bytes(tensors)
     for launch in launches:
         found = launch.compiled()
-        behind = tuple(first * each for each in _row_bytes(tensors))
+        behind = tuple(first * each for each in row_bytes)
         if found is None or not _lie_behind(launch.args[:TENSORS], tensors, behind):
             return None
         compiled, constexprs = found
@@ -108,10 +109,9 @@ def record_of(
 
 
 def _row_bytes(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    """Of each tensor, in the order of TENSORS: x, residual, and what is filled have rows; vectors and eps have none."""
-    return [
-        0 if t is None or index in _VECTORS else t.shape[-1] * t.element_size() for index, t in enumerate(tensors)
-    ]
+    """Of each tensor; 0 where it has no rows."""
+    named = zip(_NAMES, tensors, strict=True)
+    return [0 if t is None or name in _WITHOUT_ROWS else t.shape[-1] * t.element_size() for name, t in named]
 
 
 def _lie_behind(given: tuple, tensors: tuple[Tensor | None, ...], behind: tuple[int, ...]) -> bool:

@@ -96,17 +96,17 @@ def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: s
     y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
     dtype = spec.operands[0]
     assert dtype is not None, "of x, which there always is"
-    large = y.numel() * dtype.itemsize >= FROM_BYTES
-    x = room_for(dtype, y) if large else torch.empty(y.shape, dtype=dtype, device=y.device)
+    if y.numel() * dtype.itemsize < FROM_BYTES:
+        x = torch.empty(y.shape, dtype=dtype, device=y.device)
+        fill(slice(None), x.view(-1, y.shape[-1]), *factors)
+        getattr(getattr(torch.ops.tpfuse, name), form)(x, *rest)
+        return
+    x = room_for(dtype, y)
     rows = x.view(-1, y.shape[-1])
 
     def multiply(first: int, stop: int) -> None:
         fill(slice(first, stop), rows[first:stop], *factors)
 
-    if not large:
-        multiply(0, rows.shape[0])
-        getattr(getattr(torch.ops.tpfuse, name), form)(x, *rest)
-        return
     operands = (x, *(given.get(operand) for operand in OPERANDS[1:]))
     site = _Overlapped(run, spec, multiply)
     site.first(operands, {output: given.get(output) for output in OUTPUTS})

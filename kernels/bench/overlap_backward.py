@@ -7,7 +7,7 @@ the gradients of the weight to what the order of a sum changes; those of the bia
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -58,17 +58,15 @@ class BackwardLaunch:
         copies = Copies(self.ws, self.x.view(-1).view(torch.int32))
         with on_device_of(self.x):
             for step in (copies.beginning(), copies.waiting(READY, 0, 4)):
-                step.kernel.warmup(*step.args, grid=(1,), **step.options)._init_handles()
+                step.load()
             if self.scattered:  # and what takes the peer's rows
                 Exchange(self.ws, self.x, self.product, self.dx).load(copies.beginning())
             rows, chunks_of_rows = len(self.total), halves_of if self.scattered else chunks_of
             parts = Parts(self.call, (Exchange if self.scattered else Whole).most_chunks)
             theirs = slot(self.ws, 0, self.x.dtype)[: self.total.numel()].view(rows, -1)
             for first, stop in chunks_of_rows(rows):
-                cut = {name: t[first:stop] for name in ("dy", "h", "mean", "rstd", "residual")
-                       if (t := getattr(self.call, name)) is not None}  # fmt: skip
                 dx, total = self.dx[: stop - first], self.total[first:stop]
-                parts.of(replace(self.call, **cut), dx, theirs[first:stop], self.ws.state, total)
+                parts.of(self.call.of_rows(first, stop), dx, theirs[first:stop], self.ws.state, total)
             parts.added_up()
 
 

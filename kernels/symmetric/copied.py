@@ -69,14 +69,10 @@ class Whole(InCalls):
     parts, most_chunks = 1, 3
 
     def call(self, start: int, stop: int, finish: Finish) -> None:
-        words, row, chunks = self.x.view(-1).view(torch.int32), self.row, chunks_of(stop - start)
-        with Copies(self.ws, words) as copies:
+        chunks = chunks_of(stop - start)
+        with Copies(self.ws, self.x.view(-1).view(torch.int32)) as copies:
             copies.begin()
-            for i, (first, last) in enumerate(chunks):
-                self.multiply(start + first, start + last)
-                begin, end = (start + first) * row, (start + last) * row
-                copies.ready(begin, end)
-                copies.send(i, words[begin:end], first * row)
+            self.send(copies, chunks, start)
             for i, (first, last) in enumerate(chunks):
                 copies.receive(i)
                 finish(first, last)
@@ -106,8 +102,7 @@ class CopiedLaunch(Launch):
         copies = Copies(self.ws, self._words)
         with on_device_of(self.inputs[0]):
             for step in (copies.beginning(), copies.waiting(READY, 0, 4), self._finishing(0)):
-                loaded = step.kernel.warmup(*step.args, grid=(1,), **step.options)
-                loaded._init_handles()
+                loaded = step.load()
         return loaded
 
     @property

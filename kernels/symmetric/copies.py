@@ -107,6 +107,12 @@ class Step(NamedTuple):
     options: dict[str, Any]
     key: tuple | None = None
 
+    def load(self) -> Any:
+        """The kernel, compiled and loaded."""
+        loaded = self.kernel.warmup(*self.args, grid=(1,), **self.options)
+        loaded._init_handles()
+        return loaded
+
 
 def launch(step: Step, programs: int, device: torch.device) -> None:
     launch_again(step.kernel, programs, step.args, step.options, device.index, step.key)
@@ -273,6 +279,14 @@ class InCalls:
     def multiply(self, first: int, stop: int) -> None:
         if self.product is not None:
             self.product(first, stop)
+
+    def send(self, copies: Copies, chunks: list[tuple[int, int]], at: int) -> None:
+        """Rows of x from `at` on, chunk by chunk, to the beginning of the peer's slot; multiplied before."""
+        for i, (first, last) in enumerate(chunks):
+            self.multiply(at + first, at + last)
+            begin, end = (at + first) * self.row, (at + last) * self.row
+            copies.ready(begin, end)
+            copies.send(i, copies.words[begin:end], first * self.row)
 
 
 def slot(ws: Workspace, first: int, dtype: torch.dtype) -> Tensor:

@@ -64,11 +64,7 @@ class Exchange(InCalls):
         chunks = halves_of(rows)
         with Copies(self.ws, x) as copies:
             copies.begin()
-            for i, (first, last) in enumerate(chunks):
-                self.multiply(theirs + first, theirs + last)
-                begin, end = (theirs + first) * row, (theirs + last) * row
-                copies.ready(begin, end)
-                copies.send(i, x[begin:end], first * row)
+            self.send(copies, chunks, theirs)
             for i, (first, last) in enumerate(chunks):
                 self.multiply(own + first, own + last)
                 copies.receive(i)
@@ -87,8 +83,7 @@ class Exchange(InCalls):
         copies = Copies(self.ws, x)
         with on_device_of(x):
             for each in (copies.beginning(), copies.waiting(READY, 0, 4), step, self._taking(y, 0, 0, 4)):
-                loaded = each.kernel.warmup(*each.args, grid=(1,), **each.options)
-                loaded._init_handles()
+                loaded = each.load()
         return loaded
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def _in_kernels(
 
     def rows(first: int, stop: int, theirs: Tensor) -> None:
         here = None if total is None else total[first:stop]
-        parts.of(_of_rows(call, first, stop), dx[first:stop], theirs, ws.state, here)
+        parts.of(call.of_rows(first, stop), dx[first:stop], theirs, ws.state, here)
 
     return rows, parts.added_up
 
@@ -68,7 +67,7 @@ def _plainly(
     vectors: list[NormBackwardOut] = []
 
     def rows(first: int, stop: int, theirs: Tensor) -> None:
-        part = _of_rows(call, first, stop)
+        part = call.of_rows(first, stop)
         s = (part.dy.to(call.vector_dtype) + theirs.to(call.vector_dtype)).to(part.dy.dtype)
         s = torch.where(ws.state[1] != 0, torch.full_like(s, float("nan")), s)
         vectors.append(norm_backward_reference(replace(part, dy=s)))
@@ -83,12 +82,3 @@ def _plainly(
         return of_weight if call.want_weight else None, of_bias if call.want_bias else None
 
     return rows, added_up
-
-
-def _of_rows(call: NormBackwardCall, first: int, stop: int) -> NormBackwardCall:
-    cut: dict[str, Any] = {
-        name: t[first:stop]
-        for name in ("dy", "h", "mean", "rstd", "residual")
-        if (t := getattr(call, name)) is not None
-    }
-    return replace(call, **cut)

@@ -58,9 +58,7 @@ class Launch:
         return COMPILED_REGISTRY.get(self._specialisation()) if self.kernel is not None else None
 
     def _specialisation(self) -> tuple:
-        """All that Triton compiles a kernel for: of tensors the dtype and alignment, of integers whether they are 1 or
-        multiples of 16 (told apart also where a kernel forbids it, which costs an entry and no compilation)."""
-        return self.kernel, self.out.y.device.index, *self.constants.items(), *_marks((*self.args, *self.last.values()))
+        return key_of(self.kernel, self.args, {**self.constants, **self.last}, self.out.y.device.index)
 
     def load(self) -> Any:
         """The compiled kernel (`n_regs`, `n_spills`, `metadata`), loaded; None where nothing is to be done."""
@@ -98,9 +96,11 @@ def launch_again(
 
 
 def key_of(kernel: Any, args: tuple, options: dict[str, Any], device: int | None) -> tuple:
-    """All that Triton compiles a kernel for, as `Launch` has it. To find that out costs the host more than the launch:
-    a caller that launches a kernel several times, and changes nothing but numbers for which none is compiled, asks
-    once."""
+    """All that Triton compiles a kernel for: of tensors the dtype and alignment, of integers whether they are 1 or
+    multiples of 16 (told apart also where a kernel forbids it, which costs an entry and no compilation).
+
+    To find that out costs the host more than the launch: who launches a kernel several times, and changes nothing but
+    numbers that it is not compiled for, asks once."""
     tensors = [value for value in options.values() if isinstance(value, Tensor)]
     named = [(name, value) for name, value in options.items() if not isinstance(value, Tensor)]
     return (kernel, device, *named, *_marks((*args, *tensors)))

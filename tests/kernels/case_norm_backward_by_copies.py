@@ -19,14 +19,16 @@ EPS = 1e-5
 
 
 def operands(rows: int, dtype: torch.dtype, norm: str, seed: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """x of both ranks, and what is replicated or of all rows."""
+    """x of both ranks, and what is replicated or of all rows; of many rows with a mean."""
     g = torch.Generator().manual_seed(seed)
     parts = [torch.randn(rows, 64, generator=g).to(dtype) for _ in range(2)]
     h, residual = (torch.randn(rows, 64, generator=g).to(dtype) for _ in range(2))
     weight = (1 + 0.2 * torch.randn(64, generator=g)).to(dtype)
-    wide = h.double() if norm == "rms_norm" else h.double() - h.double().mean(-1, keepdim=True)
+    mean = h.double().mean(-1, keepdim=True)
+    wide = h.double() if norm == "rms_norm" else h.double() - mean
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS).float()
-    return parts, {"h": h, "rstd": rstd, "weight": weight, "residual": residual}
+    given = {"h": h, "rstd": rstd, "weight": weight, "residual": residual}
+    return parts, given | ({"mean": mean.float()} if norm == "layer_norm" and rows > 2 else {})
 
 
 def exact(parts: list[torch.Tensor], given: dict[str, torch.Tensor], norm: str, own: slice | None = None) -> Any:
@@ -34,8 +36,7 @@ def exact(parts: list[torch.Tensor], given: dict[str, torch.Tensor], norm: str, 
     rows = own or slice(None)
     total = sum(part.double() for part in parts)[rows]
     tensors = {name: t.double() if name == "weight" else t[rows].double() for name, t in given.items()}
-    call = NormBackwardCall(total, tensors["h"], None, tensors["rstd"], tensors["weight"], tensors["residual"],
-                            norm=norm, eps=EPS, out_dtype=F64, want_weight=True, want_bias=True)  # fmt: skip
+    call = NormBackwardCall(total, **tensors, norm=norm, eps=EPS, out_dtype=F64, want_weight=True, want_bias=True)
     return total, norm_backward_reference(call)
 
 
@@ -55,10 +56,10 @@ def play(seat: Seat, calls: list[tuple], products: tuple[str, str], scattered: b
                 seat.dawdle()
                 x[first:stop] = filled[first:stop]
 
+        tensors = {name: t if name == "weight" else t[own] for name, t in given.items()}
         call = NormBackwardCall(
-            x[own], given["h"][own], None, given["rstd"][own], given["weight"], given["residual"][own], norm=norm,
-            eps=EPS, out_dtype=dtype, want_weight=True, want_bias=norm == "layer_norm",
-        )  # fmt: skip
+            x[own], **tensors, norm=norm, eps=EPS, out_dtype=dtype, want_weight=True, want_bias=norm == "layer_norm"
+        )
         seat.dawdle()
         out = norm_backward_by_copies(x, gathered, call, seat.ws, product, total, scattered)
         _, right = exact(parts, given, norm)

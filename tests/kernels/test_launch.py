@@ -10,7 +10,7 @@ import torch
 
 from tpfuse.errors import OpError
 from tpfuse.kernels.call import AddNormOut, Call
-from tpfuse.kernels.symmetric import operands
+from tpfuse.kernels.symmetric import copied, copies, exchanged, operands
 from tpfuse.kernels.symmetric.barrier import barrier
 from tpfuse.kernels.symmetric.one_shot import one_shot
 from tpfuse.kernels.symmetric.operands import Launch
@@ -136,3 +136,24 @@ def test_each_kernel_holds_as_many_rows_as_it_says(world: int, hidden: int) -> N
 def test_more_ranks_than_a_watch_has_words_for_are_refused() -> None:
     with pytest.raises(OpError, match="a workspace of 9 ranks; allowed: 8"):
         virtual_ranks(9, "cpu", 4, 2048)
+
+
+def test_short_keys_of_calls_by_copies_leave_out_only_what_is_not_compiled_for() -> None:
+    ws = virtual_ranks(2, "cpu", 4, 1 << 14)[1]
+    memory = torch.zeros(8 * 64 + 2, dtype=torch.bfloat16)
+    rows, off = memory[:-2].view(8, 64), memory[2:].view(8, 64)
+
+    def steps(x: torch.Tensor) -> list[copies.Step]:
+        words = x.view(-1).view(torch.int32)
+        calls, exchange = copies.Copies(ws, words), exchanged.Exchange(ws, x, None, x)
+        call = Call(x, norm="rms_norm", out_dtype=x.dtype)
+        finishing = copied.finishing(call, (x, None, None, None, None), call.outputs()[0], None, (None,) * 4, ws, {})
+        return [calls.beginning(), calls.waiting(copies.READY, 0, 4), exchange._taking(words, 0, 96, 64), finishing(2)]
+
+    assert rows.data_ptr() % 16 == 0 and off.data_ptr() % 16
+    assert [a.key == b.key for a, b in zip(steps(rows), steps(off), strict=True)] == [True, False, False, False]
+    assert [a.key == b.key for a, b in zip(steps(rows), steps(rows.clone()), strict=True)] == [True] * 4
+    assert all(t.data_ptr() % 16 == 0 for t in (ws.state, ws.peers, ws.watch))
+    for step in steps(rows):
+        for given, parameter in zip(step.args, step.kernel.params, strict=False):
+            assert not isinstance(given, int) or parameter.do_not_specialize, parameter.name
