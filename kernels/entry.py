@@ -25,7 +25,7 @@ from .symmetric.copies import FROM_BYTES, RANKS, refusal
 from .symmetric.dispatch import choose, default_table
 from .symmetric.exchanged import exchanged, unfit
 from .symmetric.norm_backward_by_copies import norm_backward_by_copies
-from .symmetric.operands import lies_ready
+from .symmetric.operands import Launch, lies_ready
 from .symmetric.pieces import run
 from .symmetric.timeout import new_watch
 from .symmetric.workspace import Workspace
@@ -59,12 +59,19 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     chosen = choose(device, ws.world, call.hidden, x.element_size(), call.rows)
     if copies and ws.copy_words:
         chosen = replace(chosen, kernel="copied")
-    # No record of a call that may be made by copies once there is a slot for them: its peer may find one sooner.
-    ran = None if site is None or copies else lambda launches: site.leave(launches, call, ws, table)
-    return run(chosen, call, ws, ran)
 
 
-def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
+    def ran(launches: list[Launch]) -> None:
+        # Of a call that may be made by copies, where there is no slot for them yet, none: its peer may find one sooner.
+        # Nor of one whose product was made before the launch: the record would leave it out.
+        alone = not copies and call.product is None
+        if site is not None and (alone or all(launch.multiplies for launch in launches)):
+            site.leave(launches, call, ws, table)
+
+    return run(chosen, call, ws, None if site is None else ran)
+
+
+def exchange_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOut, Tensor | None] | None:
     """`add_norm` of this rank's half of the rows of the sum, and a gather of y: `call.out.y` and the y of the result
     have all rows, in the order of the ranks; residual and other results those of the own half.
 
@@ -75,7 +82,13 @@ def exchange_add_norm(call: Call) -> tuple[AddNormOut, Tensor | None] | None:
     if not (call.overlap and on_gpu(x) and call.supported()) or x.nbytes < FROM_BYTES or unfit(call):
         return None
     ws = _met_for_copies(group_name, x)
-    return None if ws is None else exchanged(call, ws).run()
+    if ws is None:
+        return None
+    launch = exchanged(call, ws)
+    done = launch.run()
+    if site is not None:
+        site.leave([launch], call, ws, default_table())
+    return done
 
 
 def reduce_norm_backward(

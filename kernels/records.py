@@ -16,28 +16,26 @@ import ctypes
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .patience import GONE
 from .symmetric.dispatch import Table
-from .symmetric.operands import Launch
+from .symmetric.operands import NAMES, Launch
 from .symmetric.workspace import Workspace
 
 #: Records of one group at most. With more the program asks for ever new shapes, and all begin anew.
 MOST = 4096
-_NAMES = "x", "residual", "pre_bias", "weight", "bias", "y", "hidden", "total", "mean", "rstd", "eps"
 _WITHOUT_ROWS = {"pre_bias", "weight", "bias", "eps"}
-#: How many of a kernel's arguments, the first ones, are tensors of the call, in the order of _NAMES.
-TENSORS = len(_NAMES)
 
 
 @dataclass(frozen=True)
 class Record:
     """One call. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
-    scale where it quantises; `late`: words of the host's memory, one for each workspace of the group, that are not 0
-    once a kernel gave up waiting for a peer."""
+    scale where it quantises, and `product=...` behind it where x is one (`Call.product`); `late`: words of the host's
+    memory, one for each workspace of the group, that are not 0 once a kernel gave up waiting for a peer."""
 
     workspace: Workspace
     table: Table
@@ -69,22 +67,29 @@ class Records:
 
 @dataclass(frozen=True)
 class _InPieces:
-    """A call that is several launches, each of some rows. `each`: a launch, by how many bytes its tensors lie behind
-    the call's (in the order of TENSORS), and its other arguments."""
+    """A call that is several launches, each of some rows. `each`: a launch, its first row, by how many bytes its
+    tensors lie behind the call's (in the order of NAMES), and its other arguments."""
 
-    each: tuple[tuple[Callable[..., Any], tuple[int, ...], tuple], ...]
+    each: tuple[tuple[Callable[..., Any], int, tuple[int, ...], tuple], ...]
 
-    def __call__(self, *addresses: int | None, stream: int) -> None:
-        for launch, behind, rest in self.each:
+    def __call__(self, *addresses: int | None, stream: int, product: Callable[[int, int], None] | None = None) -> None:
+        for launch, row, behind, rest in self.each:
             own = [at if at is None else at + by for at, by in zip(addresses, behind, strict=True)]
-            launch(*own, *rest, stream=stream)
+            if product is None:
+                launch(*own, *rest, stream=stream)
+            else:
+                launch(*own, *rest, stream=stream, product=partial(_behind, product, row))
+
+
+def _behind(product: Callable[[int, int], None], row: int, first: int, stop: int) -> None:
+    product(row + first, row + stop)
 
 
 def record_of(
     launches: Sequence[Launch], tensors: tuple[Tensor | None, ...], ws: Workspace, table: Table,
     workspaces: tuple[Workspace, ...],
 ) -> Record | None:  # fmt: skip
-    """The record of a call that was just made with these tensors (in the order of TENSORS) by one launch or by several,
+    """The record of a call that was just made with these tensors (in the order of NAMES) by one launch or by several,
     each of the rows behind those of the one before; or None where it cannot be made again with others: inputs were
     copied, a tensor does not lie on 16 bytes, nothing compiled was launched, or several launches quantise.
     `workspaces`: all that kernels of the group may still run on."""
@@ -93,30 +98,20 @@ def record_of(
         return None
     pieces, first, row_bytes = [], 0, _row_bytes(tensors)
     for launch in launches:
-        found = launch.compiled()
         behind = tuple(first * each for each in row_bytes)
-        if found is None or not _lie_behind(launch.args[:TENSORS], tensors, behind):
+        places = tuple(t if t is None else t.data_ptr() + by for t, by in zip(tensors, behind, strict=True))
+        made = launch.again(places, ws.watch)
+        if made is None:
             return None
-        compiled, constexprs = found
-        # The watch is pinned memory of the host: only the launcher knows the device's address of it.
-        rest = [a.data_ptr() if isinstance(a, Tensor) and a is not ws.watch else a for a in launch.args[TENSORS:]]
-        pieces.append((compiled[(launch.programs, 1, 1)], behind, (*rest, *constexprs)))
+        pieces.append((made[0], first, behind, made[1]))
         first += launch.out.y.numel() // launch.out.y.shape[-1]
     late = tuple(ctypes.c_int32.from_address(each.watch.data_ptr() + 4 * GONE) for each in workspaces)
     if len(pieces) == 1:
-        return Record(ws, table, pieces[0][0], pieces[0][2], late)
+        return Record(ws, table, pieces[0][0], pieces[0][3], late)
     return None if launches[0].last else Record(ws, table, _InPieces(tuple(pieces)), (), late)
 
 
 def _row_bytes(tensors: tuple[Tensor | None, ...]) -> list[int]:
     """Of each tensor; 0 where it has no rows."""
-    named = zip(_NAMES, tensors, strict=True)
+    named = zip(NAMES, tensors, strict=True)
     return [0 if t is None or name in _WITHOUT_ROWS else t.shape[-1] * t.element_size() for name, t in named]
-
-
-def _lie_behind(given: tuple, tensors: tuple[Tensor | None, ...], behind: tuple[int, ...]) -> bool:
-    """Whether a launch was given the call's own tensors, from so many bytes on, and no copies of them."""
-    return all(
-        a is t if a is None or t is None else a.data_ptr() == t.data_ptr() + by
-        for a, t, by in zip(given, tensors, behind, strict=True)
-    )

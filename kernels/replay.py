@@ -53,12 +53,12 @@ def with_records(
 
     def kernel(
         x: Tensor, y: Tensor, spec: str, residual: Tensor | None = None, weight: Tensor | None = None,
-        hidden: Tensor | None = None, *more: Tensor | None,
+        hidden: Tensor | None = None, *more: Tensor | None, **product: Callable,
     ) -> None:  # fmt: skip
         site = sites.get(spec)
         member = registry.get(site.group_name) if site is not None else None
         if member is None:
-            return first(x, y, spec, residual, weight, hidden, *more)
+            return first(x, y, spec, residual, weight, hidden, *more, **product)
         device = x.get_device()
         record = member.records.known.get((site, x.shape, device))
         if (
@@ -68,10 +68,10 @@ def with_records(
             or not group_exists(member.group())
             or (device >= 0 and current_gpu() != device)
         ):
-            return first(x, y, spec, residual, weight, hidden, *more)
+            return first(x, y, spec, residual, weight, hidden, *more, **product)
         for word in record.late:
             if word.value:
-                return first(x, y, spec, residual, weight, hidden, *more)  # raises
+                return first(x, y, spec, residual, weight, hidden, *more, **product)  # raises
         on_x, on_y = x.data_ptr(), y.data_ptr()
         bits = on_x | on_y
         plain = x.is_contiguous() and y.is_contiguous()
@@ -92,12 +92,12 @@ def with_records(
             bits |= more_bits
             plain = plain and more_plain
         if bits & 15 or not plain:
-            return first(x, y, spec, residual, weight, hidden, *more)
+            return first(x, y, spec, residual, weight, hidden, *more, **product)
         if gpu.is_current_stream_capturing():
             note_capture(record.workspace)
         record.launch(
             on_x, on_residual, on_pre_bias, on_weight, on_bias, on_y, on_hidden, on_total, on_mean, on_rstd, on_eps,
-            *record.rest, *last, stream=raw_stream(device),
+            *record.rest, *last, stream=raw_stream(device), **product,
         )  # fmt: skip
         return None
 

@@ -32,7 +32,8 @@ ELSEWHERE = {
     ("kernels.rendezvous", "WORKSPACE_REGISTRY"): "the memory that ranks share, beside the code that maps it",
     ("kernels.rendezvous", "CAPTURED"): "as above",
     ("kernels.rendezvous", "_LOCKS"): "as above",
-    ("tpfuse.product_ops", "_spec"): "a cache of a pure function",
+    ("tpfuse.product_ops", "_dtype_of_x"): "a cache of a pure function",
+    ("kernels.driver", "driver"): "functions of a library that is loaded once",
     ("kernels.symmetric.copies", "_LANES"): "a stream and events for each workspace, which go with it",
     ("kernels.symmetric.operands", "COMPILED_REGISTRY"): "compiled kernels, beside the code that launches them",
 }

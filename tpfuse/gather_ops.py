@@ -66,9 +66,9 @@ def _define(name: str, arguments: str) -> None:
     register_local_tensor_rule(full_name, run)
 
 
-def _exchange(call: Call) -> list[Tensor] | None:
+def _exchange(call: Call, site: Any = None) -> list[Tensor] | None:
     """[y of all ranks, the other results]; None where no kernel does all of it, on all ranks alike."""
-    done = exchange_add_norm(call)
+    done = exchange_add_norm(call, site)
     return None if done is None else ops._outputs(*done)
 
 
@@ -79,7 +79,7 @@ _EXCHANGES: dict[str, Any] = {
 
 
 def _lean(call: Call, site: Any) -> list[Tensor]:
-    done = _exchange(call)
+    done = _exchange(call, site)
     if done is not None:
         return done
     call = call.multiplied()

@@ -50,8 +50,8 @@ class Boundary(Site):
         super().__init__(spec.group_name)
         self.run, self.spec, self.options = run, spec, spec.arguments
 
-    def first(self, operands: tuple, outputs: dict[str, Tensor | None]) -> None:
-        """The call, without a record of one like it. `outputs`: in the order of OUTPUTS."""
+    def first(self, operands: tuple, outputs: dict[str, Tensor | None], product: Callable | None = None) -> None:
+        """The call, without a record of one like it. `outputs`: in the order of OUTPUTS; product: as `Call.product`."""
         dtypes = tuple(None if t is None else t.dtype for t in operands)
         wanted = [t for name in self.spec.outputs if (t := outputs[name]) is not None]
         if dtypes != self.spec.operands or len(wanted) < len(self.spec.outputs):
@@ -66,22 +66,22 @@ class Boundary(Site):
             )
             assert y is not None, "it is always wanted"
             out = AddNormOut(y, hidden, mean, rstd, q, scale)
-        made = self.run(Call(*operands, **self.options, out=out, sum_out=total), self)
+        made = self.run(Call(*operands, **self.options, out=out, sum_out=total, product=product), self)
         for given, got in zip(wanted, made, strict=True):
             if got is not given:
                 given.copy_(got)
 
 
-def define(library: torch.library.Library, name: str, run: Callable[..., list[Tensor]]) -> None:
-    """Define the lean forms of the operator `name`. `run`: its kernel, given a `Call` and the site
-    that keeps a record of it."""
+def kernels_of(run: Callable[..., list[Tensor]]) -> dict[str, Callable[..., None]]:
+    """The kernel of each form of an operator, which also takes `product=...`, as `Call.product`. `run`: the call,
+    given a `Call` and the site that keeps a record of it."""
     known: dict[str, Site] = {}  # by spec; an entry is made once and never changes
 
     def first(
         x: Tensor, y: Tensor, spec: str, residual: Tensor | None, weight: Tensor | None, hidden: Tensor | None,
         rstd: Tensor | None = None, bias: Tensor | None = None, mean: Tensor | None = None,
         pre_bias: Tensor | None = None, total: Tensor | None = None, eps_tensor: Tensor | None = None,
-        q: Tensor | None = None, scale: Tensor | None = None,
+        q: Tensor | None = None, scale: Tensor | None = None, product: Callable | None = None,
     ) -> None:  # fmt: skip
         boundary = known.get(spec)
         if boundary is None:
@@ -90,18 +90,25 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
         boundary.first(
             (x, residual, pre_bias, weight, bias, eps_tensor),
             {"y": y, "hidden": hidden, "total": total, "mean": mean, "rstd": rstd, "q": q, "scale": scale},
+            product,
         )
 
     def first_quantised(
         x: Tensor, y: Tensor, spec: str, residual: Tensor | None, weight: Tensor | None, hidden: Tensor | None,
-        q: Tensor | None = None, scale: Tensor | None = None, *seldom: Tensor | None,
+        q: Tensor | None = None, scale: Tensor | None = None, *seldom: Tensor | None, **product: Callable,
     ) -> None:  # fmt: skip
-        named: dict[str, Any] = dict(zip(SELDOM, seldom, strict=False))
+        named: dict[str, Any] = dict(zip(SELDOM, seldom, strict=False)) | product
         first(x, y, spec, residual, weight, hidden, q=q, scale=scale, **named)
 
     plain, quantising = (
         with_records(known, first, addresses), with_records(known, first_quantised, quantised_addresses)
     )  # fmt: skip
+    return {form: quantising if "q" in names else plain for form, names in FORMS.items()}
+
+
+def define(library: torch.library.Library, name: str, run: Callable[..., list[Tensor]]) -> None:
+    """Define the lean forms of the operator `name`. `run`: as `kernels_of` takes it."""
+    kernels = kernels_of(run)
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
@@ -109,7 +116,7 @@ def define(library: torch.library.Library, name: str, run: Callable[..., list[Te
     for form, names in FORMS.items():
         full_name = f"{name}.{form}"
         library.define(f"{full_name}({declared(names)}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(full_name, quantising if "q" in names else plain, "CompositeExplicitAutograd")
+        library.impl(full_name, kernels[form], "CompositeExplicitAutograd")
         # Compiled graphs hold no gradients any more; the usual look for them would cost a microsecond.
         for key in ("Autograd", "ADInplaceOrView"):
             library.impl(full_name, torch.library.fallthrough_kernel, key)

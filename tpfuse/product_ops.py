@@ -20,17 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .boundary_spec import FORMS, OPERANDS, OUTPUTS, BoundarySpec, read_spec
+from .boundary_spec import FORMS, read_spec
 from .kernels.call import Call
 from .kernels.symmetric.copies import FROM_BYTES, RANKS
-from .lean import Boundary, declared
+from .lean import declared, kernels_of
 
 #: In front of the name of the operator behind the product.
 PREFIX = "product_"
 __all__ = ["FROM_BYTES", "PREFIX", "PRODUCTS", "RANKS", "define"]
 
 SCALED_MM = torch.ops.aten._scaled_mm.out
-_spec = lru_cache(maxsize=4096)(read_spec)
 
 
 def _mm(rows: slice, out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -74,11 +73,12 @@ PRODUCTS: dict[str, Callable[..., None]] = {
 
 def define(library: torch.library.Library, name: str, run: Callable[[Call, Any], list[Tensor]]) -> None:
     """Define the operator for a product and `name` behind it. `run`: as of the lean forms of that."""
+    kernels = kernels_of(run)
     for form, names in FORMS.items():
         full_name = f"{PREFIX}{name}.{form}"
         arguments = declared(names).replace("Tensor x", "Tensor[] factors, str product")
         library.define(f"{full_name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(full_name, partial(_call, name, run, form), "CompositeExplicitAutograd")
+        library.impl(full_name, partial(_call, name, kernels[form], form), "CompositeExplicitAutograd")
         for key in ("Autograd", "ADInplaceOrView"):
             library.impl(full_name, torch.library.fallthrough_kernel, key)
         torch.library.register_fake(f"tpfuse::{full_name}", lambda *_, **__: None, lib=library)
@@ -91,11 +91,9 @@ def room_for(dtype: torch.dtype, result: Tensor) -> Tensor:
     return result if fits else torch.empty(result.shape, dtype=dtype, device=result.device)
 
 
-def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
-    given: dict[str, Any] = dict(zip(FORMS[form][1:], rest, strict=False))
-    y, spec, fill = given["y"], _spec(given["spec"]), PRODUCTS[product]
-    dtype = spec.operands[0]
-    assert dtype is not None, "of x, which there always is"
+def _call(name: str, kernel: Callable[..., None], form: str, factors: list[Tensor], product: str, *rest: Any) -> None:
+    """`rest`: the arguments of the lean form behind its x, which begin with y and the spec."""
+    y, dtype, fill = rest[0], _dtype_of_x(rest[1]), PRODUCTS[product]
     if y.numel() * dtype.itemsize < FROM_BYTES:
         x = torch.empty(y.shape, dtype=dtype, device=y.device)
         fill(slice(None), x.view(-1, y.shape[-1]), *factors)
@@ -107,16 +105,11 @@ def _call(name: str, run: Callable, form: str, factors: list[Tensor], product: s
     def multiply(first: int, stop: int) -> None:
         fill(slice(first, stop), rows[first:stop], *factors)
 
-    operands = (x, *(given.get(operand) for operand in OPERANDS[1:]))
-    site = _Overlapped(run, spec, multiply)
-    site.first(operands, {output: given.get(output) for output in OUTPUTS})
+    kernel(x, *rest, product=multiply)
 
 
-class _Overlapped(Boundary):
-    """One call, whose x is a product."""
-
-    __slots__ = ()
-
-    def __init__(self, run: Callable[[Call, Any], list[Tensor]], spec: BoundarySpec, product: Callable) -> None:
-        super().__init__(lambda call, _: run(call, None), spec)
-        self.options = {**self.options, "product": product}
+@lru_cache(maxsize=4096)
+def _dtype_of_x(spec: str) -> torch.dtype:
+    dtype = read_spec(spec).operands[0]
+    assert dtype is not None, "there always is one"
+    return dtype

@@ -41,7 +41,7 @@ from ..add_norm import on_device_of
 from ..compat import tl, triton
 from ..patience import POLLS, out_of_patience, report
 from ..words import COPIES, COPY_FLAGS, POISON, peer
-from .operands import launch_again
+from .operands import NAMES, launch_again
 from .workspace import Workspace
 
 READY = COPY_FLAGS - 1  # the last of the flags
@@ -49,6 +49,7 @@ READY = COPY_FLAGS - 1  # the last of the flags
 FROM_BYTES = 32 << 20
 #: How many ranks such a call has.
 RANKS = 2
+X, Y = NAMES.index("x"), NAMES.index("y")
 _POLLS, _NAN, _COPIES = tl.constexpr(POLLS), tl.constexpr(POISON), tl.constexpr(COPIES)
 _WAITING, _BLOCK = 8, 1024  # programs that wait in front of a send, and make words NaN where it comes to that
 _BEGIN: dict[str, Any] = {"FLAGS": COPY_FLAGS, "num_warps": 1}
@@ -100,12 +101,14 @@ def _wait_kernel(x_ptr, flag_ptr, state_ptr, watch_ptr, first, words, other, BLO
 
 
 class Step(NamedTuple):
-    """A kernel, its arguments and its options; and what it is compiled for, where that is known (`key_of`)."""
+    """A kernel, its arguments and its options; what it is compiled for, where that is known (`key_of`); and which of
+    its arguments are tensors of the call, each with its place in NAMES, or behind them q and scale."""
 
     kernel: Any
     args: tuple
     options: dict[str, Any]
     key: tuple | None = None
+    of_call: tuple[tuple[int, int], ...] = ()
 
     def load(self) -> Any:
         """The kernel, compiled and loaded."""
@@ -119,7 +122,7 @@ def launch(step: Step, programs: int, device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class _Lane:
+class Lane:
     """The stream of a workspace's copies, and the events by which it and the callers' streams wait for each other. An
     event may be recorded again at once: who was told to wait for it waits for what it was then."""
 
@@ -127,9 +130,19 @@ class _Lane:
     asked: torch.cuda.Event
     sent: dict[int, torch.cuda.Event] = field(default_factory=lambda: defaultdict(torch.cuda.Event))
 
+    def handles(self, chunk: int) -> tuple[int, int, int]:
+        """As the driver knows them: `asked`, the stream, and the event behind this chunk. Events were recorded before,
+        or they have no handle yet."""
+        return self.asked.cuda_event, self.stream.cuda_stream, self.sent[chunk].cuda_event
+
 
 #: One each: in a shared stream, copies of a group would wait behind another's.
-_LANES: weakref.WeakKeyDictionary[Workspace, _Lane] = weakref.WeakKeyDictionary()
+_LANES: weakref.WeakKeyDictionary[Workspace, Lane] = weakref.WeakKeyDictionary()
+
+
+def lane_of(ws: Workspace, device: torch.device) -> Lane:
+    found = _LANES.get(ws)
+    return found or _LANES.setdefault(ws, Lane(torch.cuda.Stream(device), torch.cuda.Event()))
 
 
 class _InTurn:
@@ -157,8 +170,7 @@ class _Beside(_InTurn):
 
     def __init__(self, ws: Workspace, device: torch.device) -> None:
         self.main = torch.cuda.current_stream(device.index)
-        found = _LANES.get(ws)
-        self.lane = found or _LANES.setdefault(ws, _Lane(torch.cuda.Stream(device), torch.cuda.Event()))
+        self.lane = lane_of(ws, device)
 
     def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
         """A call that raises leaves copies under way: until they are made its x must not be used for something else,
@@ -203,14 +215,15 @@ class Copies:
         self._beside.__exit__(*failed)
 
     def begin(self) -> None:
-        launch(self.beginning(), 1, self.words.device)
+        self.launch(self.beginning(), 1)
 
     def ready(self, first: int, stop: int) -> None:
         """Before these words of x are sent."""
-        launch(self.waiting(READY, first, stop - first), _WAITING if self.words.is_cuda else 1, self.words.device)
+        self.launch(self.waiting(READY, first, stop - first), _WAITING if self.words.is_cuda else 1)
 
-    def send(self, chunk: int, words: Tensor, at: int) -> None:
-        """`words`, which the caller's stream has finished, into the peer's slot from word `at` on."""
+    def send(self, chunk: int, words: Tensor, at: int, of_call: int = X) -> None:
+        """`words`, which the caller's stream has finished, into the peer's slot from word `at` on. `of_call`: of which
+        of the call's tensors they are a part, by its place in NAMES."""
         there, flag = self.ws.remote, self._flags + chunk
         assert there is not None, "refused without one"
         at += self.ws.copies_offset
@@ -221,7 +234,10 @@ class Copies:
 
     def receive(self, chunk: int) -> None:
         self._beside.behind(chunk)
-        launch(self.waiting(chunk, 0, 0), 1, self.words.device)
+        self.launch(self.waiting(chunk, 0, 0), 1)
+
+    def launch(self, step: Step, programs: int) -> None:
+        launch(step, programs, self.words.device)
 
     def beginning(self) -> Step:
         flags = self.ws.buffer[self._flags :]
@@ -232,7 +248,7 @@ class Copies:
         awaited = self.ws.buffer[self._flags + flag :]
         args = self.words, awaited, self.ws.state, self.ws.watch, first, words, 1 - self.ws.rank
         key = (_wait_kernel, awaited.get_device(), self.words.data_ptr() % 16)
-        return Step(_wait_kernel, args, _WAIT, key)
+        return Step(_wait_kernel, args, _WAIT, key, ((0, X),))
 
 
 #: Finishes rows [first, stop) of a call of the protocol.
@@ -251,16 +267,23 @@ class InCalls:
     parts: ClassVar[int]
     most_chunks: ClassVar[int]
 
-    def run(self, finishing: Callable[[int, int], Finish]) -> None:
-        """`finishing(start, stop)`: for a call on these rows of a part, what finishes some of them, from `start` on."""
+    def run(self, finishing: Callable[[int, int], Finish], by: Copies | None = None) -> None:
+        """`finishing(start, stop)`: for a call on these rows of a part, what finishes some of them, from `start` on.
+        `by`: what makes the steps."""
         rows, calls = len(self.x) // self.parts, self.calls
-        with on_device_of(self.x):
+        with on_device_of(self.x), by or Copies(self.ws, self.words) as copies:
             for i in range(calls):
                 start, stop = rows * i // calls, rows * (i + 1) // calls
-                self.call(start, stop, finishing(start, stop))
+                self.call(copies, start, stop, finishing(start, stop))
 
-    def call(self, start: int, stop: int, finish: Finish) -> None:
+    def call(self, copies: Copies, start: int, stop: int, finish: Finish) -> None:
         raise NotImplementedError
+
+    @property
+    def words(self) -> Tensor:
+        """x as `Copies` takes it."""
+        words: Tensor = self.x.view(-1).view(torch.int32)
+        return words
 
     @property
     def calls(self) -> int:

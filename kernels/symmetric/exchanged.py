@@ -29,9 +29,10 @@ from ..call import AddNormOut, Call
 from ..compat import tl, triton
 from ..words import POISON
 from .copied import finishing
-from .copies import READY, Copies, Finish, InCalls, Step, launch, slot
+from .copies import READY, Copies, Finish, InCalls, Step, Y, launch, slot
 from .copies import refusal as copies_refusal
-from .operands import Launch, lies_ready, prepare
+from .noted import noted
+from .operands import Launch, Places, lies_ready, places_of, prepare
 from .workspace import Workspace
 
 _NAN = tl.constexpr(POISON)
@@ -57,38 +58,36 @@ class Exchange(InCalls):
     gathered: Tensor
     parts, most_chunks = 2, 2
 
-    def call(self, start: int, stop: int, finish: Finish) -> None:
+    def call(self, copies: Copies, start: int, stop: int, finish: Finish) -> None:
         rank, row, half = self.ws.rank, self.row, len(self.x) // 2
         own, theirs, rows = rank * half + start, (1 - rank) * half + start, stop - start
-        x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
-        chunks = halves_of(rows)
-        with Copies(self.ws, x) as copies:
-            copies.begin()
-            self.send(copies, chunks, theirs)
-            for i, (first, last) in enumerate(chunks):
-                self.multiply(own + first, own + last)
-                copies.receive(i)
-                finish(first, last)
-                copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row)
-            for i, (first, last) in enumerate(chunks):
-                copies.receive(len(chunks) + i)
-                words = (last - first) * row
-                taking = self._taking(y, (rows + first) * row, (theirs + first) * row, words)
-                launch(taking, -(-words // _BLOCK), x.device)
+        y, chunks = self.gathered.view(-1).view(torch.int32), halves_of(rows)
+        copies.begin()
+        self.send(copies, chunks, theirs)
+        for i, (first, last) in enumerate(chunks):
+            self.multiply(own + first, own + last)
+            copies.receive(i)
+            finish(first, last)
+            copies.send(len(chunks) + i, y[(own + first) * row : (own + last) * row], (rows + first) * row, Y)
+        for i, (first, last) in enumerate(chunks):
+            copies.receive(len(chunks) + i)
+            words = (last - first) * row
+            taking = self._taking(y, (rows + first) * row, (theirs + first) * row, words)
+            copies.launch(taking, -(-words // _BLOCK))
 
     def load(self, step: Step) -> Any:
         """Compile and load the kernels, that of `step` too, which finishes rows; the last of them."""
         loaded = None
-        x, y = (t.view(-1).view(torch.int32) for t in (self.x, self.gathered))
-        copies = Copies(self.ws, x)
-        with on_device_of(x):
+        y, copies = self.gathered.view(-1).view(torch.int32), Copies(self.ws, self.words)
+        with on_device_of(y):
             for each in (copies.beginning(), copies.waiting(READY, 0, 4), step, self._taking(y, 0, 0, 4)):
                 loaded = each.load()
         return loaded
 
     def _taking(self, y: Tensor, start: int, to: int, words: int) -> Step:
         args = slot(self.ws, start, torch.int32), y[to:], self.ws.state, words // 4
-        return Step(_take_kernel, args, _TAKE, (_take_kernel, y.get_device(), *(t.data_ptr() % 16 for t in args[:2])))
+        key = (_take_kernel, y.get_device(), *(t.data_ptr() % 16 for t in args[:2]))
+        return Step(_take_kernel, args, _TAKE, key, ((1, Y),))
 
 
 def halves_of(rows: int) -> list[tuple[int, int]]:
@@ -106,10 +105,18 @@ class ExchangedLaunch(Launch):
     scalars: tuple
     gathered: Tensor
     exchange: Exchange
+    multiplies = True
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
         self.exchange.run(self.finisher)
         return replace(self.out, y=self.gathered), self.sum
+
+    def again(self, places: Places, watch: Tensor) -> tuple[Callable[..., None], tuple] | None:
+        x, (own, *operands), out = self.exchange.x, self.inputs, self.out
+        given = (x, *operands, self.gathered, out.residual_out, self.sum, out.mean, out.rstd, self.scalars[0])
+        if places_of(given) != places or own.data_ptr() != x[self.ws.rank * (len(x) // 2) :].data_ptr():
+            return None
+        return noted(self.exchange, places, self._step)
 
     def load(self) -> Any:
         return self.exchange.load(self._step(0, self.call.rows // 2)(0)) if self.call.rows else None

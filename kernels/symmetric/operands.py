@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from ..add_norm import on_device_of, quantised_tensors, scales, split_eps
 from ..call import NORMS, AddNormOut, Call
 from ..compat import INTERPRETED, next_power_of_2
 
+#: The tensors of a call that a launch's arguments begin with, and records address them by.
+NAMES = "x", "residual", "pre_bias", "weight", "bias", "y", "hidden", "total", "mean", "rstd", "eps"
+TENSORS = len(NAMES)
 #: Kernels that were launched before -> (compiled, their constexprs in order). Triton's own way from a call's arguments
 #: to the compiled kernel costs the host more than all the rest of a launch.
 COMPILED_REGISTRY: dict[tuple, tuple[Any, list[Any]]] = {}
@@ -32,6 +35,9 @@ class Launch:
     constants: dict[str, Any]  # the kernel's constexprs and Triton's launch options
     out: AddNormOut
     sum: Tensor | None
+
+    multiplies: ClassVar[bool] = False
+    """Whether `run` fills an x that is a product. Otherwise x was there when the launch was bound."""
 
     def run(self) -> tuple[AddNormOut, Tensor | None]:
         if self.kernel is not None:
@@ -53,6 +59,16 @@ class Launch:
         them to compile, to launch and for its record, and a view costs the host as much as any operator."""
         return quantised_tensors(self.out)
 
+    def again(self, places: Places, watch: Tensor) -> tuple[Callable[..., None], tuple] | None:
+        """What makes the same launch on other tensors, `launch(*addresses, *rest, *last, stream=...)`, and `rest`:
+        addresses in the order of NAMES, `last` those of q and scale where it quantises. None where this one was not
+        made on the tensors at `places`, but on copies, or nothing compiled was launched."""
+        found = self.compiled()
+        if found is None or places_of(self.args[:TENSORS]) != places:
+            return None
+        compiled, constexprs = found
+        return compiled[(self.programs, 1, 1)], (*addressed(self.args[TENSORS:], watch), *constexprs)
+
     def compiled(self) -> tuple[Any, list[Any]] | None:
         """What `run` launched, and the kernel's constexprs in order; None before it, and where nothing is compiled."""
         return COMPILED_REGISTRY.get(self._specialisation()) if self.kernel is not None else None
@@ -68,6 +84,20 @@ class Launch:
             compiled = self.kernel.warmup(*self.args, grid=(self.programs,), **self.constants, **self.last)
             compiled._init_handles()
         return compiled
+
+
+#: Where a call's tensors lie, in the order of NAMES; None for those that it has not.
+Places = tuple[int | None, ...]
+
+
+def places_of(tensors: Iterable[Tensor | None]) -> Places:
+    return tuple(None if t is None else t.data_ptr() for t in tensors)
+
+
+def addressed(args: Iterable[Any], watch: Tensor) -> list[Any]:
+    """Tensors as addresses; but the watch is pinned memory of the host, of which the launcher alone knows the device's
+    address."""
+    return [a.data_ptr() if isinstance(a, Tensor) and a is not watch else a for a in args]
 
 
 def _marks(args: Iterable[Any]) -> list[Any]:

@@ -127,7 +127,7 @@ class _Stream:
 
 def test_a_call_that_raises_waits_for_the_copies_under_way() -> None:
     beside = object.__new__(copies._Beside)
-    beside.main, beside.lane = _Stream(), copies._Lane(_Stream(), None)
+    beside.main, beside.lane = _Stream(), copies.Lane(_Stream(), None)
     with beside:
         pass
     assert beside.main.waited is None  # each chunk was waited for

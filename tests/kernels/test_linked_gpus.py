@@ -14,6 +14,8 @@ import torch.distributed as dist
 if torch.cuda.device_count() < 2:
     pytest.skip("needs several CUDA devices", allow_module_level=True)
 
+from tests.passes.test_quantised import recognised
+from tests.quantisations import float8_per_row
 from tests.ranks import run_processes
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.bench.linked import LinkedRanks
@@ -30,6 +32,8 @@ from tpfuse.kernels.symmetric.timeout import late_ranks
 from tpfuse.kernels.symmetric.two_shot import fits as two_shot_fits
 from tpfuse.kernels.symmetric.two_shot import two_shot
 from tpfuse.kernels.words import MOST_RANKS
+
+from .again_checks import calls_made_again
 
 pytestmark = pytest.mark.gpu
 WORLD = min(torch.cuda.device_count(), MOST_RANKS)
@@ -292,3 +296,19 @@ def test_a_late_rank_makes_one_call_late_and_not_those_behind_it() -> None:
     for more in run_processes(WORLD, _late, timeout=100):
         print({kernel: [round(ms, 1) for ms in each] for kernel, each in more.items()})
         assert max(ms for each in more.values() for ms in each) < 15, more
+
+
+@pytest.mark.skipif(WORLD != 2, reason="needs two CUDA devices")
+def test_calls_by_copies_made_again_from_records() -> None:
+    """Of every product, in pieces, quantised, in graphs: only the first call of a kind is a first call."""
+    answers = run_processes(2, calls_made_again, 400, recognised(float8_per_row).text(), False, timeout=150)
+    for rank, (wrong, firsts, alike, _) in enumerate(answers):
+        assert not wrong, f"rank {rank}: {len(wrong)} wrong: " + "; ".join(wrong[:10])
+        assert firsts == alike, f"rank {rank}: {firsts} first calls of {alike} kinds"
+    assert answers[0][3] == answers[1][3], "ranks differ"
+
+
+@pytest.mark.skipif(WORLD != 2, reason="needs two CUDA devices")
+def test_a_call_made_again_whose_streams_do_not_wait_is_found_out() -> None:
+    answers = run_processes(2, calls_made_again, 150, recognised(float8_per_row).text(), True, timeout=150)
+    assert any(wrong for wrong, *_ in answers)

@@ -24,7 +24,7 @@ from tpfuse.kernels import rendezvous as groups
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.call import Call as Operation
 from tpfuse.kernels.rendezvous import WORKSPACE_REGISTRY, injected, workspace_of
-from tpfuse.kernels.symmetric import dispatch, one_shot
+from tpfuse.kernels.symmetric import dispatch, one_shot, operands
 from tpfuse.kernels.symmetric.entries import Entry, Table
 from tpfuse.kernels.symmetric.timeout import GONE
 from tpfuse.kernels.symmetric.workspace import virtual_ranks
@@ -388,7 +388,7 @@ def test_a_launch_on_other_tensors_than_the_calls_leaves_no_record(kernel: StubK
     op = Operation(call.x, call.residual, None, call.weight, norm="rms_norm", out_dtype=F32, hidden_dtype=F32, eps=1e-6)
     launch = one_shot.one_shot(op, ws)
     launch.run()
-    tensors = launch.args[: records.TENSORS]
+    tensors = launch.args[: operands.TENSORS]
     table = dispatch.default_table()
     assert records.record_of([launch], tensors, ws, table, (ws,)) is not None
     for index, other in ((0, call.x.clone()), (10, torch.tensor(1e-6))):

@@ -1,0 +1,39 @@
+"""Copies and events by the CUDA driver, on addresses: for calls that are made again, which hold no tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..errors import OpError
+
+
+class Driver(NamedTuple):
+    """`copy(to, source, size, stream)`: so many bytes of the device's memory; `record(event, stream)`;
+    `wait(stream, event, 0)`. All are handles as PyTorch gives them, and all are captured where the stream is. Each
+    raises OpError where the driver refuses."""
+
+    copy: Callable[[int, int, int, int], None]
+    record: Callable[[int, int], None]
+    wait: Callable[[int, int, int], None]
+
+
+@lru_cache
+def driver() -> Driver:
+    library = ctypes.CDLL("libcuda.so.1")  # which is loaded: there is a GPU
+    handle, number = ctypes.c_void_p, ctypes.c_uint64
+    copy, record, wait = library.cuMemcpyDtoDAsync_v2, library.cuEventRecord, library.cuStreamWaitEvent
+    for function, takes in (
+        (copy, (number, number, ctypes.c_size_t, handle)),
+        (record, (handle, handle)),
+        (wait, (handle, handle, ctypes.c_uint)),
+    ):
+        function.argtypes, function.restype = takes, _checked
+    return Driver(copy, record, wait)
+
+
+def _checked(result: int) -> None:
+    if result:
+        raise OpError(f"the CUDA driver refused a copy or an event: error {result}")

@@ -1,0 +1,389 @@
+"""A call by copies made again from what was noted of it: the steps of the first call, in its order, on other tensors.
+
+Kernels, copies and events are stand-ins that note what they are asked for, and compute on the addresses they get.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.graphs import fake_world
+from tests.passes.test_quantised import recognised
+from tests.quantisations import float8_per_row
+from tpfuse import product_ops
+from tpfuse.boundary_spec import BoundarySpec
+from tpfuse.errors import OpError
+from tpfuse.kernels import entry, records, rendezvous
+from tpfuse.kernels.call import AddNormOut, Call
+from tpfuse.kernels.driver import Driver
+from tpfuse.kernels.symmetric import copied, copies, dispatch, exchanged, noted, operands, pieces
+from tpfuse.kernels.symmetric.dispatch import Entry, Table
+from tpfuse.kernels.symmetric.workspace import Workspace, virtual_ranks
+from tpfuse.kernels.words import COPIES
+
+from .stub_kernel import in_place_of_gpus
+
+H, F32, ROW = 64, torch.float32, 64  # words of a row
+SLOT_ROWS, EPS = 16, 1e-6
+MAIN = 7  # the caller's stream
+
+
+def tensor(address: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    size = dtype.itemsize * torch.Size(shape).numel()
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
+
+
+@dataclass
+class Kernel:
+    """`does` is what it computes, of its arguments with tensors as addresses, and the number of programs."""
+
+    log: list[tuple]
+    name: str
+    arg_names: list[str]
+    does: Callable[[tuple, int], None]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getitem__(self, grid: tuple) -> Callable:
+        def run(*args: Any, stream: Any = None, **options: Any) -> Kernel:
+            given = (*args, *(options.get(name) for name in self.arg_names[len(args) :]))
+            addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in given)
+            self.log.append((self.name, grid[0], addresses))
+            self.does(addresses, grid[0])
+            return self
+
+        return run
+
+
+class Peer:
+    """The other rank's buffer, which notes what is copied to it."""
+
+    def __init__(self, buffer: Tensor, log: list[tuple]) -> None:
+        self.buffer, self.log = buffer, log
+
+    def data_ptr(self) -> int:
+        return self.buffer.data_ptr()
+
+    def __getitem__(self, words: slice) -> Any:
+        def copy_(rows: Tensor, non_blocking: bool) -> None:
+            self.log.append(("copy", self.buffer[words].data_ptr(), rows.data_ptr(), 4 * rows.numel(), "beside"))
+            self.buffer[words] = rows
+
+        return SimpleNamespace(copy_=copy_)
+
+
+class Rank:
+    """One rank; what its peer would send is put into its slot by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple] = []
+        here, there = virtual_ranks(2, "cpu", 4, 1 << 14)
+        self.peer = there
+        self.ws: Workspace = replace(
+            here, copy_words=SLOT_ROWS * ROW, remote=Peer(there.buffer, self.log)  # type: ignore[arg-type]
+        )
+        self.slot = here.buffer[here.copies_offset :][: SLOT_ROWS * ROW].view(F32).view(SLOT_ROWS, H)
+        kernels = ((copies, "_begin_kernel", self.begin), (copies, "_wait_kernel", lambda *_: None),
+                   (copied, "_finish_kernel", self.finish), (exchanged, "_take_kernel", self.take))  # fmt: skip
+        for module, name, does in kernels:
+            stub = Kernel(self.log, name, list(getattr(module, name).arg_names), does)
+            monkeypatch.setattr(module, name, stub)
+        monkeypatch.setattr(copies._InTurn, "follow", lambda _: self.follow())
+        monkeypatch.setattr(copies._InTurn, "sending", lambda _, chunk: self.sending(chunk))
+        monkeypatch.setattr(copies._InTurn, "behind", lambda _, chunk: self.log.append(("wait", MAIN, f"sent {chunk}")))
+        lane = SimpleNamespace(handles=lambda chunk: ("asked", "beside", f"sent {chunk}"))
+        monkeypatch.setattr(noted, "lane_of", lambda ws, device: lane)
+        monkeypatch.setattr(noted, "driver", lambda: Driver(self.copy, self.record, self.wait))  # type: ignore[arg-type]
+
+    # -- what a first call is made of ---------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        self.log += [("record", "asked", MAIN), ("wait", "beside", "asked")]
+
+    @contextmanager
+    def sending(self, chunk: int) -> Iterator[None]:
+        yield
+        self.log.append(("record", f"sent {chunk}", "beside"))
+
+    # -- what a noted one is made of ----------------------------------------------------------------------------------
+
+    def copy(self, to: int, source: int, size: int, stream: Any) -> None:
+        self.log.append(("copy", to, source, size, stream))
+        ctypes.memmove(to, source, size)
+
+    def record(self, event: Any, stream: Any) -> None:
+        self.log.append(("record", event, stream))
+
+    def wait(self, stream: Any, event: Any, flags: int) -> None:
+        self.log.append(("wait", stream, event))
+
+    # -- what kernels do ----------------------------------------------------------------------------------------------
+
+    def begin(self, args: tuple, programs: int) -> None:
+        self.ws.state[COPIES] += 1
+
+    def finish(self, args: tuple, rows: int) -> None:
+        x, residual, _, weight, _, y, hidden = args[:7]
+        first = args[16]
+
+        def at(address: int) -> Tensor:
+            return tensor(address + 4 * H * first, rows, H)
+
+        h = at(x) + at(args[14]) + at(residual)
+        at(hidden).copy_(h)
+        at(y).copy_(torch.nn.functional.rms_norm(h, (H,), tensor(weight, H), EPS))
+
+    def take(self, args: tuple, programs: int) -> None:
+        ctypes.memmove(args[1], args[0], 16 * args[3])
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    return Rank(monkeypatch)
+
+
+class Tensors:
+    """One call's, on this rank, which is rank 0. product: x is one, in the memory of y."""
+
+    def __init__(self, rank: Rank, rows: int, scattered: bool, product: bool, quant: str = "") -> None:
+        self.rank, self.scattered, self.share = rank, scattered, rows // 2 if scattered else rows
+        self.given, self.residual, self.weight = torch.randn(rows, H), torch.randn(self.share, H), torch.randn(H)
+        self.y, self.hidden = torch.full((rows, H), float("nan")), torch.full((self.share, H), float("nan"))
+        self.x = self.y if product else self.given.clone()
+        self.product = self.multiply if product else None
+        self.multiplied: list[tuple[int, int]] = []
+        self.last: tuple[Tensor | None, Tensor | None] = (None, None)
+        if quant:
+            self.last = torch.zeros(rows, H).to(torch.float8_e4m3fn), torch.zeros(rows, 1)
+        out = AddNormOut(self.y, self.hidden, None, None, *self.last)
+        self.call = Call(
+            self.x, self.residual, None, self.weight, norm="rms_norm", eps=EPS, out_dtype=F32, hidden_dtype=F32,
+            overlap=True, product=self.product, quant=quant, out=out,
+        )  # fmt: skip
+        self.theirs = torch.randn(SLOT_ROWS, H)
+        rank.slot.copy_(self.theirs)
+
+    def multiply(self, first: int, stop: int) -> None:
+        self.multiplied.append((first, stop))
+        self.y[first:stop] = self.given[first:stop]
+
+    @property
+    def all(self) -> tuple[Tensor | None, ...]:
+        """In the order of NAMES."""
+        return self.x, self.residual, None, self.weight, None, self.y, self.hidden, None, None, None, None
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        return tuple(None if t is None else t.data_ptr() for t in self.all)
+
+    def launch(self) -> Any:
+        return (exchanged.exchanged if self.scattered else copied.copied)(self.call, self.rank.ws)
+
+    def check(self) -> None:
+        """Of a call that the slot holds."""
+        h = self.given[: self.share] + self.theirs[: self.share] + self.residual
+        y = torch.nn.functional.rms_norm(h, (H,), self.weight, EPS)
+        torch.testing.assert_close(self.hidden, h)
+        torch.testing.assert_close(self.y[: self.share], y)
+        there = self.rank.peer.buffer[self.rank.ws.copies_offset :].view(F32).view(-1)[: SLOT_ROWS * H].view(-1, H)
+        if self.scattered:
+            assert torch.equal(self.y[self.share :], self.theirs[self.share : 2 * self.share])
+            assert torch.equal(there[: self.share], self.given[self.share :])
+            assert torch.equal(there[self.share : 2 * self.share], self.y[: self.share])
+        else:
+            assert torch.equal(there[: self.share], self.given)
+
+
+def made_again(launch: Any, tensors: Tensors) -> tuple[Callable, tuple] | None:
+    return launch.again(tensors.addresses, tensors.rank.ws.watch)
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["x", "product"])
+@pytest.mark.parametrize(("scattered", "rows"), [(False, 8), (False, 1), (True, 8), (True, 2), (True, 40)])
+def test_a_call_made_again_takes_the_steps_of_the_first_one(rank: Rank, scattered: bool, rows: int, product: bool):
+    """40 rows to be scattered are more than the slot holds: three calls of the protocol."""
+    first = Tensors(rank, rows, scattered, product)
+    launch = first.launch()
+    launch.run()
+    asked, multiplied, outputs = [*rank.log], [*first.multiplied], [first.y.clone(), first.hidden.clone()]
+    made = made_again(launch, first)
+    assert made is not None and rank.log == asked, "to note the steps makes none"
+    rank.log.clear()
+    first.multiplied.clear()
+    for t in (first.y, first.hidden):
+        t.fill_(float("nan"))
+    made[0](*first.addresses, *made[1], stream=MAIN, **({"product": first.product} if product else {}))
+    assert rank.log == asked and first.multiplied == multiplied
+    assert all(torch.equal(a, b) for a, b in zip((first.y, first.hidden), outputs, strict=True))
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["x", "product"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_it_computes_on_the_tensors_that_it_is_given(rank: Rank, scattered: bool, product: bool) -> None:
+    first = Tensors(rank, 10, scattered, product)
+    launch = first.launch()
+    launch.run()
+    first.check()
+    made = made_again(launch, first)
+    assert made is not None
+    for _ in range(3):
+        other = Tensors(rank, 10, scattered, product)
+        rank.log.clear()
+        made[0](*other.addresses, *made[1], stream=MAIN, product=other.product)
+        other.check()
+        # Rows of a dead rank become NaN where they lie.
+        assert {each[2][0] for each in rank.log if each[0] == "_wait_kernel"} == {other.x.data_ptr()}
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["x", "product"])
+def test_a_call_in_pieces_is_made_again_piece_by_piece(rank: Rank, product: bool) -> None:
+    rows, entry, kept = 2 * SLOT_ROWS + 5, Entry("*", 2, H, 1 << 20, "copied"), []
+    first = Tensors(rank, rows, False, product)
+    pieces.run(entry, first.call, rank.ws, kept.extend)
+    asked, y = [*rank.log], first.y.clone()
+    assert len(kept) == 3
+    record = records.record_of(kept, first.all, rank.ws, Table(), (rank.ws,))
+    assert record is not None
+    rank.log.clear()
+    first.y.fill_(float("nan"))
+    record.launch(*first.addresses, *record.rest, stream=MAIN, **({"product": first.product} if product else {}))
+    assert rank.log == asked and torch.equal(first.y, y)
+    other = Tensors(rank, rows, False, product)
+    record.launch(*other.addresses, *record.rest, stream=MAIN, product=other.product)
+    each = -(-rows // 3)
+    theirs = torch.cat([other.theirs[: min(each, rows - start)] for start in range(0, rows, each)])
+    torch.testing.assert_close(other.hidden, other.given + theirs + other.residual)
+
+
+def test_quantised_rows_and_their_scales_go_where_a_later_call_wants_them(rank: Rank) -> None:
+    quant = recognised(float8_per_row, F32).text()
+    first, other = (Tensors(rank, 8, False, False, quant) for _ in range(2))
+    launch = first.launch()
+    launch.run()
+    made = made_again(launch, first)
+    assert made is not None
+    last = [t.data_ptr() for t in other.last if t is not None]
+    rank.log.clear()
+    made[0](*other.addresses, *made[1], *last, stream=MAIN)
+    finished = [args for name, _, args in (each for each in rank.log if each[0] == "_finish_kernel")]
+    names = copied._finish_kernel.arg_names
+    assert finished and all([args[names.index(n)] for n in ("q_ptr", "scale_ptr")] == last for args in finished)
+
+
+def test_a_product_that_raises_leaves_the_callers_stream_behind_the_copies_under_way(rank: Rank) -> None:
+    first = Tensors(rank, 8, False, True)
+    launch = first.launch()
+    launch.run()
+    made = made_again(launch, first)
+    assert made is not None
+    rank.log.clear()
+
+    def multiply(first: int, stop: int) -> None:
+        if first:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        made[0](*first.addresses, *made[1], stream=MAIN, product=multiply)
+    assert ("copy" in {each[0] for each in rank.log}) and rank.log[-2:] == [
+        ("record", "asked", "beside"), ("wait", MAIN, "asked"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_nothing_is_noted_of_copies_of_the_calls_tensors_nor_of_kernels_that_were_not_compiled(rank, scattered) -> None:
+    first, other = (Tensors(rank, 8, scattered, False) for _ in range(2))
+    launch = first.launch()
+    assert made_again(launch, first) is None, "it was not run"
+    launch.run()
+    assert made_again(launch, first) is not None
+    for index in (0, 1, 3, 5, 6):
+        places = list(first.addresses)
+        places[index] = other.addresses[index]
+        assert launch.again(tuple(places), rank.ws.watch) is None
+
+
+# -- by the operators -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_graph(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
+    """The operators of compiled graphs find the rank's workspace, and calls of any size are made by copies."""
+    with fake_world(2):
+        in_place_of_gpus(monkeypatch)
+        monkeypatch.setattr(noted, "COMPILED_REGISTRY", operands.COMPILED_REGISTRY)
+        monkeypatch.setattr(rendezvous, "_meet", lambda *_: (rank.ws, ""))
+        for module in (entry, product_ops):
+            monkeypatch.setattr(module, "FROM_BYTES", 1)
+        yield rank
+    dispatch.default_table.cache_clear()
+    dispatch.choose.cache_clear()
+
+
+def call_operator(name: str, first: Tensor, second: Tensor, out_dtype: torch.dtype, residual: Tensor, own: Tensor):
+    """y of a product and the boundary behind it."""
+    text = BoundarySpec(norm="rms_norm", eps=EPS, out_dtype=out_dtype, hidden_dtype=F32, group_name="0", overlap=True,
+                        operands=(F32, F32, None, F32, None, None)).text()  # fmt: skip
+    y, weight = torch.full((len(first), H), float("nan"), dtype=out_dtype), torch.ones(H)
+    operator = getattr(torch.ops.tpfuse, name).lean
+    factors = ([first, second], "mm") if name.startswith("product") else (first @ second,)
+    operator(*factors, y, text, residual, weight, torch.empty_like(own))
+    return y
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("product", ["", "product_"], ids=["x", "product"])
+def test_only_the_first_call_of_an_operator_is_a_first_call(in_graph, monkeypatch, scattered: bool, product: str):
+    name = product + ("reduce_scatter_norm_gather" if scattered else "all_reduce_norm")
+    module, bind = (entry, "exchanged") if scattered else (dispatch.KERNELS["copied"], "bind")
+    made, real = [], getattr(module, bind)
+
+    def counted(*given: Any) -> Any:
+        made.append(given)
+        return real(*given)
+
+    if scattered:
+        monkeypatch.setattr(entry, "exchanged", counted)
+    else:
+        monkeypatch.setitem(dispatch.KERNELS, "copied", replace(module, bind=counted))
+    for n in range(4):
+        rows = 8 if n < 3 else 6
+        own = torch.randn(rows // 2 if scattered else rows, H)
+        theirs = torch.randn(SLOT_ROWS, H)
+        in_graph.slot.copy_(theirs)
+        first, second = torch.randn(rows, 3), torch.randn(3, H)
+        y = call_operator(name, first, second, F32, own, own)
+        h = (first @ second)[: len(own)] + theirs[: len(own)] + own
+        torch.testing.assert_close(y[: len(own)], torch.nn.functional.rms_norm(h, (H,), None, EPS))
+    assert len(made) == 2, "of each number of rows"
+
+
+@pytest.mark.parametrize("copies_too", [False, True], ids=["no slot", "too few bytes"])
+def test_no_record_is_left_of_a_product_that_was_made_before_its_launch(in_graph, monkeypatch, copies_too: bool):
+    """The kernel of one launch takes no product; y of another dtype is not where x goes."""
+    if copies_too:
+        monkeypatch.setattr(entry, "FROM_BYTES", 1 << 30)
+    else:
+        monkeypatch.setattr(rendezvous, "_meet", lambda *_: (replace(in_graph.ws, copy_words=0), ""))
+    for _ in range(3):
+        first, second, residual = torch.randn(8, 3), torch.randn(3, H), torch.randn(8, H)
+        y = call_operator("product_all_reduce_norm", first, second, torch.bfloat16, residual, residual)
+        right = torch.nn.functional.rms_norm(first @ second + residual, (H,), None, EPS)  # the peer's rows are zero
+        torch.testing.assert_close(y.float(), right, rtol=1e-2, atol=1e-2)
+
+
+def test_the_driver_says_what_it_refuses() -> None:
+    from tpfuse.kernels import driver
+
+    driver._checked(0)
+    with pytest.raises(OpError, match="error 700"):
+        driver._checked(700)
