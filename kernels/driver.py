@@ -21,8 +21,12 @@ class Driver(NamedTuple):
 
 
 @lru_cache
-def driver() -> Driver:
-    library = ctypes.CDLL("libcuda.so.1")  # which is loaded: there is a GPU
+def driver() -> Driver | None:
+    """None where its library is not found by its usual name."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
     handle, number = ctypes.c_void_p, ctypes.c_uint64
     copy, record, wait = library.cuMemcpyDtoDAsync_v2, library.cuEventRecord, library.cuStreamWaitEvent
     for function, takes in (

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..driver import driver
+from ..driver import Driver, driver
 from ..words import COPIES
 from .copies import Copies, Finish, InCalls, Lane, Step, X, lane_of
 from .operands import COMPILED_REGISTRY, TENSORS, Places, addressed
@@ -35,6 +35,7 @@ class Steps:
 
     each: tuple[_Again, ...]
     lane: Lane
+    driver: Driver
 
     def __call__(self, *addresses: int | None, stream: int, product: Product | None = None) -> None:
         try:
@@ -42,8 +43,8 @@ class Steps:
                 step(addresses, product, stream)
         except BaseException:  # copies are under way, as where a first call raises
             asked, beside, _ = self.lane.handles(0)
-            driver().record(asked, beside)
-            driver().wait(stream, asked, 0)
+            self.driver.record(asked, beside)
+            self.driver.wait(stream, asked, 0)
             raise
 
 
@@ -51,9 +52,11 @@ def noted(
     calls: InCalls, places: Places, finishing: Callable[[int, int], Callable[[int], Step]]
 ) -> tuple[Steps, tuple] | None:  # fmt: skip
     """The steps of a call that was made with tensors at `places`, as `Launch.again` gives them; None where its kernels
-    were not compiled. finishing(start, stop): for rows of a call of the protocol, the step that finishes those from a
-    first one on."""
-    copies = Noted(calls.ws, calls.words, places)
+    were not compiled, or the driver is not found. finishing(start, stop): for rows of a call of the protocol, the step
+    that finishes those from a first one on."""
+    if (found := driver()) is None:
+        return None
+    copies = Noted(calls.ws, calls.words, places, found)
 
     def finisher(start: int, stop: int) -> Finish:
         step = finishing(start, stop)
@@ -63,7 +66,7 @@ def noted(
         replace(calls, product=copies.multiply).run(finisher, copies)
     except _NotCompiledError:
         return None
-    return Steps(tuple(copies.each), copies.lane), ()
+    return Steps(tuple(copies.each), copies.lane, found), ()
 
 
 class _NotCompiledError(Exception):
@@ -73,9 +76,9 @@ class _NotCompiledError(Exception):
 class Noted(Copies):
     """As `Copies`, but does nothing: `each` are the steps asked for. places: where the tensors of the call lie."""
 
-    def __init__(self, ws: Workspace, words: Tensor, places: Places) -> None:
+    def __init__(self, ws: Workspace, words: Tensor, places: Places, found: Driver) -> None:
         super().__init__(ws, words)
-        self.places = places
+        self.places, self.driver = places, found
         self.each: list[_Again] = []
 
     def __enter__(self) -> Noted:
@@ -123,7 +126,7 @@ class Noted(Copies):
         to, flag = (there.data_ptr() + 4 * word for word in (self.ws.copies_offset + at, self._flags + chunk))
         behind, size = words.data_ptr() - place, 4 * words.numel()
         count = self.ws.state[COPIES:].data_ptr()
-        copy, record, wait = driver()
+        copy, record, wait = self.driver
         asked, beside, sent = self.lane.handles(chunk)
 
         def again(at: tuple, product: Product | None, stream: int) -> None:
@@ -136,6 +139,6 @@ class Noted(Copies):
         self.each.append(again)
 
     def receive(self, chunk: int) -> None:
-        wait, sent = driver().wait, self.lane.handles(chunk)[2]
+        wait, sent = self.driver.wait, self.lane.handles(chunk)[2]
         self.each.append(lambda at, product, stream: wait(stream, sent, 0))
         self.launch(self.waiting(chunk, 0, 0), 1)

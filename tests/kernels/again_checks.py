@@ -15,6 +15,7 @@ from tpfuse.boundary_spec import BoundarySpec
 from tpfuse.kernels import entry, replay
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.call import Call
+from tpfuse.kernels.driver import driver
 from tpfuse.kernels.rendezvous import check_peers
 from tpfuse.kernels.symmetric import noted
 from tpfuse.quantisation import read_quantisation
@@ -137,7 +138,9 @@ def calls_made_again(rank: int, calls: int, quant: str, planted: bool) -> tuple[
 
     replay.Site.leave = left  # type: ignore[method-assign]
     if planted:
-        lame = noted.driver()._replace(wait=lambda stream, event, flags: None)
+        found = driver()
+        assert found is not None
+        lame = found._replace(wait=lambda stream, event, flags: None)
         noted.driver = lambda: lame
     same, mine = random.Random(0), random.Random(rank + 1)
     shape = partial(same.choice, [(2, 1024), (6, 4096), (300, 1024), (1024, 4096)])

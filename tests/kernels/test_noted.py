@@ -381,6 +381,14 @@ def test_no_record_is_left_of_a_product_that_was_made_before_its_launch(in_graph
         torch.testing.assert_close(y.float(), right, rtol=1e-2, atol=1e-2)
 
 
+def test_nothing_is_noted_where_the_driver_is_not_found(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Tensors(rank, 8, False, False)
+    launch = first.launch()
+    launch.run()
+    monkeypatch.setattr(noted, "driver", lambda: None)
+    assert made_again(launch, first) is None
+
+
 def test_the_driver_says_what_it_refuses() -> None:
     from tpfuse.kernels import driver
 
