@@ -60,7 +60,6 @@ def all_reduce_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOu
     if copies and ws.copy_words:
         chosen = replace(chosen, kernel="copied")
 
-
     def ran(launches: list[Launch]) -> None:
         # Of a call that may be made by copies, where there is no slot for them yet, none: its peer may find one sooner.
         # Nor of one whose product was made before the launch: the record would leave it out.
@@ -75,8 +74,8 @@ def exchange_add_norm(call: Call, site: Site | None = None) -> tuple[AddNormOut,
     """`add_norm` of this rank's half of the rows of the sum, and a gather of y: `call.out.y` and the y of the result
     have all rows, in the order of the ranks; residual and other results those of the own half.
 
-    Otherwise as `all_reduce_add_norm`: None, on all ranks alike, also for calls that are not told `overlap`, have less
-    than FROM_BYTES of x, an odd number of rows, a quantisation, or more ranks than two.
+    Otherwise as `all_reduce_add_norm`, a record of it at `site` too: None, on all ranks alike, also for calls that are
+    not told `overlap`, have less than FROM_BYTES of x, an odd number of rows, a quantisation, or more ranks than two.
     """
     x, group_name = call.x, call.group_name
     if not (call.overlap and on_gpu(x) and call.supported()) or x.nbytes < FROM_BYTES or unfit(call):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,8 +26,8 @@ from .symmetric.dispatch import Table
 from .symmetric.operands import NAMES, Launch
 from .symmetric.workspace import Workspace
 
-#: Records of one group at most. With more the program asks for ever new shapes, and all begin anew.
-MOST = 4096
+#: Steps in all records of one group, at most. With more the program asks for ever new shapes, and all begin anew.
+MOST = 1 << 14
 _WITHOUT_ROWS = {"pre_bias", "weight", "bias", "eps"}
 
 
@@ -35,34 +35,40 @@ _WITHOUT_ROWS = {"pre_bias", "weight", "bias", "eps"}
 class Record:
     """One call. `launch(*addresses, *rest, *last, stream=...)` does it again, `last` being the addresses of q and of
     scale where it quantises, and `product=...` behind it where x is one (`Call.product`); `late`: words of the host's
-    memory, one for each workspace of the group, that are not 0 once a kernel gave up waiting for a peer."""
+    memory, one for each workspace of the group, that are not 0 once a kernel gave up waiting for a peer; `size`: how
+    many steps it holds."""
 
     workspace: Workspace
     table: Table
     launch: Callable[..., Any]
     rest: tuple
     late: tuple[ctypes.c_int32, ...]
+    size: int = 1
 
 
 class Records:
     """All records of one group, by key. The lock is for those who change them: a reader takes what `known` holds, which
     is one look into a dict, and a record never changes, so it finds all of one or nothing."""
 
-    __slots__ = ("_lock", "known")
+    __slots__ = ("_lock", "_size", "known")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._size = 0
         self.known: dict[Hashable, Record] = {}
 
     def keep(self, key: Hashable, record: Record) -> None:
         with self._lock:
-            if len(self.known) >= MOST:
+            if self._size + record.size > MOST:
                 self.known.clear()
+                self._size = 0
             self.known[key] = record
+            self._size += record.size
 
     def clear(self) -> None:
         with self._lock:
             self.known.clear()
+            self._size = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class _InPieces:
     tensors lie behind the call's (in the order of NAMES), and its other arguments."""
 
     each: tuple[tuple[Callable[..., Any], int, tuple[int, ...], tuple], ...]
+
+    def __len__(self) -> int:
+        return sum(map(_steps_of, (launch for launch, *_ in self.each)))
 
     def __call__(self, *addresses: int | None, stream: int, product: Callable[[int, int], None] | None = None) -> None:
         for launch, row, behind, rest in self.each:
@@ -93,8 +102,11 @@ def record_of(
     each of the rows behind those of the one before; or None where it cannot be made again with others: inputs were
     copied, a tensor does not lie on 16 bytes, nothing compiled was launched, or several launches quantise.
     `workspaces`: all that kernels of the group may still run on."""
-    if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *launches[0].last.values())):
+    last = launches[0].last
+    if any(t is not None and t.data_ptr() % 16 for t in (*tensors[:-1], *last.values())):
         # of eps's place no kernel is compiled for
+        return None
+    if last and len(launches) > 1:
         return None
     pieces, first, row_bytes = [], 0, _row_bytes(tensors)
     for launch in launches:
@@ -106,9 +118,12 @@ def record_of(
         pieces.append((made[0], first, behind, made[1]))
         first += launch.out.y.numel() // launch.out.y.shape[-1]
     late = tuple(ctypes.c_int32.from_address(each.watch.data_ptr() + 4 * GONE) for each in workspaces)
-    if len(pieces) == 1:
-        return Record(ws, table, pieces[0][0], pieces[0][3], late)
-    return None if launches[0].last else Record(ws, table, _InPieces(tuple(pieces)), (), late)
+    again, rest = (pieces[0][0], pieces[0][3]) if len(pieces) == 1 else (_InPieces(tuple(pieces)), ())
+    return Record(ws, table, again, rest, late, _steps_of(again))
+
+
+def _steps_of(launch: Callable[..., Any]) -> int:
+    return len(launch) if isinstance(launch, Sized) else 1
 
 
 def _row_bytes(tensors: tuple[Tensor | None, ...]) -> list[int]:

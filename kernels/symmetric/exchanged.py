@@ -112,9 +112,9 @@ class ExchangedLaunch(Launch):
         return replace(self.out, y=self.gathered), self.sum
 
     def again(self, places: Places, watch: Tensor) -> tuple[Callable[..., None], tuple] | None:
-        x, (own, *operands), out = self.exchange.x, self.inputs, self.out
-        given = (x, *operands, self.gathered, out.residual_out, self.sum, out.mean, out.rstd, self.scalars[0])
-        if places_of(given) != places or own.data_ptr() != x[self.ws.rank * (len(x) // 2) :].data_ptr():
+        out, results = self.out, (self.gathered, self.out.residual_out, self.sum)
+        given = (self.exchange.x, *self.inputs[1:], *results, out.mean, out.rstd, self.scalars[0])
+        if places_of(given) != places:
             return None
         return noted(self.exchange, places, self._step)
 

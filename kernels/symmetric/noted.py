@@ -1,20 +1,23 @@
 """A call by copies, made again on other tensors: its steps, with numbers in the place of all that stays the same.
 
 A first call asks for some thirty steps, and what costs the host is not to make them but to find them out: outputs,
-views, what a kernel is compiled for, where a chunk goes. None of that changes until the workspace does. `noted` goes
-through a call that was just made, step by step as the call's own code asks for them, so there is one description of the
-protocol (`copies.py`); what comes out does the same steps, in the same order, on the addresses it is given.
+views, what a kernel is compiled for, where a chunk goes. For calls that are alike (`records.py`) all of that is the
+same as long as the workspace is. `noted` goes through a call that was just made, step by step as the call's own code
+asks for them, so there is one description of the protocol (`copies.py`). What comes out makes the same steps in the
+same order, on the addresses it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from ...errors import OpError
 from ..driver import Driver, driver
 from ..words import COPIES
 from .copies import Copies, Finish, InCalls, Lane, Step, X, lane_of
@@ -43,17 +46,21 @@ class Steps:
                 step(addresses, product, stream)
         except BaseException:  # copies are under way, as where a first call raises
             asked, beside, _ = self.lane.handles(0)
-            self.driver.record(asked, beside)
-            self.driver.wait(stream, asked, 0)
+            with suppress(OpError):  # nothing is under way in a stream of copies that is not captured yet
+                self.driver.record(asked, beside)
+                self.driver.wait(stream, asked, 0)
             raise
+
+    def __len__(self) -> int:
+        return len(self.each)
 
 
 def noted(
     calls: InCalls, places: Places, finishing: Callable[[int, int], Callable[[int], Step]]
 ) -> tuple[Steps, tuple] | None:  # fmt: skip
     """The steps of a call that was made with tensors at `places`, as `Launch.again` gives them; None where its kernels
-    were not compiled, or the driver is not found. finishing(start, stop): for rows of a call of the protocol, the step
-    that finishes those from a first one on."""
+    were not compiled, or the driver is not found. finishing(start, stop) is for one call of the protocol, on these
+    rows: it gives, by a row's number, the step that finishes rows from that one on."""
     if (found := driver()) is None:
         return None
     copies = Noted(calls.ws, calls.words, places, found)

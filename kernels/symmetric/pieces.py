@@ -47,6 +47,8 @@ def run(
         if piece is None:  # the same for every piece and on every rank: nothing has been launched yet
             return None
         piece.run()
+        if call.product is not None and not piece.multiplies:
+            ran = None  # each has a copy of its rows
         if ran is not None:
             launches.append(piece)
     if ran is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from tpfuse import product_ops
 from tpfuse.boundary_spec import BoundarySpec
+from tpfuse.errors import PeerTimeoutError
 from tpfuse.kernels import entry, replay
 from tpfuse.kernels.add_norm import add_norm_reference
 from tpfuse.kernels.call import Call
-from tpfuse.kernels.driver import driver
+from tpfuse.kernels.driver import Driver, driver
 from tpfuse.kernels.rendezvous import check_peers
-from tpfuse.kernels.symmetric import noted
+from tpfuse.kernels.symmetric import copies, noted
 from tpfuse.quantisation import read_quantisation
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -74,7 +76,7 @@ class Tensors:
                          torch.empty(how.scales_of(self.y.shape), dtype=how.scale_dtype, device="cuda")]  # fmt: skip
 
     def run(self, group_name: str) -> None:
-        kind, factors = self.kind, self.factors(self.rank)
+        kind, factors = self.kind, [t.clone(memory_format=torch.preserve_format) for t in self.factors(self.rank)]
         x = (factors, kind.product) if kind.product else (torch.mm(*factors),)
         operator = getattr(torch.ops.tpfuse, kind.name)
         form = operator.quantised if kind.quant else operator.lean
@@ -123,10 +125,9 @@ class Tensors:
         return "" if max(off) < (1e-5 if kind.dtype == F32 else 6e-3) else f"off by {max(off):.1e}"
 
 
-def calls_made_again(rank: int, calls: int, quant: str, planted: bool) -> tuple[list[str], int, int, int]:
+def calls_made_again(rank: int, calls: int, quant: str, planted: str = "") -> tuple[list[str], int, int, int]:
     """What was wrong; how many calls were first calls, and how many should have been; a fingerprint of y of all calls.
-    planted: streams of calls that are made
-    again wait for nothing."""
+    planted: which stream does not wait in calls that are made again, that of "copies" or the "caller"'s."""
     torch.cuda.set_device(rank)
     group_name = dist.new_group(backend="nccl").group_name
     product_ops.FROM_BYTES = entry.FROM_BYTES = 1
@@ -138,10 +139,9 @@ def calls_made_again(rank: int, calls: int, quant: str, planted: bool) -> tuple[
 
     replay.Site.leave = left  # type: ignore[method-assign]
     if planted:
-        found = driver()
-        assert found is not None
-        lame = found._replace(wait=lambda stream, event, flags: None)
-        noted.driver = lambda: lame
+        os.environ["TPFUSE_PEER_TIMEOUT"] = "3"
+        found = _planted(planted == "copies", late=rank == 0)
+        noted.driver = lambda: found
     same, mine = random.Random(0), random.Random(rank + 1)
     shape = partial(same.choice, [(2, 1024), (6, 4096), (300, 1024), (1024, 4096)])
     kinds = [Kind(scattered, word, *shape(), dtype, norm) for dtype in (BF16, F16, F32) for scattered in (False, True)
@@ -150,28 +150,75 @@ def calls_made_again(rank: int, calls: int, quant: str, planted: bool) -> tuple[
               for word in ("addmm", "mms", "scaled_mm", "scaled_mm, fast")]  # fmt: skip
     kinds += [Kind(scattered, "mm", 9000, 4096, BF16, "rms_norm") for scattered in (False, True)]
     kinds += [Kind(False, word, 40, 4096, BF16, "rms_norm", quant) for word in ("", "mm")]
-    wrong, mark = [], 0
-    for n in range(calls):
-        kind = kinds[n] if n < len(kinds) else same.choice(kinds)
+    # The first call of these is made while a graph is captured, when their kernels are compiled.
+    fresh = [Kind(scattered, "mm", 302, 4096, BF16, "rms_norm") for scattered in (False, True)]
+    wrong, mark, beside = [], 0, torch.cuda.Stream()
+    queue = [*kinds, *fresh, *(same.choice(kinds) for _ in range(calls - len(kinds) - len(fresh)))]
+    while queue:
+        batch = [queue.pop(0)]
+        while queue and same.random() < 0.7 and not {batch[0], queue[0]} & set(fresh):
+            batch.append(queue.pop(0))
         room = torch.empty(mine.randrange(1, 1 << 20), device="cuda")  # other addresses on each rank
-        tensors = Tensors(kind, n, rank)
-        if mine.random() < 0.3:
-            torch.cuda._sleep(mine.randrange(1000, 300_000))
-        if same.random() < 0.1 and n >= len(kinds):
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                tensors.run(group_name)
-            for _ in range(2):
-                tensors.y.fill_(float("nan"))
-                graph.replay()
-        else:
-            tensors.run(group_name)
-        if said := tensors.wrong():
-            wrong.append(f"call {n}, {kind}: {said}")
-        mark += int(tensors.y.view(torch.int16).long().sum())
-        del room
+        tensors = [Tensors(kind, len(queue) + n, rank) for n, kind in enumerate(batch)]
+        main = torch.cuda.current_stream()
+        stream = mine.choice((main, beside))
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            if mine.random() < 0.4:
+                torch.cuda._sleep(mine.randrange(1000, 300_000))
+            try:
+                if batch[0] in fresh or (not planted and len(queue) < calls - len(kinds) and same.random() < 0.1):
+                    _in_a_graph(tensors, group_name)
+                else:
+                    for each in tensors:  # none waits for the one before on the host
+                        each.run(group_name)
+            except PeerTimeoutError as late:
+                assert planted
+                return [*wrong, str(late)], len(firsts), 0, 0
+        main.wait_stream(stream)
+        for each in tensors:
+            if said := each.wrong():
+                wrong.append(f"{len(queue)} calls before the end, {each.kind}: {said}")
+            mark += int(each.y.view(torch.int16).long().sum())
+        del room, tensors
     torch.cuda.synchronize()
-    check_peers()
-    alike = {(kind.name, kind.spec(group_name), kind.rows, kind.hidden) for kind in kinds}  # whatever the product is
+    if not planted:
+        check_peers()
+    # Whatever the product is.
+    alike = {(kind.name, kind.spec(group_name), kind.rows, kind.hidden) for kind in (*kinds, *fresh)}
     return wrong, len(firsts), len(alike), mark
+
+
+def _in_a_graph(tensors: list[Tensors], group_name: str) -> None:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for each in tensors:
+            each.run(group_name)
+    for _ in range(2):
+        for each in tensors:
+            each.y.fill_(float("nan"))
+        graph.replay()
+    torch.cuda.synchronize()  # before the graph goes
+
+
+def _planted(copies_too_early: bool, late: bool) -> Driver:
+    """Copies that do not wait for what they copy; or, of one rank whose copies are late, rows that are finished, in the
+    memory of x, before they are sent."""
+    real = driver()
+    assert real is not None
+
+    def copies_stream(stream: int) -> bool:
+        return any(stream == lane.stream.cuda_stream for lane in copies._LANES.values())
+
+    def wait(stream: int, event: int, flags: int) -> None:
+        if copies_stream(stream) != copies_too_early:
+            real.wait(stream, event, flags)
+
+    def copy(to: int, source: int, size: int, stream: int) -> None:
+        if late and not copies_too_early and not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+                torch.cuda._sleep(200_000)
+        real.copy(to, source, size, stream)
+
+    return Driver(copy, real.record, wait)

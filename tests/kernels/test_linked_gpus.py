@@ -300,8 +300,8 @@ def test_a_late_rank_makes_one_call_late_and_not_those_behind_it() -> None:
 
 @pytest.mark.skipif(WORLD != 2, reason="needs two CUDA devices")
 def test_calls_by_copies_made_again_from_records() -> None:
-    """Of every product, in pieces, quantised, in graphs: only the first call of a kind is a first call."""
-    answers = run_processes(2, calls_made_again, 400, recognised(float8_per_row).text(), False, timeout=150)
+    """Of every product, in pieces, quantised, in graphs, several in flight: only the first call of a kind is one."""
+    answers = run_processes(2, calls_made_again, 600, recognised(float8_per_row).text(), timeout=150)
     for rank, (wrong, firsts, alike, _) in enumerate(answers):
         assert not wrong, f"rank {rank}: {len(wrong)} wrong: " + "; ".join(wrong[:10])
         assert firsts == alike, f"rank {rank}: {firsts} first calls of {alike} kinds"
@@ -309,6 +309,7 @@ def test_calls_by_copies_made_again_from_records() -> None:
 
 
 @pytest.mark.skipif(WORLD != 2, reason="needs two CUDA devices")
-def test_a_call_made_again_whose_streams_do_not_wait_is_found_out() -> None:
-    answers = run_processes(2, calls_made_again, 150, recognised(float8_per_row).text(), True, timeout=150)
+@pytest.mark.parametrize("planted", ["copies", "caller"])
+def test_a_call_made_again_of_which_a_stream_does_not_wait_is_found_out(planted: str) -> None:
+    answers = run_processes(2, calls_made_again, 150, recognised(float8_per_row).text(), planted, timeout=150)
     assert any(wrong for wrong, *_ in answers)

@@ -1,15 +1,14 @@
 """A call by copies made again from what was noted of it: the steps of the first call, in its order, on other tensors.
 
-Kernels, copies and events are stand-ins that note what they are asked for, and compute on the addresses they get.
+Kernels, copies and events are stand-ins (copies_stub.py).
 """
 
 from __future__ import annotations
 
-import ctypes
+import gc
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,127 +23,14 @@ from tpfuse.boundary_spec import BoundarySpec
 from tpfuse.errors import OpError
 from tpfuse.kernels import entry, records, rendezvous
 from tpfuse.kernels.call import AddNormOut, Call
-from tpfuse.kernels.driver import Driver
-from tpfuse.kernels.symmetric import copied, copies, dispatch, exchanged, noted, operands, pieces
+from tpfuse.kernels.symmetric import copied, dispatch, exchanged, noted, operands, pieces
 from tpfuse.kernels.symmetric.dispatch import Entry, Table
-from tpfuse.kernels.symmetric.workspace import Workspace, virtual_ranks
-from tpfuse.kernels.words import COPIES
+from tpfuse.kernels.symmetric.workspace import Workspace
 
+from .copies_stub import EPS, F32, MAIN, SLOT_ROWS, H, Rank
 from .stub_kernel import in_place_of_gpus
 
-H, F32, ROW = 64, torch.float32, 64  # words of a row
-SLOT_ROWS, EPS = 16, 1e-6
-MAIN = 7  # the caller's stream
-
-
-def tensor(address: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
-    size = dtype.itemsize * torch.Size(shape).numel()
-    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
-
-
-@dataclass
-class Kernel:
-    """`does` is what it computes, of its arguments with tensors as addresses, and the number of programs."""
-
-    log: list[tuple]
-    name: str
-    arg_names: list[str]
-    does: Callable[[tuple, int], None]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __getitem__(self, grid: tuple) -> Callable:
-        def run(*args: Any, stream: Any = None, **options: Any) -> Kernel:
-            given = (*args, *(options.get(name) for name in self.arg_names[len(args) :]))
-            addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in given)
-            self.log.append((self.name, grid[0], addresses))
-            self.does(addresses, grid[0])
-            return self
-
-        return run
-
-
-class Peer:
-    """The other rank's buffer, which notes what is copied to it."""
-
-    def __init__(self, buffer: Tensor, log: list[tuple]) -> None:
-        self.buffer, self.log = buffer, log
-
-    def data_ptr(self) -> int:
-        return self.buffer.data_ptr()
-
-    def __getitem__(self, words: slice) -> Any:
-        def copy_(rows: Tensor, non_blocking: bool) -> None:
-            self.log.append(("copy", self.buffer[words].data_ptr(), rows.data_ptr(), 4 * rows.numel(), "beside"))
-            self.buffer[words] = rows
-
-        return SimpleNamespace(copy_=copy_)
-
-
-class Rank:
-    """One rank; what its peer would send is put into its slot by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[tuple] = []
-        here, there = virtual_ranks(2, "cpu", 4, 1 << 14)
-        self.peer = there
-        self.ws: Workspace = replace(
-            here, copy_words=SLOT_ROWS * ROW, remote=Peer(there.buffer, self.log)  # type: ignore[arg-type]
-        )
-        self.slot = here.buffer[here.copies_offset :][: SLOT_ROWS * ROW].view(F32).view(SLOT_ROWS, H)
-        kernels = ((copies, "_begin_kernel", self.begin), (copies, "_wait_kernel", lambda *_: None),
-                   (copied, "_finish_kernel", self.finish), (exchanged, "_take_kernel", self.take))  # fmt: skip
-        for module, name, does in kernels:
-            stub = Kernel(self.log, name, list(getattr(module, name).arg_names), does)
-            monkeypatch.setattr(module, name, stub)
-        monkeypatch.setattr(copies._InTurn, "follow", lambda _: self.follow())
-        monkeypatch.setattr(copies._InTurn, "sending", lambda _, chunk: self.sending(chunk))
-        monkeypatch.setattr(copies._InTurn, "behind", lambda _, chunk: self.log.append(("wait", MAIN, f"sent {chunk}")))
-        lane = SimpleNamespace(handles=lambda chunk: ("asked", "beside", f"sent {chunk}"))
-        monkeypatch.setattr(noted, "lane_of", lambda ws, device: lane)
-        monkeypatch.setattr(noted, "driver", lambda: Driver(self.copy, self.record, self.wait))  # type: ignore[arg-type]
-
-    # -- what a first call is made of ---------------------------------------------------------------------------------
-
-    def follow(self) -> None:
-        self.log += [("record", "asked", MAIN), ("wait", "beside", "asked")]
-
-    @contextmanager
-    def sending(self, chunk: int) -> Iterator[None]:
-        yield
-        self.log.append(("record", f"sent {chunk}", "beside"))
-
-    # -- what a noted one is made of ----------------------------------------------------------------------------------
-
-    def copy(self, to: int, source: int, size: int, stream: Any) -> None:
-        self.log.append(("copy", to, source, size, stream))
-        ctypes.memmove(to, source, size)
-
-    def record(self, event: Any, stream: Any) -> None:
-        self.log.append(("record", event, stream))
-
-    def wait(self, stream: Any, event: Any, flags: int) -> None:
-        self.log.append(("wait", stream, event))
-
-    # -- what kernels do ----------------------------------------------------------------------------------------------
-
-    def begin(self, args: tuple, programs: int) -> None:
-        self.ws.state[COPIES] += 1
-
-    def finish(self, args: tuple, rows: int) -> None:
-        x, residual, _, weight, _, y, hidden = args[:7]
-        first = args[16]
-
-        def at(address: int) -> Tensor:
-            return tensor(address + 4 * H * first, rows, H)
-
-        h = at(x) + at(args[14]) + at(residual)
-        at(hidden).copy_(h)
-        at(y).copy_(torch.nn.functional.rms_norm(h, (H,), tensor(weight, H), EPS))
-
-    def take(self, args: tuple, programs: int) -> None:
-        ctypes.memmove(args[1], args[0], 16 * args[3])
+MOST_ROWS = (1 << 14) // (2 * H * 4)  # that a slot of the one-shot holds
 
 
 @pytest.fixture
@@ -265,6 +151,23 @@ def test_a_call_in_pieces_is_made_again_piece_by_piece(rank: Rank, product: bool
     torch.testing.assert_close(other.hidden, other.given + theirs + other.residual)
 
 
+def test_records_are_bounded_by_the_steps_they_hold(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Tensors(rank, 8, False, True)
+    launch = first.launch()
+    launch.run()
+    record = records.record_of([launch], first.all, rank.ws, Table(), (rank.ws,))
+    assert record is not None and record.size == sum(map(len, made_again(launch, first)[:1])) > 10
+    monkeypatch.setattr(records, "MOST", 3 * record.size + 1)
+    kept = records.Records()
+    for n in range(8):
+        kept.keep(n, record)
+        assert len(kept.known) == n % 3 + 1 and n in kept.known
+    kept.clear()
+    for n in range(3):
+        kept.keep(n, record)
+    assert len(kept.known) == 3
+
+
 def test_quantised_rows_and_their_scales_go_where_a_later_call_wants_them(rank: Rank) -> None:
     quant = recognised(float8_per_row, F32).text()
     first, other = (Tensors(rank, 8, False, False, quant) for _ in range(2))
@@ -297,6 +200,25 @@ def test_a_product_that_raises_leaves_the_callers_stream_behind_the_copies_under
     assert ("copy" in {each[0] for each in rank.log}) and rank.log[-2:] == [
         ("record", "asked", "beside"), ("wait", MAIN, "asked"),
     ]  # fmt: skip
+
+
+def test_what_a_product_raised_is_not_covered_by_what_the_driver_says_then(rank: Rank) -> None:
+    """In a graph, of a stream of copies that it does not hold yet."""
+    first = Tensors(rank, 8, False, True)
+    launch = first.launch()
+    launch.run()
+    made = made_again(launch, first)
+    assert made is not None
+
+    def refused(*_: Any) -> None:
+        raise OpError("the stream is not captured")
+
+    def multiply(first: int, stop: int) -> None:
+        raise ZeroDivisionError
+
+    steps = replace(made[0], driver=made[0].driver._replace(record=refused, wait=refused))
+    with pytest.raises(ZeroDivisionError):
+        steps(*first.addresses, stream=MAIN, product=multiply)
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -381,17 +303,96 @@ def test_no_record_is_left_of_a_product_that_was_made_before_its_launch(in_graph
         torch.testing.assert_close(y.float(), right, rtol=1e-2, atol=1e-2)
 
 
+# -- where every tensor of a call lies --------------------------------------------------------------------------------
+
+
+class Every:
+    """All operands and outputs that a call may have."""
+
+    def __init__(self, ws: Workspace, rows: int, scattered: bool, alike: bool) -> None:
+        share = rows // 2 if scattered else rows
+        self.x, self.y = torch.randn(rows, H), torch.empty(rows, H)
+        self.residual = self.x if alike and not scattered else torch.randn(share, H)
+        self.pre_bias, self.weight, self.bias = (torch.randn(H) for _ in range(3))
+        self.hidden, self.total = torch.empty(share, H), torch.empty(share, H)
+        self.mean, self.rstd, self.eps = torch.empty(share, 1), torch.empty(share, 1), torch.tensor(EPS)
+        out = AddNormOut(self.y, self.hidden, self.mean, self.rstd)
+        call = Call(
+            self.x, self.residual, self.pre_bias, self.weight, self.bias, self.eps, norm="layer_norm", out_dtype=F32,
+            hidden_dtype=F32, want_sum=True, stats=True, overlap=True, out=out, sum_out=self.total,
+        )  # fmt: skip
+        self.launch = (exchanged.exchanged if scattered else copied.copied)(call, ws)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """In the order of NAMES."""
+        return [self.x, self.residual, self.pre_bias, self.weight, self.bias, self.y, self.hidden, self.total,
+                self.mean, self.rstd, self.eps]  # fmt: skip
+
+    def moved(self, log: list[tuple], to: Every) -> list[tuple]:
+        """The steps, with addresses within tensors of this call moved to those of the other one."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
+            for here, there in zip(self.all, to.all, strict=True):
+                if isinstance(value, int) and here.data_ptr() <= value < here.data_ptr() + here.nbytes:
+                    return there.data_ptr() + value - here.data_ptr()
+            return value
+
+        return [move(step) for step in log]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("alike", [False, True], ids=["", "the residual is x"])
+@pytest.mark.parametrize(("scattered", "rows"), [(False, 8), (False, 1), (True, 8), (True, 2), (True, 40)])
+def test_every_step_is_made_where_the_tensors_of_the_later_call_lie(monkeypatch, number, alike, scattered, rows):
+    rank = Rank(monkeypatch, number)
+    copied._finish_kernel.does = lambda *_: None  # the addresses count
+    first, other = (Every(rank.ws, rows, scattered, alike) for _ in range(2))
+    first.launch.run()
+    asked = [*rank.log]
+    made = first.launch.again(tuple(t.data_ptr() for t in first.all), rank.ws.watch)
+    assert made is not None
+    rank.log.clear()
+    made[0](*(t.data_ptr() for t in other.all), *made[1], stream=MAIN)
+    assert rank.log == first.moved(asked, other)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_no_tensor_of_the_call_is_kept(rank: Rank, scattered: bool) -> None:
+    first = Tensors(rank, 8, scattered, True)
+    launch = first.launch()
+    launch.run()
+    made = made_again(launch, first)
+    gone = [weakref.ref(t) for t in first.all if t is not None]
+    del first, launch
+    gc.collect()
+    assert made is not None and all(t() is None for t in gone)
+
+
+def test_copies_of_rows_of_a_product_are_not_kept_for_a_record(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a kernel that takes no product each have one."""
+    seen, bind = [], pieces.bind
+
+    def counted(*given: Any) -> Any:
+        assert all(launch() is None for launch in seen[:-1])
+        launch = bind(*given)
+        if launch is not None:
+            seen.append(weakref.ref(launch))
+        return launch
+
+    first = Tensors(rank, 3 * MOST_ROWS, False, True)
+    in_place_of_gpus(monkeypatch)
+    monkeypatch.setattr(pieces, "bind", counted)
+    told: list[Any] = []
+    pieces.run(Entry("*", 2, H, 1 << 20, "one_shot"), first.call, rank.ws, told.append)
+    assert len(seen) == 3 and not told
+
+
 def test_nothing_is_noted_where_the_driver_is_not_found(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Tensors(rank, 8, False, False)
     launch = first.launch()
     launch.run()
     monkeypatch.setattr(noted, "driver", lambda: None)
     assert made_again(launch, first) is None
-
-
-def test_the_driver_says_what_it_refuses() -> None:
-    from tpfuse.kernels import driver
-
-    driver._checked(0)
-    with pytest.raises(OpError, match="error 700"):
-        driver._checked(700)
