@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -90,8 +90,13 @@ class Tensors:
             assert torch.equal(there[: self.share], self.given)
 
 
-def made_again(launch: Any, tensors: Tensors) -> tuple[Callable, tuple] | None:
-    return launch.again(tensors.addresses, tensors.rank.ws.watch)
+def steps_of(tensors: Tensors) -> noted.Steps:
+    """Of a first call, which is made."""
+    launch = tensors.launch()
+    launch.run()
+    made = launch.again(tensors.addresses, tensors.rank.ws.watch)
+    assert made is not None and not made[1]
+    return made[0]
 
 
 @pytest.mark.parametrize("product", [False, True], ids=["x", "product"])
@@ -102,7 +107,7 @@ def test_a_call_made_again_takes_the_steps_of_the_first_one(rank: Rank, scattere
     launch = first.launch()
     launch.run()
     asked, multiplied, outputs = [*rank.log], [*first.multiplied], [first.y.clone(), first.hidden.clone()]
-    made = made_again(launch, first)
+    made = launch.again(first.addresses, rank.ws.watch)
     assert made is not None and rank.log == asked, "to note the steps makes none"
     rank.log.clear()
     first.multiplied.clear()
@@ -117,15 +122,12 @@ def test_a_call_made_again_takes_the_steps_of_the_first_one(rank: Rank, scattere
 @pytest.mark.parametrize("scattered", [False, True])
 def test_it_computes_on_the_tensors_that_it_is_given(rank: Rank, scattered: bool, product: bool) -> None:
     first = Tensors(rank, 10, scattered, product)
-    launch = first.launch()
-    launch.run()
+    steps = steps_of(first)
     first.check()
-    made = made_again(launch, first)
-    assert made is not None
     for _ in range(3):
         other = Tensors(rank, 10, scattered, product)
         rank.log.clear()
-        made[0](*other.addresses, *made[1], stream=MAIN, product=other.product)
+        steps(*other.addresses, stream=MAIN, product=other.product)
         other.check()
         # Rows of a dead rank become NaN where they lie.
         assert {each[2][0] for each in rank.log if each[0] == "_wait_kernel"} == {other.x.data_ptr()}
@@ -156,7 +158,7 @@ def test_records_are_bounded_by_the_steps_they_hold(rank: Rank, monkeypatch: pyt
     launch = first.launch()
     launch.run()
     record = records.record_of([launch], first.all, rank.ws, Table(), (rank.ws,))
-    assert record is not None and record.size == sum(map(len, made_again(launch, first)[:1])) > 10
+    assert record is not None and record.size == len(record.launch) > 10
     monkeypatch.setattr(records, "MOST", 3 * record.size + 1)
     kept = records.Records()
     for n in range(8):
@@ -171,13 +173,10 @@ def test_records_are_bounded_by_the_steps_they_hold(rank: Rank, monkeypatch: pyt
 def test_quantised_rows_and_their_scales_go_where_a_later_call_wants_them(rank: Rank) -> None:
     quant = recognised(float8_per_row, F32).text()
     first, other = (Tensors(rank, 8, False, False, quant) for _ in range(2))
-    launch = first.launch()
-    launch.run()
-    made = made_again(launch, first)
-    assert made is not None
+    steps = steps_of(first)
     last = [t.data_ptr() for t in other.last if t is not None]
     rank.log.clear()
-    made[0](*other.addresses, *made[1], *last, stream=MAIN)
+    steps(*other.addresses, *last, stream=MAIN)
     finished = [args for name, _, args in (each for each in rank.log if each[0] == "_finish_kernel")]
     names = copied._finish_kernel.arg_names
     assert finished and all([args[names.index(n)] for n in ("q_ptr", "scale_ptr")] == last for args in finished)
@@ -185,10 +184,7 @@ def test_quantised_rows_and_their_scales_go_where_a_later_call_wants_them(rank: 
 
 def test_a_product_that_raises_leaves_the_callers_stream_behind_the_copies_under_way(rank: Rank) -> None:
     first = Tensors(rank, 8, False, True)
-    launch = first.launch()
-    launch.run()
-    made = made_again(launch, first)
-    assert made is not None
+    steps = steps_of(first)
     rank.log.clear()
 
     def multiply(first: int, stop: int) -> None:
@@ -196,7 +192,7 @@ def test_a_product_that_raises_leaves_the_callers_stream_behind_the_copies_under
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        made[0](*first.addresses, *made[1], stream=MAIN, product=multiply)
+        steps(*first.addresses, stream=MAIN, product=multiply)
     assert ("copy" in {each[0] for each in rank.log}) and rank.log[-2:] == [
         ("record", "asked", "beside"), ("wait", MAIN, "asked"),
     ]  # fmt: skip
@@ -205,10 +201,7 @@ def test_a_product_that_raises_leaves_the_callers_stream_behind_the_copies_under
 def test_what_a_product_raised_is_not_covered_by_what_the_driver_says_then(rank: Rank) -> None:
     """In a graph, of a stream of copies that it does not hold yet."""
     first = Tensors(rank, 8, False, True)
-    launch = first.launch()
-    launch.run()
-    made = made_again(launch, first)
-    assert made is not None
+    steps = steps_of(first)
 
     def refused(*_: Any) -> None:
         raise OpError("the stream is not captured")
@@ -216,7 +209,7 @@ def test_what_a_product_raised_is_not_covered_by_what_the_driver_says_then(rank:
     def multiply(first: int, stop: int) -> None:
         raise ZeroDivisionError
 
-    steps = replace(made[0], driver=made[0].driver._replace(record=refused, wait=refused))
+    steps = replace(steps, driver=steps.driver._replace(record=refused, wait=refused))
     with pytest.raises(ZeroDivisionError):
         steps(*first.addresses, stream=MAIN, product=multiply)
 
@@ -225,9 +218,9 @@ def test_what_a_product_raised_is_not_covered_by_what_the_driver_says_then(rank:
 def test_nothing_is_noted_of_copies_of_the_calls_tensors_nor_of_kernels_that_were_not_compiled(rank, scattered) -> None:
     first, other = (Tensors(rank, 8, scattered, False) for _ in range(2))
     launch = first.launch()
-    assert made_again(launch, first) is None, "it was not run"
+    assert launch.again(first.addresses, rank.ws.watch) is None, "it was not run"
     launch.run()
-    assert made_again(launch, first) is not None
+    assert launch.again(first.addresses, rank.ws.watch) is not None
     for index in (0, 1, 3, 5, 6):
         places = list(first.addresses)
         places[index] = other.addresses[index]
@@ -362,13 +355,11 @@ def test_every_step_is_made_where_the_tensors_of_the_later_call_lie(monkeypatch,
 @pytest.mark.parametrize("scattered", [False, True])
 def test_no_tensor_of_the_call_is_kept(rank: Rank, scattered: bool) -> None:
     first = Tensors(rank, 8, scattered, True)
-    launch = first.launch()
-    launch.run()
-    made = made_again(launch, first)
+    steps = steps_of(first)
     gone = [weakref.ref(t) for t in first.all if t is not None]
-    del first, launch
+    del first
     gc.collect()
-    assert made is not None and all(t() is None for t in gone)
+    assert len(steps) > 10 and all(t() is None for t in gone)
 
 
 def test_copies_of_rows_of_a_product_are_not_kept_for_a_record(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,4 +386,4 @@ def test_nothing_is_noted_where_the_driver_is_not_found(rank: Rank, monkeypatch:
     launch = first.launch()
     launch.run()
     monkeypatch.setattr(noted, "driver", lambda: None)
-    assert made_again(launch, first) is None
+    assert launch.again(first.addresses, rank.ws.watch) is None
