@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -127,6 +127,30 @@ def symbols(number: object) -> frozenset[str]:
     if not isinstance(number, (torch.SymInt, torch.SymFloat)):
         return frozenset()
     return frozenset(str(symbol) for symbol in number.node.expr.free_symbols)
+
+
+def symbols_told(numbers: Iterable[object]) -> frozenset[str]:
+    """Names of the symbols that are equal wherever all of these numbers are. A number tells one that it is a multiple
+    of, plus or minus what is told: not those of (1 + s - k) // 2, which is the same for several k. A product is taken
+    to tell what each of its factors tells: the sizes of rows that were flattened."""
+    expressions = {n.node.expr for n in numbers if isinstance(n, (torch.SymInt, torch.SymFloat))}
+    told: set[Any] = set()
+    while True:
+        more = {s for e in expressions if _tells(e, unknown := e.free_symbols - told) for s in unknown} - told
+        if not more:
+            return frozenset(map(str, told))
+        told |= more
+
+
+def _tells(expression: Any, unknown: Set[Any]) -> bool:
+    if not expression.is_polynomial(*unknown):
+        return False
+    if len(unknown) == 1:
+        (symbol,) = unknown
+        slope = expression.diff(symbol)
+        return bool(slope != 0 and symbol not in slope.free_symbols)
+    factors = expression.factor()
+    return bool(factors.is_Mul and all(len(each) < 2 for f in factors.args if (each := f.free_symbols & unknown)))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from torch import fx
 from tpfuse._torch_private import operator_schema
 
 from ..facts.collectives import Collective
-from ..facts.graph import symbols, value
+from ..facts.graph import symbols, symbols_told, value
 from .sums import linear_inputs
 
 #: Take something of each rank's own.
@@ -37,8 +37,8 @@ class Parting:
     `partial`: what is to be summed over ranks, scattered or not, and what that is a sum, a view or a multiple of: no
     two ranks need hold the same of it. Of two addends the graph does not say which is a rank's own, so both count.
     `finished`: results of all-reduces and all-gathers, and the ranks that hold the same of each. `groups`: the ranks of
-    each group, by its name. `sizes`: symbols in the sizes of what is sent: equal on all ranks, or nothing runs. `same`:
-    what was found to be the same, by what was asked; a residual stream is looked at once for all of its norms.
+    each group, by its name. `sizes`: symbols that the sizes of what is sent tell: equal on all ranks, or nothing runs.
+    `same`: what was found to be the same, by what was asked; a residual stream is looked at once for all of its norms.
     """
 
     partial: frozenset[fx.Node]
@@ -59,7 +59,7 @@ def find_partings(collectives: Iterable[Collective]) -> Parting:
             partial.add(node)
             pending += [child for child, _, _ in linear_inputs(node)]
     sent = [tensor for c in found if isinstance(c.input, fx.Node) and (tensor := value(c.input)) is not None]
-    sizes = frozenset(symbol for tensor in sent for size in tensor.shape for symbol in symbols(size))
+    sizes = symbols_told(size for tensor in sent for size in tensor.shape)
     return Parting(frozenset(partial), finished, {c.group_name: c.ranks for c in found}, sizes)
 
 

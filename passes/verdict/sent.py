@@ -16,7 +16,7 @@ from torch import fx
 from ..facts import aten_ops as ops
 from ..facts.collectives import ResolveGroup, is_collective
 from ..facts.declared import operator_of
-from ..facts.graph import FINISHES, GATHERS, OWN_ROWS, QUANTISED_ROWS, argument, is_call, symbols, value
+from ..facts.graph import FINISHES, GATHERS, OWN_ROWS, QUANTISED_ROWS, argument, is_call, symbols_told, value
 from ..facts.groups import resolve_group
 from ..recognise.streams import calls
 from .accounting import origin
@@ -56,8 +56,8 @@ class Sent:
                 if _sums(node):
                     summed.add(source.name)
         values = [value(node) for node in map(_input, originals) if isinstance(node, fx.Node)]
-        #: Symbols in the sizes of what the program sends.
-        sizes = frozenset().union(*(symbols(size) for val in values if val is not None for size in val.shape))
+        #: Symbols that the sizes of what the program sends tell.
+        sizes = symbols_told(size for val in values if val is not None for size in val.shape)
         self.written = Written(self.inputs, frozenset(summed), sizes)
         self._carrying = cache(lambda graph: find_carrying(graph, self.written, self.index))
         self._expressions = cache(self._expression)
