@@ -132,11 +132,11 @@ def test_copies_that_lag_behind_the_caller() -> None:
     equal_on_all_ranks(run(2, later, cut, (1e-3, 8e-3), slot_bytes=400))
 
 
-@pytest.mark.parametrize(("behind", "calls"), [("none", 8), ("last", 3)])
-def test_a_caller_that_does_not_wait_for_its_copies_is_found_out(behind: str, calls: int) -> None:
+@pytest.mark.parametrize(("behind", "calls", "longest"), [("none", 8, 5e-2), ("last", 9, 0.15)])
+def test_a_caller_that_does_not_wait_for_its_copies_is_found_out(behind: str, calls: int, longest: float) -> None:
     """Not before rows that lie where they are sent from are finished, or not at all."""
     with pytest.raises(RuntimeError, match="not close"):
-        run(2, later, [Call(rows=10, hidden=64, seed=n) for n in range(calls)], (5e-2, 0.0), behind)
+        run(2, later, [Call(rows=10, hidden=64, seed=n) for n in range(calls)], (longest, 0.0), behind)
 
 
 def refused(seat: Seat) -> list[str]:

@@ -81,7 +81,7 @@ def wrong_without_the_slot(seat: Seat, calls: list[Call], between: Callable[[Cal
 
     def late(self: Any, chunk: int) -> None:
         receive(self, chunk)
-        time.sleep(0.01)
+        time.sleep(0.03)  # longer than a loaded host keeps the other rank from running
 
     def without_the_slot(self: Any, flag: int, first: int, words: int) -> Any:
         return copies.Step(_Nothing(), (), {}) if flag == copies.READY else waiting(self, flag, first, words)
