@@ -59,6 +59,8 @@ class Records:
 
     def keep(self, key: Hashable, record: Record) -> None:
         with self._lock:
+            former = self.known.get(key)
+            self._size -= 0 if former is None else former.size
             if self._size + record.size > MOST:
                 self.known.clear()
                 self._size = 0

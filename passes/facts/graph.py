@@ -136,7 +136,8 @@ def symbols_told(numbers: Iterable[object]) -> frozenset[str]:
     expressions = {n.node.expr for n in numbers if isinstance(n, (torch.SymInt, torch.SymFloat))}
     told: set[Any] = set()
     while True:
-        more = {s for e in expressions if _tells(e, unknown := e.free_symbols - told) for s in unknown} - told
+        left = ((e, e.free_symbols - told) for e in expressions)
+        more = {symbol for e, unknown in left if unknown and _tells(e, unknown) for symbol in unknown}
         if not more:
             return frozenset(map(str, told))
         told |= more
